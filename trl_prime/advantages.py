@@ -1,0 +1,312 @@
+"""Outcome and process rewards combined into advantages (PRIME, arXiv 2502.01456, section 3.2, Eq 5, 7 and 8).
+
+Covered: every estimator of the paper that needs no value model, the published code's variant of RLOO, whitening, and the
+hook through which a user replaces all of it. Not covered: process rewards themselves (`process_rewards.py`), the policy
+loss (TRL). B = completions, T = completion tokens, K = `num_generations`; groups are contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .process_rewards import discounted_returns
+
+ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
+
+# Spreads below these are rounding, not signal, and are not scaled up. Outcomes are of order one, mean process rewards per
+# token of order 1e-4, advantages of order one.
+_OUTCOME_STD_FLOOR = 1e-4
+_PROCESS_STD_FLOOR = 1e-6
+_ADVANTAGE_STD_FLOOR = 1e-3
+
+
+def _peer_mean(values: torch.Tensor, valid: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B,)` mean over the other valid rows of the group, and `(B,)` whether there was any."""
+    values = values.masked_fill(~valid, 0.0).view(-1, num_generations)
+    valid = valid.view(-1, num_generations).to(values.dtype)
+    num_peers = valid.sum(1, keepdim=True) - valid
+    mean = (values.sum(1, keepdim=True) - values) / num_peers.clamp(min=1)
+    return mean.flatten(), (num_peers > 0).flatten()
+
+
+def _group_mean_std(
+    values: torch.Tensor, valid: torch.Tensor, num_generations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B,)` mean and unbiased standard deviation over the valid rows of each group."""
+    values = values.masked_fill(~valid, 0.0).view(-1, num_generations)
+    valid = valid.view(-1, num_generations).to(values.dtype)
+    count = valid.sum(1, keepdim=True)
+    mean = values.sum(1, keepdim=True) / count.clamp(min=1)
+    variance = ((values - mean) ** 2 * valid).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return mean.expand_as(values).flatten(), variance.sqrt().expand_as(values).flatten()
+
+
+def whiten_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Zero mean and unit variance over the unmasked tokens of the batch; zero where masked.
+
+    Args:
+        values (`torch.Tensor`): `(B, T)`.
+        mask (`torch.Tensor`): `(B, T)` bool.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`.
+    """
+    selected = values[mask]
+    if selected.numel() < 2:
+        return torch.zeros_like(values)
+    scale = selected.std(unbiased=False).clamp(min=_ADVANTAGE_STD_FLOOR)
+    return ((values - selected.mean()) / scale).masked_fill(~mask, 0.0)
+
+
+def advantage_terms(
+    outcome_rewards: torch.Tensor,
+    process_rewards: torch.Tensor,
+    completion_mask: torch.Tensor,
+    num_generations: int,
+    *,
+    estimator: str = "rloo",
+    outcome_weight: float = 1.0,
+    process_weight: float = 1.0,
+    outcome_gamma: float = 1.0,
+    process_gamma: float = 1.0,
+    reward_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The two terms of the advantage, weighted, before whitening. Arguments as in [`combine_rewards`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the outcome term, the process term, both `(B, T)` and zero where
+        the third, the `(B, T)` bool mask of tokens that have an advantage, is false.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}; choose one of {ESTIMATORS}.")
+    num_rows = outcome_rewards.shape[0]
+    if num_rows % num_generations:
+        raise ValueError(f"{num_rows} completions cannot be split into groups of num_generations={num_generations}.")
+    if process_rewards.shape != completion_mask.shape or completion_mask.shape[0] != num_rows:
+        raise ValueError(
+            f"Shapes do not agree: outcome_rewards {tuple(outcome_rewards.shape)}, process_rewards "
+            f"{tuple(process_rewards.shape)}, completion_mask {tuple(completion_mask.shape)}."
+        )
+    mask = completion_mask.bool()
+    positions = mask if reward_mask is None else reward_mask.bool() & mask
+    dtype = torch.promote_types(process_rewards.dtype, torch.float32)
+    outcomes, process = outcome_rewards.to(dtype), process_rewards.to(dtype)
+
+    judged = ~outcomes.isnan()
+    outcomes = outcomes.masked_fill(~judged, 0.0)
+    # A completion without tokens has no mean process reward: it counts in the outcome's baseline only
+    has_process = judged & positions.any(dim=1)
+    process = process.masked_fill(~(positions & judged[:, None]), 0.0)
+    mean_process = process.sum(1) / positions.sum(1).clamp(min=1)
+
+    if estimator in ("rloo", "rloo_reference_code", "grpo"):
+        outcome_baseline, has_peers = _peer_mean(outcomes, judged, num_generations)
+        process_baseline, has_process_peers = _peer_mean(mean_process, has_process, num_generations)
+        # A completion whose peers could not be judged has nothing to be compared with
+        contributes = judged & has_peers
+        process_contributes = has_process & has_process_peers
+        if estimator == "grpo":
+            mean, std = _group_mean_std(outcomes, judged, num_generations)
+            outcome_advantages = (outcomes - mean) / std.clamp(min=_OUTCOME_STD_FLOOR)
+            mean, std = _group_mean_std(mean_process, has_process, num_generations)
+            centred = (process - mean[:, None]) / std.clamp(min=_PROCESS_STD_FLOOR)[:, None]
+        else:
+            outcome_advantages = outcomes - outcome_baseline
+            centred = process - process_baseline[:, None]
+            if estimator == "rloo_reference_code":
+                # Both code bases compute r_t * K/(K-1) - sum_j rbar_j/(K-1): this much more than Eq 5
+                num_valid = has_process.view(-1, num_generations).sum(1).repeat_interleave(num_generations)
+                excess = (process - mean_process[:, None]) / (num_valid - 1).clamp(min=1)[:, None]
+                centred = centred + excess
+        process_advantages = discounted_returns(centred, positions, process_gamma)
+    else:
+        contributes = judged
+        process_contributes = has_process
+        outcome_advantages = outcomes
+        if estimator == "value":
+            # v_phi(y_<t), the process reward collected before t, in the place of a value model
+            process_advantages = process - process.cumsum(-1)
+        else:
+            process_advantages = discounted_returns(process, positions, process_gamma)
+
+    active = mask & contributes[:, None]
+    outcome_advantages = outcome_advantages[:, None].expand_as(process)
+    if outcome_gamma != 1.0:
+        tokens_left = mask.flip(-1).cumsum(-1).flip(-1) - mask.long()
+        outcome_advantages = outcome_advantages * outcome_gamma**tokens_left
+    outcome_term = (outcome_weight * outcome_advantages).masked_fill(~active, 0.0)
+    process_term = (process_weight * process_advantages).masked_fill(~(active & process_contributes[:, None]), 0.0)
+    return outcome_term, process_term, active
+
+
+def combine_rewards(
+    outcome_rewards: torch.Tensor,
+    process_rewards: torch.Tensor,
+    completion_mask: torch.Tensor,
+    num_generations: int,
+    *,
+    estimator: str = "rloo",
+    outcome_weight: float = 1.0,
+    process_weight: float = 1.0,
+    outcome_gamma: float = 1.0,
+    process_gamma: float = 1.0,
+    whiten: bool = True,
+    reward_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Advantage of every token from the outcome reward of each completion and its process rewards.
+
+    Args:
+        outcome_rewards (`torch.Tensor`): `(B,)`; NaN = could not be judged: in no baseline, and without advantage.
+        process_rewards (`torch.Tensor`): `(B, T)`.
+        completion_mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        num_generations (`int`): K, completions per prompt. B is a multiple of it, groups are contiguous.
+        estimator (`str`):
+            `"rloo"` (Eq 5): leave-one-out baselines; of the process reward, the mean per token of the peers.
+            `"rloo_reference_code"`: as the published code computes it, (r_t - mean_t r_t) / (K - 1) more than Eq 5.
+            `"grpo"` (Eq 7): centred by the mean and divided by the standard deviation of the group.
+            `"reinforce"` (Eq 8): no baseline. `"reinforce_plus_plus"` (arXiv 2501.03262): the same, always whitened.
+            `"value"` (section 5.4): outcome minus the process reward collected so far, which stands in for a value.
+        outcome_weight (`float`): Factor of the outcome term.
+        process_weight (`float`): Factor of the process term.
+        outcome_gamma (`float`): Discount of the outcome per token before the end.
+        process_gamma (`float`): Discount of process rewards per reward position; 0 = immediate credit.
+        whiten (`bool`): Zero mean and unit variance over the tokens of the batch.
+        reward_mask (`torch.Tensor`, *optional*): `(B, T)`, where process rewards sit, see
+            [`~trl_prime.process_rewards.reward_positions`]. Baselines are means over these positions, so that with whole
+            completions the baseline is the mean of the peers' sums. Defaults to `completion_mask`.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` advantages, zero where masked and for rows that could not be judged.
+    """
+    outcome_term, process_term, active = advantage_terms(
+        outcome_rewards,
+        process_rewards,
+        completion_mask,
+        num_generations,
+        estimator=estimator,
+        outcome_weight=outcome_weight,
+        process_weight=process_weight,
+        outcome_gamma=outcome_gamma,
+        process_gamma=process_gamma,
+        reward_mask=reward_mask,
+    )
+    advantages = outcome_term + process_term
+    if whiten or estimator == "reinforce_plus_plus":
+        advantages = whiten_tokens(advantages, active)
+    return advantages
+
+
+def process_variance_share(outcome_term: torch.Tensor, process_term: torch.Tensor, active: torch.Tensor) -> float:
+    """
+    Share of the advantages' variance that comes from process rewards: 0 = outcomes only, 1 = process rewards only.
+
+    Args:
+        outcome_term, process_term, active (`torch.Tensor`): as returned by [`advantage_terms`].
+
+    Returns:
+        `float`: between 0 and 1; NaN where there are no advantages.
+    """
+    if active.sum() < 2:
+        return float("nan")
+    outcome_variance = outcome_term[active].var().item()
+    process_variance = process_term[active].var().item()
+    total = outcome_variance + process_variance
+    return process_variance / total if total > 0 else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRewards:
+    """
+    What a reward-combination hook gets: the rewards of one generation batch, of all processes, and their rollouts.
+
+    Attributes:
+        outcome_rewards (`torch.Tensor`): `(B,)`; NaN = could not be judged, or the prompt filter dropped the group.
+        process_rewards (`torch.Tensor`): `(B, T)`, after granularity and normalisation.
+        completion_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token.
+        reward_mask (`torch.Tensor`): `(B, T)` bool, true where a process reward sits.
+        num_generations (`int`): K; groups are contiguous.
+        settings (`dict`): The keyword arguments of [`combine_rewards`] as configured, with `process_weight` already
+            multiplied by the trust in the PRM.
+        outcome_rewards_per_func (`torch.Tensor`): `(B, n_funcs)`, before weights; NaN = None.
+        reward_func_names (`list[str]`): Names of those columns.
+        completion_ids (`torch.Tensor`): `(B, T)` token ids.
+        prompts (`list`): B prompts, text or messages.
+        completions (`list`): B completions, text or messages.
+        trainer_state ([`~transformers.TrainerState`]): Step, epoch and log history.
+    """
+
+    outcome_rewards: torch.Tensor
+    process_rewards: torch.Tensor
+    completion_mask: torch.Tensor
+    reward_mask: torch.Tensor
+    num_generations: int
+    settings: dict[str, Any]
+    outcome_rewards_per_func: torch.Tensor | None = None
+    reward_func_names: Sequence[str] = ()
+    completion_ids: torch.Tensor | None = None
+    prompts: Sequence[Any] = ()
+    completions: Sequence[Any] = ()
+    trainer_state: Any = None
+
+    def combine(self, **changes: Any) -> torch.Tensor:
+        """
+        `(B, T)` advantages by [`combine_rewards`] as configured. `changes` replace any of its arguments, so that a hook
+        can alter one thing and keep the rest.
+        """
+        arguments = {
+            "outcome_rewards": self.outcome_rewards,
+            "process_rewards": self.process_rewards,
+            "completion_mask": self.completion_mask,
+            "num_generations": self.num_generations,
+            "reward_mask": self.reward_mask,
+            **self.settings,
+        }
+        return combine_rewards(**{**arguments, **changes})
+
+
+RewardCombination = Callable[[RolloutRewards], torch.Tensor]
+
+
+def checked_combination(hook: RewardCombination, rewards: RolloutRewards) -> torch.Tensor:
+    """
+    Advantages from a user's hook, refused when they could harm the run.
+
+    Args:
+        hook (`Callable`): Takes [`RolloutRewards`], returns `(B, T)` advantages.
+        rewards ([`RolloutRewards`]): The batch.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` advantages, zero where masked.
+
+    Raises:
+        TypeError: The hook returned no tensor.
+        ValueError: The hook returned another shape, or NaN or infinity at an unmasked token.
+    """
+    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    advantages = hook(rewards)
+    if not isinstance(advantages, torch.Tensor):
+        raise TypeError(
+            f"The reward combination '{name}' returned {type(advantages).__name__}; return a (B, T) tensor of advantages."
+        )
+    expected = tuple(rewards.completion_mask.shape)
+    if tuple(advantages.shape) != expected:
+        raise ValueError(
+            f"The reward combination '{name}' returned shape {tuple(advantages.shape)}, but one advantage per token was "
+            f"expected: {expected}, as `rewards.completion_mask`."
+        )
+    advantages = advantages.detach().to(rewards.process_rewards.device, torch.float32)
+    advantages = advantages.masked_fill(~rewards.completion_mask, 0.0)
+    if not advantages.isfinite().all():
+        row, token = (~advantages.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"The reward combination '{name}' returned {advantages[row, token].item()} for completion {row}, token {token}. "
+            "Outcomes that could not be judged are NaN: leave them out of every mean, or call `rewards.combine()`."
+        )
+    return advantages

@@ -1,0 +1,172 @@
+"""Losses and accuracies of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
+
+Covered: cross-entropy, the detached DPO loss and its two best-of-N weightings, accuracy within groups and in absolute
+terms. Not covered: where scores come from (`implicit_prm.py`) and the optimizer (`updater.py`). A score q is the process
+reward summed over a completion, that is the log-odds of a right outcome. B = completions, K = completions per prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+LOSS_TYPES = ("ce", "dpo", "bon_acc", "bon_rm")
+
+
+def outcome_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
+    """`(B,)` scores q: `beta` times the `(B, T)` log-ratios in nats, summed over the unmasked tokens."""
+    return beta * log_ratios.masked_fill(~mask.bool(), 0.0).sum(-1)
+
+
+def _opponents(labels: torch.Tensor, peer_labels: torch.Tensor) -> torch.Tensor:
+    """`(B, K)`: peers with a lower label for a right completion, with a higher one for a wrong completion."""
+    own = labels[:, None]
+    return torch.where(own > 0.5, peer_labels < own, peer_labels > own)
+
+
+def counted_rows(
+    labels: torch.Tensor, mask: torch.Tensor, loss_type: str = "ce", peer_labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Which rows a loss is the mean of: judged, not empty and, for losses that compare, with a peer to compare with.
+
+    Args:
+        labels (`torch.Tensor`): `(B,)`; NaN = could not be judged.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        loss_type (`str`): as in [`prm_loss`].
+        peer_labels (`torch.Tensor`, *optional*): `(B, K)` labels of each row's group, needed unless `loss_type="ce"`.
+
+    Returns:
+        `torch.Tensor`: `(B,)` bool.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}; choose one of {LOSS_TYPES}.")
+    counted = ~labels.isnan() & mask.bool().any(dim=1)
+    if loss_type != "ce":
+        counted &= _opponents(labels, peer_labels).any(dim=1)
+    return counted
+
+
+def prm_row_losses(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    loss_type: str = "ce",
+    peer_scores: torch.Tensor | None = None,
+    peer_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Loss of each completion. Only rows of [`counted_rows`] mean anything; the others are finite.
+
+    Args:
+        scores (`torch.Tensor`): `(B,)` scores q, with gradient.
+        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN = could not be judged.
+        loss_type (`str`): as in [`prm_loss`].
+        peer_scores, peer_labels (`torch.Tensor`, *optional*): `(B, K)` scores and labels of each row's whole group, itself
+            included. Scores are taken as constants.
+
+    Returns:
+        `torch.Tensor`: `(B,)`.
+    """
+    labels = labels.to(scores.dtype)
+    if loss_type == "ce":
+        return F.binary_cross_entropy_with_logits(scores, labels.nan_to_num(0.5), reduction="none")
+    peer_scores, peer_labels = peer_scores.detach().to(scores.dtype), peer_labels.to(scores.dtype)
+    opponents = _opponents(labels, peer_labels)
+    opponent_mean = peer_scores.masked_fill(~opponents, 0.0).sum(1) / opponents.sum(1).clamp(min=1)
+    sign = torch.where(labels > 0.5, 1.0, -1.0)
+    losses = -F.logsigmoid(sign * (scores - opponent_mean))
+    if loss_type == "dpo":
+        return losses
+    # The density of being the best of K draws from the group: K * P(peer <= own)^(K-1)
+    judged = ~peer_labels.isnan()
+    count = judged.sum(1)
+    if loss_type == "bon_acc":
+        not_better = peer_labels <= labels[:, None]
+    else:
+        not_better = peer_scores <= scores.detach()[:, None]
+    share = (not_better & judged).sum(1) / count.clamp(min=1)
+    return losses * count * share ** (count - 1).clamp(min=0)
+
+
+def prm_loss(
+    log_ratios: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    beta: float,
+    *,
+    loss_type: str = "ce",
+    num_generations: int | None = None,
+    peer_scores: torch.Tensor | None = None,
+    peer_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Loss that trains the implicit PRM on outcome labels only: a mean over the rows that count ([`counted_rows`]).
+
+    Args:
+        log_ratios (`torch.Tensor`): `(B, T)` `log pi_phi - log pi_ref` in nats, with gradient.
+        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN = could not be judged.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        beta (`float`): Reward scale.
+        loss_type (`str`):
+            `"ce"` (Eq 4): binary cross-entropy of `sigmoid(q)` against the label, on logits, so that it keeps its gradient
+            where the PRM is sure and wrong. `"dpo"`: `-log sigmoid(q - mean q of the peers with another outcome)`, the
+            peers detached. `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by how likely it is the best of K
+            by outcome or by score.
+        num_generations (`int`, *optional*): K, when the rows are whole groups: peers are then taken from the batch itself.
+        peer_scores, peer_labels (`torch.Tensor`, *optional*): `(B, K)` scores and labels of each row's group, when the rows
+            are not whole groups (micro-batches) or the scores are those of an earlier PRM.
+
+    Returns:
+        `torch.Tensor`: scalar; zero with zero gradient when no row counts.
+    """
+    scores = outcome_scores(log_ratios, mask, beta)
+    if loss_type != "ce" and peer_scores is None:
+        if num_generations is None:
+            raise ValueError(f"loss_type={loss_type!r} compares completions: give `num_generations` or `peer_scores`.")
+        peer_scores = group_rows(scores.detach(), num_generations)
+        peer_labels = group_rows(labels, num_generations)
+    counted = counted_rows(labels, mask, loss_type, peer_labels)
+    losses = prm_row_losses(scores, labels, loss_type, peer_scores, peer_labels)
+    return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def group_rows(values: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """`(B, K)`: for each of the `(B,)` rows the values of its whole group, groups contiguous."""
+    return values.view(-1, num_generations).repeat_interleave(num_generations, dim=0)
+
+
+def pairwise_accuracy(scores: torch.Tensor, labels: torch.Tensor, num_generations: int) -> float:
+    """
+    How often the PRM scores the better of two completions of one prompt higher; a tie counts one half.
+
+    Args:
+        scores (`torch.Tensor`): `(B,)` scores q, groups contiguous.
+        labels (`torch.Tensor`): `(B,)` outcomes; NaN = could not be judged, in no pair.
+        num_generations (`int`): K.
+
+    Returns:
+        `float`: between 0 and 1, averaged over all pairs with different outcomes; NaN if there are none.
+    """
+    scores, labels = scores.view(-1, num_generations), labels.view(-1, num_generations)
+    better = labels[:, :, None] > labels[:, None, :]
+    margin = scores[:, :, None] - scores[:, None, :]
+    better &= ~margin.isnan()
+    wins = (margin > 0).double() + 0.5 * (margin == 0).double()
+    return (wins[better].mean()).item()
+
+
+def absolute_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    How often `sigmoid(q) > 1/2` agrees with `label > 1/2`; a score of exactly zero counts one half.
+
+    Args:
+        scores (`torch.Tensor`): `(B,)` scores q.
+        labels (`torch.Tensor`): `(B,)` outcomes; NaN = could not be judged, left out.
+
+    Returns:
+        `float`: between 0 and 1; NaN if nothing was judged.
+    """
+    judged = ~labels.isnan() & ~scores.isnan()
+    scores, right = scores[judged], labels[judged] > 0.5
+    agrees = ((scores > 0) == right).double()
+    return torch.where(scores == 0, 0.5, agrees).mean().item()

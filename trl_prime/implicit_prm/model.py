@@ -1,0 +1,427 @@
+"""The implicit PRM: a causal LM and the reference it is measured against (PRIME, arXiv 2502.01456, section 2.1).
+
+Covered: building the pair from a path, a Hub id, an instance or the policy, full or LoRA; scoring token ids and text;
+saving and loading. Not covered: training (`updater.py`).
+
+With LoRA the reference is the bare base model: a second module tree over the same `Parameter` objects, so it costs no
+memory and no adapter is ever switched off and on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
+from .scoring import batch_completion_logps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "implicit_prm.json"
+
+
+def share_parameters(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """
+    A second module tree over the same parameters and buffers: another adapter can be put on it at no cost in memory.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model to share.
+
+    Returns:
+        The same type as `model`, with the class's own forward.
+    """
+    memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return _with_own_forward(copy.deepcopy(model, memo))
+
+
+def _with_own_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    # TRL patches the policy's forward on the instance. A copy carries the patch along, still bound to the policy.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.__dict__.pop("forward", None)
+    return model
+
+
+def _bare_base(model: PeftModel) -> PreTrainedModel:
+    """The base model without its adapter, sharing its parameters. `model` stays as it is."""
+    clone = share_parameters(model)
+    return clone.unload() if hasattr(clone.base_model, "unload") else clone.get_base_model()
+
+
+def _is_fresh(model: PeftModel) -> bool:
+    """Whether the adapter still is the identity, as right after `get_peft_model`."""
+    last_factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(last_factors) and not any(p.any() for p in last_factors)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredCompletion:
+    """
+    What the implicit PRM thinks of one completion. Rewards are log-odds.
+
+    Attributes:
+        tokens (`list[str]`): The t tokens as text.
+        token_rewards (`torch.Tensor`): `(t,)` process reward of each token.
+        steps (`list[str]`): The steps as text.
+        step_rewards (`torch.Tensor`): `(n_steps,)` sum of the token rewards of each step.
+        reward (`float`): Sum over the completion, q.
+        probability (`float`): `sigmoid(q)`, the chance of a right outcome by the PRM.
+    """
+
+    tokens: list[str]
+    token_rewards: torch.Tensor
+    steps: list[str]
+    step_rewards: torch.Tensor
+    reward: float
+    probability: float
+
+
+class ImplicitPRM:
+    """
+    Implicit process reward model: `beta * log(pi_phi / pi_ref)` per token.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): pi_phi.
+        reference ([`~transformers.PreTrainedModel`], *optional*): pi_ref, frozen by the caller. `None` when its
+            log-probabilities come from elsewhere (`prm_reference="policy"`); `score` then raises.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of both.
+        beta (`float`): Reward per nat, positive.
+        step_delimiter (`str`): What ends a reasoning step.
+        micro_batch_size (`int`): Completions of one forward pass.
+
+    Raises:
+        ValueError: `beta` is not positive, or the vocabularies of model and reference differ.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reference: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        beta: float = 0.05,
+        step_delimiter: str = "\n",
+        micro_batch_size: int = 8,
+    ):
+        if beta <= 0:
+            raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
+        if reference is not None and _vocab_size(model) != _vocab_size(reference):
+            raise ValueError(
+                f"The implicit PRM has a vocabulary of {_vocab_size(model)} tokens and its reference one of "
+                f"{_vocab_size(reference)}. Their ratio has no meaning: use a reference of the same model family."
+            )
+        self.model = model
+        self.reference = reference
+        self.tokenizer = tokenizer
+        self.beta = beta
+        self.step_delimiter = step_delimiter
+        self.micro_batch_size = micro_batch_size
+
+    # --- Building ---
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        peft_config: PeftConfig | None = None,
+        frozen_reference: bool = True,
+        **kwargs: Any,
+    ) -> ImplicitPRM:
+        """
+        Take `model` as the start of the PRM and as its reference.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Becomes the PRM and is trained in place. Of a
+                `PeftModel` the reference is the bare base.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+            peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; the reference then costs nothing.
+            frozen_reference (`bool`): False to keep no reference.
+            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`.
+
+        Returns:
+            [`ImplicitPRM`]
+        """
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError("prm_model is a PeftModel already: leave prm_peft_config out, or pass the bare base.")
+            reference = _bare_base(model) if frozen_reference else None
+        elif peft_config is not None:
+            model.requires_grad_(False)
+            reference = share_parameters(model) if frozen_reference else None
+            model = get_peft_model(model, peft_config)
+        else:
+            reference = copy.deepcopy(model).requires_grad_(False) if frozen_reference else None
+            model.requires_grad_(True)
+        return cls(model, reference, tokenizer, **kwargs)
+
+    @classmethod
+    def from_policy(
+        cls,
+        policy: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        peft_config: PeftConfig | None = None,
+        frozen_reference: bool = True,
+        **kwargs: Any,
+    ) -> ImplicitPRM:
+        """
+        Start PRM and reference from the policy as it is now, as the paper does; the policy stays untouched.
+
+        A policy with a fresh LoRA adapter shares its frozen base: with the reference always, and with the PRM too if that
+        is LoRA. An adapter that was trained before is merged into a copy first, because it is part of the start model.
+
+        Args:
+            policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The policy.
+            tokenizer, peft_config, frozen_reference, **kwargs: as in [`ImplicitPRM.from_model`].
+
+        Returns:
+            [`ImplicitPRM`]
+        """
+        shared_base = None
+        if isinstance(policy, PeftModel) and _is_fresh(policy):
+            shared_base = _bare_base(policy)
+        if shared_base is not None and peft_config is not None:
+            return cls.from_model(
+                shared_base, tokenizer, peft_config=peft_config, frozen_reference=frozen_reference, **kwargs
+            )
+        start = copy.deepcopy(policy if shared_base is None else shared_base)
+        start = _with_own_forward(start)
+        if isinstance(start, PeftModel):
+            start = start.merge_and_unload()
+        if shared_base is None or not frozen_reference:
+            return cls.from_model(
+                start, tokenizer, peft_config=peft_config, frozen_reference=frozen_reference, **kwargs
+            )
+        return cls(start.requires_grad_(True), shared_base, tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike,
+        *,
+        reference: str | PreTrainedModel | None = None,
+        beta: float | None = None,
+        step_delimiter: str | None = None,
+        micro_batch_size: int = 8,
+        trainable: bool = False,
+        **model_init_kwargs: Any,
+    ) -> ImplicitPRM:
+        """
+        Load a PRM that [`ImplicitPRM.save_pretrained`] wrote, or any causal LM trained as an implicit PRM elsewhere.
+
+        Args:
+            path_or_repo (`str`): Folder or Hub id of the PRM, or of a run whose `prm/` folder holds it.
+            reference (`str` or model, *optional*): The reference; needed where the PRM does not name its own.
+            beta (`float`, *optional*): Reward scale; defaults to the saved one, 0.05 where none is.
+            step_delimiter (`str`, *optional*): Defaults to the saved one, a newline where none is.
+            micro_batch_size (`int`): Completions of one forward pass.
+            trainable (`bool`): Whether an adapter is loaded for training on.
+            **model_init_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` for both models.
+
+        Returns:
+            [`ImplicitPRM`]
+        """
+        folder = _local_folder(path_or_repo)
+        saved = {}
+        if (folder / CONFIG_NAME).is_file():
+            saved = json.loads((folder / CONFIG_NAME).read_text())
+        if reference is None:
+            reference = saved.get("reference")
+            if reference is None:
+                raise ValueError(
+                    f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
+                )
+            if reference == "reference":
+                reference = str(folder / "reference")
+            model_init_kwargs_reference = {**model_init_kwargs, "revision": saved.get("reference_revision") or "main"}
+        else:
+            model_init_kwargs_reference = model_init_kwargs
+        if isinstance(reference, str):
+            try:
+                reference = AutoModelForCausalLM.from_pretrained(reference, **model_init_kwargs_reference)
+            except OSError as error:
+                raise OSError(
+                    f"The reference model '{reference}' of the PRM '{path_or_repo}' could not be loaded. Pass `reference`: "
+                    "the model that the PRM started from."
+                ) from error
+        if saved.get("adapter"):
+            base = share_parameters(reference)
+            model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=trainable)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, **model_init_kwargs)
+        return cls(
+            model.eval(),
+            reference.eval().requires_grad_(False),
+            AutoTokenizer.from_pretrained(folder),
+            beta=saved.get("beta", 0.05) if beta is None else beta,
+            step_delimiter=saved.get("step_delimiter", "\n") if step_delimiter is None else step_delimiter,
+            micro_batch_size=micro_batch_size,
+        )
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """
+        Write the PRM so that [`ImplicitPRM.from_pretrained`] loads it: weights (or `adapter/`), tokenizer and settings.
+
+        The reference is saved by name where it was loaded from a folder or the Hub, else with its weights in `reference/`.
+
+        Args:
+            path (`str`): Folder, made if needed.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        is_adapter = isinstance(self.model, PeftModel)
+        # Not in the folder itself: Trainer would take an adapter there for one of the policy
+        self.model.save_pretrained(path / "adapter" if is_adapter else path)
+        self.tokenizer.save_pretrained(path)
+        reference_name, revision = None, None
+        if self.reference is not None:
+            reference_name = self.reference.name_or_path
+            revision = getattr(self.reference.config, "_commit_hash", None)
+            if os.path.isdir(reference_name):
+                reference_name = os.path.abspath(reference_name)
+            elif revision is None:
+                # Built in memory: no name brings it back
+                self.reference.save_pretrained(path / "reference")
+                reference_name = "reference"
+        settings = {
+            "beta": self.beta,
+            "step_delimiter": self.step_delimiter,
+            "adapter": is_adapter,
+            "reference": reference_name,
+            "reference_revision": revision,
+        }
+        (path / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+    # --- Scoring ---
+
+    def log_probs(self, *batch: torch.Tensor) -> torch.Tensor:
+        """
+        Log-probabilities under the PRM, without gradient, at temperature 1.
+
+        Args:
+            *batch (`torch.Tensor`): prompt ids and mask `(B, P)` padded on the left, completion ids and mask `(B, T)` padded
+                on the right.
+
+        Returns:
+            `torch.Tensor`: `(B, T)` float32 in nats, zero at padding.
+        """
+        return batch_completion_logps(self.model, *batch, self.micro_batch_size)
+
+    def reference_log_probs(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities under the reference, as [`ImplicitPRM.log_probs`]."""
+        if self.reference is None:
+            raise ValueError("This PRM has no reference model: its reference log-probabilities come from the policy.")
+        return batch_completion_logps(self.reference, *batch, self.micro_batch_size)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token decoded by itself, for finding step delimiters and for showing."""
+        return self.tokenizer.batch_decode([[token_id] for token_id in token_ids], clean_up_tokenization_spaces=False)
+
+    def step_ids(self, completion_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` step number of every token of `(B, T)` completion ids, see [`~trl_prime.process_rewards.split_steps`]."""
+        unique = completion_ids.unique().tolist()
+        texts = dict(zip(unique, self.token_texts(unique), strict=True))
+        steps = [split_steps([texts[i] for i in row], self.step_delimiter) for row in completion_ids.tolist()]
+        return torch.tensor(steps, dtype=torch.long, device=completion_ids.device).view(completion_ids.shape)
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[ScoredCompletion]:
+        """
+        Token and step rewards of completions given as text.
+
+        Args:
+            prompts (`list[str]` or `list[list[dict]]`): Prompts, text or messages (rendered by the chat template).
+            completions (`list[str]` or `list[list[dict]]`): A completion for each prompt; the end-of-sequence token is
+                appended, as the policy writes it.
+
+        Returns:
+            `list[ScoredCompletion]`: one for each completion, in order.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"Got {len(prompts)} prompts and {len(completions)} completions; one for each is needed.")
+        device = next(self.model.parameters()).device
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        rows = [self._tokenize(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        batch = [
+            tensor.to(device)
+            for column, left in ((0, True), (1, False))
+            for tensor in _pad([row[column] for row in rows], pad_id, left)
+        ]
+        completion_ids, mask = batch[2], batch[3].bool()
+        rewards = implicit_process_rewards(self.log_probs(*batch), self.reference_log_probs(*batch), mask, self.beta)
+        step_ids = self.step_ids(completion_ids)
+        step_rewards = aggregate_process_rewards(rewards, mask, "step", step_ids)
+        step_ends = reward_positions(mask, "step", step_ids)
+        scored = []
+        for row, (_, token_ids) in enumerate(rows):
+            texts, row_steps = self.token_texts(token_ids), step_ids[row].tolist()
+            steps: dict[int, str] = {}
+            for text, step in zip(texts, row_steps, strict=False):
+                steps[step] = steps.get(step, "") + text
+            total = rewards[row].sum()
+            scored.append(
+                ScoredCompletion(
+                    tokens=texts,
+                    token_rewards=rewards[row, : len(token_ids)].cpu(),
+                    steps=list(steps.values()),
+                    step_rewards=step_rewards[row, step_ends[row]].cpu(),
+                    reward=total.item(),
+                    probability=total.sigmoid().item(),
+                )
+            )
+        return scored
+
+    def _tokenize(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+        prompt_text = prompt
+        if not isinstance(prompt, str):
+            prompt_text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        if not isinstance(completion, str):
+            if len(completion) != 1 or completion[0].get("role") != "assistant":
+                raise ValueError(
+                    f"A completion must be text or one assistant message, but has {len(completion)} messages. Score turns "
+                    "one at a time, with the turns before in the prompt."
+                )
+            completion = completion[0]["content"]
+        # A chat template writes its own special tokens
+        prompt_ids = self.tokenizer(prompt_text, add_special_tokens=isinstance(prompt, str)).input_ids
+        completion_ids = self.tokenizer(completion, add_special_tokens=False).input_ids
+        return prompt_ids, [*completion_ids, self.tokenizer.eos_token_id]
+
+
+def _local_folder(path_or_repo: str | os.PathLike) -> Path:
+    """The folder that holds the PRM itself, downloaded if it is on the Hub."""
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(path_or_repo)))
+    return folder / "prm" if (folder / "prm" / CONFIG_NAME).is_file() else folder
+
+
+def _pad(rows: list[list[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, L)` ids and mask of rows of token ids."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad_id)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids, mask

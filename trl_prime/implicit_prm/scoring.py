@@ -1,0 +1,102 @@
+"""Log-probabilities of completions under a causal LM, in memory that grows with the micro-batch and not with the batch.
+
+Covered: micro-batches of rows of like length, each cut to its own longest prompt and completion; temperature 1. Not
+covered: which model (`implicit_prm.py`), gradient accumulation (`updater.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from trl.trainer.utils import selective_log_softmax
+
+
+def length_sorted_chunks(
+    prompt_mask: torch.Tensor, completion_mask: torch.Tensor, size: int
+) -> Iterator[torch.Tensor]:
+    """Row indices in chunks of at most `size`, rows of like length together, so that little is spent on padding."""
+    lengths = prompt_mask.sum(1) + completion_mask.sum(1)
+    yield from lengths.argsort(descending=True, stable=True).split(size)
+
+
+def completion_logps(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Log-probabilities of the completion tokens at temperature 1, of one micro-batch, with gradient.
+
+    TRL's policy forward divides by the sampling temperature and must not be used here: the implicit reward is a ratio of
+    the models' own distributions.
+
+    Args:
+        model (`nn.Module`): Causal LM.
+        prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
+        completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+
+    Returns:
+        `torch.Tensor`: `(b, T)` float32, zero at padding.
+    """
+    num_tokens = completion_ids.shape[1]
+    # Cut to the longest row. At least one column each, so that shapes stay those of a batch.
+    prompt_len = max(int(prompt_mask.sum(1).amax()), 1)
+    completion_len = max(int(completion_mask.sum(1).amax()), 1)
+    prompt_ids, prompt_mask = prompt_ids[:, -prompt_len:], prompt_mask[:, -prompt_len:]
+    completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
+    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    if "position_ids" in parameters:
+        # Explicit, so that a row's result does not depend on how far its neighbours pad it
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = completion_len + 1
+    logits = model(**inputs).logits[:, -completion_len - 1 : -1]
+    # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
+    logps = selective_log_softmax(logits.float(), completion_ids)
+    logps = logps.masked_fill(completion_mask == 0, 0.0)
+    return nn.functional.pad(logps, (0, num_tokens - completion_len))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a data-parallel wrapper or a PeftModel."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def batch_completion_logps(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    micro_batch_size: int,
+) -> torch.Tensor:
+    """
+    [`completion_logps`] of a whole batch without gradient, in the order of its rows whatever the micro-batches.
+
+    Args:
+        micro_batch_size (`int`): Rows of one forward pass. The other arguments are those of [`completion_logps`], `(B, ...)`.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` float32.
+    """
+    logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in length_sorted_chunks(prompt_mask, completion_mask, micro_batch_size):
+            logps[rows] = completion_logps(
+                model, prompt_ids[rows], prompt_mask[rows], completion_ids[rows], completion_mask[rows]
+            )
+    finally:
+        model.train(was_training)
+    return logps

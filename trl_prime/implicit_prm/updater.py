@@ -1,0 +1,228 @@
+"""Training the implicit PRM on rollout batches: one optimizer step per batch, replay, several processes by DDP.
+
+Covered: gradient accumulation over micro-batches that gives the gradient of the whole batch on all processes, whatever the
+micro-batch size and wherever rows without label are; optimizer and schedule; state for resuming. Not covered: when to
+update (`prime_trainer.py`); FSDP and DeepSpeed, which the trainer refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.utils import logging
+
+from .losses import counted_rows, group_rows, outcome_scores, prm_row_losses
+from .scoring import completion_logps, length_sorted_chunks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..prime_config import PRIMEConfig
+    from .model import ImplicitPRM
+
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass
+class PRMBatch:
+    """
+    The rollouts of one generation batch on this process, as the PRM trains on them. B rows here, groups contiguous over
+    all processes.
+
+    Attributes:
+        prompt_ids, prompt_mask (`torch.Tensor`): `(B, P)`, padded on the left.
+        completion_ids, completion_mask (`torch.Tensor`): `(B, T)`, padded on the right.
+        reward_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token.
+        ref_logps (`torch.Tensor`): `(B, T)` reference log-probabilities, computed once however often the batch is used.
+        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN rows are not trained on.
+        scores (`torch.Tensor`): `(B,)` scores q of the PRM as it was before it saw the batch.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    reward_mask: torch.Tensor
+    ref_logps: torch.Tensor
+    labels: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+
+class PRMUpdater:
+    """
+    Optimizer, schedule and replay of an implicit PRM.
+
+    Args:
+        prm ([`ImplicitPRM`]): Its `model` is moved to the device and, with several processes, trained through DDP.
+        args ([`PRIMEConfig`]): The `prm_*` fields are read.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        num_rollout_batches (`int`): Generation batches of the whole run, for the schedule.
+        num_generations (`int`): K.
+    """
+
+    def __init__(
+        self,
+        prm: ImplicitPRM,
+        args: PRIMEConfig,
+        accelerator: Accelerator,
+        num_rollout_batches: int,
+        num_generations: int,
+    ):
+        self.prm = prm
+        self.args = args
+        self.accelerator = accelerator
+        self.num_generations = num_generations
+        self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
+        self.skipped_steps = 0
+        if args.gradient_checkpointing:
+            prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+            if hasattr(prm.model, "peft_config"):
+                prm.model.enable_input_require_grads()
+        self.model = accelerator.prepare_model(prm.model)
+        # The optimizer stays bare: accelerate's wrapper does nothing while the policy accumulates gradients
+        self.optimizer = _make_optimizer(prm.model, args)
+        self.scheduler = get_scheduler(
+            args.prm_lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.prm_warmup_steps,
+            num_training_steps=num_rollout_batches * args.prm_num_epochs * (1 + args.prm_replay_batches),
+        )
+
+    def update(self, batch: PRMBatch) -> dict[str, float]:
+        """
+        Train on a rollout batch and on those kept for replay, oldest first.
+
+        Args:
+            batch ([`PRMBatch`]): The rollouts.
+
+        Returns:
+            `dict[str, float]`: `loss` and `grad_norm`, means over the optimizer steps (NaN where there was none), and the
+            `learning_rate` of the first step.
+        """
+        learning_rate = self.scheduler.get_last_lr()[0]
+        results = []
+        for _ in range(self.args.prm_num_epochs):
+            for replayed in [*self.replay, batch]:
+                # The scores taken before the update are still those of the present PRM at the very first step
+                fresh = replayed is batch and not results and self.args.prm_update != "before"
+                results.append(self._step(replayed, keep_scores=fresh or self.args.prm_update == "reverse"))
+        if self.replay.maxlen:
+            self.replay.append(batch)
+        results = [result for result in results if result is not None]
+        loss, grad_norm = torch.tensor(results).mean(0).tolist() if results else (float("nan"), float("nan"))
+        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _step(self, batch: PRMBatch, keep_scores: bool) -> tuple[float, float] | None:
+        """One optimizer step on the mean loss over the rows that count on all processes; loss and gradient norm."""
+        args = self.args
+        peer_scores = peer_labels = None
+        if args.prm_loss_type != "ce":
+            scores = batch.scores if keep_scores else self._scores(batch)
+            peer_scores, peer_labels = self._of_group(scores), self._of_group(batch.labels)
+        counted = counted_rows(batch.labels, batch.reward_mask, args.prm_loss_type, peer_labels)
+        num_counted_per_process = self.accelerator.gather(counted.sum().view(1))
+        total = int(num_counted_per_process.sum())
+        if total == 0:
+            return None
+
+        rows = counted.nonzero().flatten()
+        chunks = [
+            rows[i]
+            for i in length_sorted_chunks(
+                batch.prompt_mask[rows], batch.completion_mask[rows], args.prm_micro_batch_size
+            )
+        ]
+        # Every process runs the same number of micro-batches, else DDP waits for ever: a first row without weight fills up
+        num_chunks = -(-int(num_counted_per_process.max()) // args.prm_micro_batch_size)
+        filler = torch.zeros(1, dtype=torch.long, device=rows.device)
+        chunks += [None] * (num_chunks - len(chunks))
+        self.model.train()
+        loss_sum = torch.zeros((), device=rows.device)
+        for i, chunk in enumerate(chunks):
+            index = filler if chunk is None else chunk
+            last = i == num_chunks - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    logps = completion_logps(self.model, *(tensor[index] for tensor in batch.inputs))
+                scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
+                losses = prm_row_losses(
+                    scores,
+                    batch.labels[index],
+                    args.prm_loss_type,
+                    None if peer_scores is None else peer_scores[index],
+                    None if peer_labels is None else peer_labels[index],
+                )
+                loss = losses.sum() * (0.0 if chunk is None else 1.0 / total)
+                # DDP averages gradients over processes, the loss is a mean over the rows of all of them
+                (loss * self.accelerator.num_processes).backward()
+            loss_sum += loss.detach()
+
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.prm_max_grad_norm or float("inf"))
+        # The same on all processes: gradients are averaged before they are measured
+        if grad_norm.isfinite():
+            self.optimizer.step()
+        else:
+            self.skipped_steps += 1
+            logger.warning(
+                f"The gradient of the PRM is {grad_norm.item()}: this optimizer step is left out ({self.skipped_steps} so "
+                "far). Lower prm_learning_rate or prm_beta if it happens again."
+            )
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm.item()
+
+    def _scores(self, batch: PRMBatch) -> torch.Tensor:
+        """`(B,)` scores of the present PRM, without gradient."""
+        with self.accelerator.autocast():
+            logps = self.prm.log_probs(*batch.inputs)
+        return outcome_scores(logps - batch.ref_logps, batch.reward_mask, self.prm.beta)
+
+    def _of_group(self, values: torch.Tensor) -> torch.Tensor:
+        """`(B, K)` values of the whole group of each of this process's rows; a group may be split over processes."""
+        grouped = group_rows(self.accelerator.gather(values), self.num_generations)
+        first = self.accelerator.process_index * values.shape[0]
+        return grouped[first : first + values.shape[0]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "replay": [vars(batch) for batch in self.replay],
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.replay.clear()
+        for fields in state["replay"]:
+            self.replay.append(
+                PRMBatch(**{name: tensor.to(self.accelerator.device) for name, tensor in fields.items()})
+            )
+        self.skipped_steps = state["skipped_steps"]
+
+
+def _make_optimizer(model: torch.nn.Module, args: PRIMEConfig) -> torch.optim.Optimizer:
+    """The optimizer that `Trainer` would make for this model under the `prm_*` settings."""
+    prm_args = copy.copy(args)
+    prm_args.optim, prm_args.learning_rate = args.prm_optim, args.prm_learning_rate
+    optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(prm_args, model)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": args.prm_weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return optimizer_class([group for group in groups if group["params"]], **kwargs)

@@ -1,0 +1,399 @@
+"""Every knob of PRIME, typed, documented and validated before any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+from trl import GRPOConfig
+
+from .advantages import ESTIMATORS
+from .implicit_prm.losses import LOSS_TYPES
+from .process_rewards import GRANULARITIES, NORMALIZATIONS
+
+UPDATE_MODES = ("after", "before", "reverse", "none")
+REFERENCES = ("frozen", "policy")
+SHORTFALLS = ("mask", "error")
+
+
+@dataclass
+class PRIMEConfig(GRPOConfig):
+    # docstyle-ignore
+    r"""
+    Configuration class for the [`PRIMETrainer`].
+
+    This class includes only the parameters that are specific to PRIME training. For a full list of training arguments,
+    please refer to the [`~trl.GRPOConfig`] and [`~transformers.TrainingArguments`] documentation. Section and equation
+    numbers are those of the PRIME paper, arXiv 2502.01456.
+
+    Parameters:
+        > Parameters that control the implicit PRM
+
+        prm_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when `prm_model` is given as a
+            string. Defaults to `model_init_kwargs`.
+        prm_beta (`float`, *optional*, defaults to `0.05`):
+            Scale of the process reward, in reward per nat: `beta * (log pi_phi - log pi_ref)` (Eq 3). The score of a
+            completion is a sum over its tokens, so beta should scale with one over the completion length: 0.05 is for
+            thousands of tokens, 0.5 to 1 for tens.
+        prm_reference (`str`, *optional*, defaults to `"frozen"`):
+            What the PRM is measured against. `"frozen"`: the model that it started from. `"policy"`: the policy's
+            log-probabilities at rollout time; no reference model is kept.
+
+        > Parameters that control the update of the implicit PRM
+
+        prm_update (`str`, *optional*, defaults to `"after"`):
+            When the PRM learns from a rollout batch. `"after"`: after the batch was scored (single forward). `"before"`:
+            before, and the batch is scored by the updated PRM (double forward). `"reverse"`: as `"after"`, and losses
+            that compare completions use the scores of that single scoring pass through all epochs. `"none"`: never.
+        prm_loss_type (`str`, *optional*, defaults to `"ce"`):
+            `"ce"`: cross-entropy against the outcome (Eq 4). `"dpo"`: detached DPO against the mean of the peers with
+            another outcome. `"bon_acc"`, `"bon_rm"`: the same, weighted by how likely a completion is the best of K by
+            outcome or by score.
+        prm_label (`str`, *optional*, defaults to `"reward"`):
+            The outcome label: `"reward"`, the weighted sum of all reward functions, or the name of one of them. Labels
+            must be between 0 and 1. The prompt filter judges accuracy by the label too.
+        prm_learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Initial learning rate of the PRM.
+        prm_optim (`str`, *optional*, defaults to `"adamw_torch"`):
+            Optimizer of the PRM, a name of [`~transformers.training_args.OptimizerNames`]. Betas, epsilon and `optim_args`
+            are those of the policy.
+        prm_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning-rate schedule of the PRM, a name of [`~transformers.SchedulerType`].
+        prm_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps of the PRM over which its learning rate rises.
+        prm_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay of the PRM.
+        prm_max_grad_norm (`float`, *optional*, defaults to `10.0`):
+            Largest gradient norm of the PRM; the gradient is scaled down to it. 0 to not clip.
+        prm_num_epochs (`int`, *optional*, defaults to `1`):
+            Passes of the PRM over each rollout batch, one optimizer step each.
+        prm_replay_batches (`int`, *optional*, defaults to `0`):
+            How many earlier rollout batches are trained on again with each new one, one optimizer step each. An outcome
+            label does not depend on the policy, so old rollouts stay valid training data for the PRM.
+        prm_micro_batch_size (`int`, *optional*):
+            Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
+            depend on it, memory does.
+
+        > Parameters that control the process rewards
+
+        process_reward_granularity (`str`, *optional*, defaults to `"token"`):
+            `"token"`: each token has its reward. `"step"`: the rewards of a step are summed and sit at its end.
+            `"whole"`: the rewards of a completion are summed and sit on its last token.
+        process_reward_step_delimiter (`str`, *optional*, defaults to `"\n"`):
+            What ends a step.
+        process_reward_norm (`str`, *optional*, defaults to `"batch_norm"`):
+            `"batch_norm"`: divide by the largest absolute reward-to-go of the batch over all processes, as in the
+            published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"none"`: as in Eq 5.
+        prm_trust_weighting (`bool`, *optional*, defaults to `True`):
+            Multiply `process_weight` by how much better than chance the PRM ranks completions,
+            `max(0, 2 * pairwise accuracy - 1)`, on rollouts it has not been trained on, averaged over recent batches.
+            Process rewards stay out while the PRM guesses and come in as it learns.
+
+        > Parameters that control the advantages
+
+        advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
+            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
+            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
+        outcome_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the outcome term of the advantage.
+        process_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the process term. 0 trains on outcomes only, while the PRM still learns and reports.
+        outcome_gamma (`float`, *optional*, defaults to `1.0`):
+            Discount of the outcome per token before the end.
+        process_gamma (`float`, *optional*, defaults to `1.0`):
+            Discount of process rewards from one to the next. 0 credits each token or step with its own reward only.
+        whiten_advantages (`bool`, *optional*, defaults to `True`):
+            Zero mean and unit variance over all tokens of the batch.
+
+        > Parameters that control the online prompt filter
+
+        accuracy_low (`float`, *optional*, defaults to `0.2`):
+            Groups whose mean label is lower are not trained on.
+        accuracy_high (`float`, *optional*, defaults to `0.8`):
+            Groups whose mean label is higher are not trained on. The band from 0 to 1 turns the filter off.
+        filter_truncated (`bool`, *optional*, defaults to `False`):
+            Whether groups with a completion that ran into `max_completion_length` are not trained on.
+        oversample_factor (`float`, *optional*, defaults to `1.0`):
+            Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
+            groups that pass the filter first.
+        filter_shortfall (`str`, *optional*, defaults to `"mask"`):
+            What happens when too few groups pass. `"mask"`: groups that failed fill the batch up and carry no gradient,
+            neither in the policy nor in the PRM. `"error"`: training stops.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `num_generations`: Defaults to `4` instead of `8`.
+    > - `max_completion_length`: Defaults to `3072` instead of `512`.
+    > - `scale_rewards`: Defaults to `"none"` instead of `"group"`. It only affects what TRL logs: advantages come from
+    >   `advantage_estimator`.
+    > - `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the paper's and
+    >   are pinned here in case TRL's defaults move.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs"]
+
+    # Parameters whose default values are overridden from GRPOConfig and TrainingArguments
+    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of the policy."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "Learning-rate schedule of the policy."}
+    )
+    num_generations: int | None = field(
+        default=4, metadata={"help": "Completions per prompt, K. The generation batch must be a multiple of it."}
+    )
+    max_completion_length: int | None = field(
+        default=3072, metadata={"help": "Maximum length of the generated completion, in tokens."}
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Only affects what TRL logs: PRIME's advantages come from `advantage_estimator`."},
+    )
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "Policy loss, any of TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', 'cispo', 'sapo', 'luspo', 'vespo'. "
+            "'dapo', the mean over all tokens of the batch, is the paper's."
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "KL coefficient of the policy (not of the PRM, see `prm_beta`). The paper uses none."},
+    )
+
+    # Parameters that control the implicit PRM
+    prm_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `prm_model` is a string. "
+            "Defaults to `model_init_kwargs`."
+        },
+    )
+    prm_beta: float = field(
+        default=0.05,
+        metadata={
+            "help": "Scale of the process reward in reward per nat (Eq 3). Should scale with one over the completion "
+            "length: 0.05 is for thousands of tokens, 0.5 to 1 for tens."
+        },
+    )
+    prm_reference: str = field(
+        default="frozen",
+        metadata={
+            "help": "What the PRM is measured against: 'frozen', the model that it started from, or 'policy', the "
+            "policy's log-probabilities at rollout time."
+        },
+    )
+
+    # Parameters that control the update of the implicit PRM
+    prm_update: str = field(
+        default="after",
+        metadata={
+            "help": "When the PRM learns from a rollout batch: 'after' it was scored, 'before' (and it is scored by the "
+            "updated PRM), 'reverse' (as 'after', and losses that compare completions keep that pass's scores), 'none'."
+        },
+    )
+    prm_loss_type: str = field(
+        default="ce",
+        metadata={"help": "Loss of the PRM: 'ce' (Eq 4), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N weighted DPO)."},
+    )
+    prm_label: str = field(
+        default="reward",
+        metadata={
+            "help": "Outcome label of the PRM and of the prompt filter: 'reward', the weighted sum of all reward "
+            "functions, or the name of one of them. Must be between 0 and 1."
+        },
+    )
+    prm_learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the PRM."})
+    prm_optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "Optimizer of the PRM. Betas, epsilon and `optim_args` are those of the policy."},
+    )
+    prm_lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule of the PRM."})
+    prm_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps of the PRM over which its learning rate rises."}
+    )
+    prm_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the PRM."})
+    prm_max_grad_norm: float = field(
+        default=10.0, metadata={"help": "Largest gradient norm of the PRM. 0 to not clip."}
+    )
+    prm_num_epochs: int = field(
+        default=1, metadata={"help": "Passes of the PRM over each rollout batch, one optimizer step each."}
+    )
+    prm_replay_batches: int = field(
+        default=0,
+        metadata={
+            "help": "Earlier rollout batches that the PRM is trained on again with each new one, one optimizer step each."
+        },
+    )
+    prm_micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`."
+        },
+    )
+
+    # Parameters that control the process rewards
+    process_reward_granularity: str = field(
+        default="token",
+        metadata={"help": "Unit of the process reward: 'token', 'step' (summed, at its end) or 'whole' completion."},
+    )
+    process_reward_step_delimiter: str = field(default="\n", metadata={"help": "What ends a step."})
+    process_reward_norm: str = field(
+        default="batch_norm",
+        metadata={
+            "help": "'batch_norm': divide process rewards by the largest absolute reward-to-go of the batch, as the "
+            "published code. 'std': by the standard deviation of the centred reward-to-go. 'none': as in Eq 5."
+        },
+    )
+    prm_trust_weighting: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply `process_weight` by max(0, 2 * pairwise accuracy - 1) of the PRM on recent rollouts, so that "
+            "process rewards stay out while the PRM guesses."
+        },
+    )
+
+    # Parameters that control the advantages
+    advantage_estimator: str = field(
+        default="rloo",
+        metadata={
+            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
+            "'value' (section 5.4)."
+        },
+    )
+    outcome_weight: float = field(default=1.0, metadata={"help": "Factor of the outcome term of the advantage."})
+    process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
+    outcome_gamma: float = field(default=1.0, metadata={"help": "Discount of the outcome per token before the end."})
+    process_gamma: float = field(
+        default=1.0, metadata={"help": "Discount of process rewards from one to the next; 0 is immediate credit."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Zero mean and unit variance of the advantages over all tokens of the batch."}
+    )
+
+    # Parameters that control the online prompt filter
+    accuracy_low: float = field(default=0.2, metadata={"help": "Groups whose mean label is lower are not trained on."})
+    accuracy_high: float = field(
+        default=0.8,
+        metadata={"help": "Groups whose mean label is higher are not trained on. 0 to 1 turns the filter off."},
+    )
+    filter_truncated: bool = field(
+        default=False, metadata={"help": "Whether groups with a truncated completion are not trained on."}
+    )
+    oversample_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
+        },
+    )
+    filter_shortfall: str = field(
+        default="mask",
+        metadata={
+            "help": "When too few groups pass: 'mask', failed groups fill the batch up without gradient, or 'error'."
+        },
+    )
+
+    def __post_init__(self):
+        # Checked here, and before the generation batch is derived: TRL's own message speaks of GRPO
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations is {self.num_generations}, but PRIME compares the completions of a prompt with each other: "
+                "set it to 2 or more (the paper uses 4)."
+            )
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError(
+                "fp16=True is not supported: its loss scaler covers every optimizer of the process, and PRIME has two. Use "
+                "bf16=True, or both False for float32."
+            )
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+        if self.prm_micro_batch_size is None:
+            self.prm_micro_batch_size = self.per_device_train_batch_size
+
+    def _check_choices(self) -> None:
+        for name, choices in {
+            "prm_reference": REFERENCES,
+            "prm_update": UPDATE_MODES,
+            "prm_loss_type": LOSS_TYPES,
+            "prm_optim": [optimizer.value for optimizer in OptimizerNames],
+            "prm_lr_scheduler_type": [schedule.value for schedule in SchedulerType],
+            "process_reward_granularity": GRANULARITIES,
+            "process_reward_norm": NORMALIZATIONS,
+            "advantage_estimator": ESTIMATORS,
+            "filter_shortfall": SHORTFALLS,
+        }.items():
+            value = getattr(self, name)
+            value = getattr(value, "value", value)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}, which is unknown. {nearest(value, choices)}")
+            setattr(self, name, value)
+
+    def _check_ranges(self) -> None:
+        if not self.prm_beta > 0 or not math.isfinite(self.prm_beta):
+            raise ValueError(
+                f"prm_beta is {self.prm_beta}, but the reward scale must be positive. The paper uses 0.05."
+            )
+        for name in ("prm_learning_rate", "prm_weight_decay", "prm_max_grad_norm", "outcome_weight", "process_weight"):
+            value = getattr(self, name)
+            if not value >= 0 or not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, but must be zero or a positive number.")
+        for name in ("outcome_gamma", "process_gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a discount must be between 0 and 1.")
+        for name, least in {
+            "prm_num_epochs": 1,
+            "prm_replay_batches": 0,
+            "prm_warmup_steps": 0,
+            "prm_micro_batch_size": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and (value < least or value != int(value)):
+                raise ValueError(f"{name} is {value}, but must be a whole number of at least {least}.")
+        if not 0 <= self.accuracy_low < self.accuracy_high <= 1:
+            raise ValueError(
+                f"The accuracy band is [accuracy_low, accuracy_high] = [{self.accuracy_low}, {self.accuracy_high}], but must "
+                "satisfy 0 <= low < high <= 1. The paper uses 0.2 and 0.8; 0 and 1 turn the filter off."
+            )
+        if not self.process_reward_step_delimiter:
+            raise ValueError(
+                "process_reward_step_delimiter is empty; give the text that ends a step, such as a newline."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.outcome_weight == 0 and self.process_weight == 0:
+            raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")
+        if self.advantage_estimator == "value" and self.process_reward_granularity == "whole":
+            raise ValueError(
+                "advantage_estimator='value' takes the process reward before a token for its value, but with "
+                "process_reward_granularity='whole' all of it sits on the last token. Use 'token' or 'step'."
+            )
+        if self.oversample_factor < 1:
+            raise ValueError(f"oversample_factor is {self.oversample_factor}, but must be at least 1.")
+        if self.oversample_factor > 1:
+            if self.accuracy_low <= 0 and self.accuracy_high >= 1 and not self.filter_truncated:
+                raise ValueError(
+                    f"oversample_factor is {self.oversample_factor}, but the filter is off, so that what is generated on top "
+                    "would be thrown away. Narrow accuracy_low/accuracy_high or set oversample_factor=1."
+                )
+            num_rows = self.generation_batch_size * self.oversample_factor
+            per_device = self.per_device_train_batch_size * self.oversample_factor
+            if not float(per_device).is_integer() or num_rows % self.num_generations:
+                raise ValueError(
+                    f"oversample_factor is {self.oversample_factor}, which makes {num_rows:g} completions in a generation batch, "
+                    f"{per_device:g} for each {self.per_device_train_batch_size} of per_device_train_batch_size: not whole "
+                    f"groups of num_generations={self.num_generations}. Choose a whole number."
+                )
+
+
+def nearest(name: str, choices) -> str:
+    """A sentence with the choice nearest to a misspelt name, and all of them."""
+    matches = difflib.get_close_matches(str(name), list(choices), n=1)
+    hint = f"Did you mean {matches[0]!r}? " if matches else ""
+    return f"{hint}Choose one of: {', '.join(choices)}."

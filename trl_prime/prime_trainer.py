@@ -1,0 +1,734 @@
+"""`PRIMETrainer`: Algorithm 1 of PRIME (arXiv 2502.01456) inside TRL's GRPO step. The only file that touches TRL's private API.
+
+What of `GRPOTrainer` is overridden: `_calculate_rewards` (keeps the rewards of each function),
+`_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has generated and verified),
+`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), and saving and loading. All else,
+generation and the policy loss above all, is TRL's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import os
+import textwrap
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+from trl import GRPOTrainer
+from trl.trainer.utils import create_model_from_path
+
+from .advantages import (
+    RewardCombination,
+    RolloutRewards,
+    advantage_terms,
+    checked_combination,
+    process_variance_share,
+)
+from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy
+from .implicit_prm.model import ImplicitPRM
+from .implicit_prm.scoring import batch_completion_logps
+from .implicit_prm.updater import PRMBatch, PRMUpdater
+from .prime_config import PRIMEConfig, nearest
+from .process_rewards import (
+    aggregate_process_rewards,
+    implicit_process_rewards,
+    normalize_process_rewards,
+    reward_positions,
+)
+from .prompt_filter import select_groups
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
+
+# Keyword arguments that TRL gives to every reward function beside the columns of the data set
+_REWARD_KWARGS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+    "self",
+}
+# Weight of the past in the running mean of the PRM's pairwise accuracy
+_TRUST_DECAY = 0.8
+
+
+class PRIMETrainer(GRPOTrainer):
+    """
+    Trainer for PRIME: online RL with outcome rewards and the dense process rewards of an implicit PRM that is trained
+    along with the policy, on outcome labels only.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl.rewards import accuracy_reward
+    from trl_prime import PRIMEConfig, PRIMETrainer
+
+    trainer = PRIMETrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=accuracy_reward,
+        args=PRIMEConfig("Qwen2.5-0.5B-PRIME", per_device_train_batch_size=8),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The policy.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*): Outcome rewards, as for [`~trl.GRPOTrainer`].
+        args ([`PRIMEConfig`], *optional*): Configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): Must have a `prompt` column.
+        *grpo_args: Further positional arguments of [`~trl.GRPOTrainer`].
+        prm_model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`ImplicitPRM`], *optional*):
+            Start of the implicit PRM and its reference. `None`: the policy as it is at the start, as in the paper. An
+            [`ImplicitPRM`] brings its own reference and keeps it: an earlier run's PRM, or one trained offline.
+        prm_peft_config ([`~peft.PeftConfig`], *optional*):
+            Train the PRM as an adapter. If the policy has an adapter too, both share one base model, which is also the
+            reference.
+        reward_combination (`Callable[[RolloutRewards], torch.Tensor]`, *optional*):
+            Hook that replaces the advantage computation: takes [`~trl_prime.advantages.RolloutRewards`], returns `(B, T)`
+            advantages.
+        **grpo_kwargs: Every other argument of [`~trl.GRPOTrainer`], unchanged.
+
+    Attributes:
+        implicit_prm ([`ImplicitPRM`]): The PRM: `.model` is trained, `.reference` is frozen, or `None` when its
+            log-probabilities come from the policy.
+    """
+
+    _tag_names = ["trl", "prime", "trl-prime"]
+    _name = "PRIME"
+    _paper = {
+        "title": "Process Reinforcement through Implicit Rewards",
+        "id": "2502.01456",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{cui2025process,
+                title        = {{Process Reinforcement through Implicit Rewards}},
+                author       = {Ganqu Cui and Lifan Yuan and Zefan Wang and Hanbin Wang and others},
+                year         = 2025,
+                eprint       = {arXiv:2502.01456},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: PRIMEConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *grpo_args: Any,
+        prm_model: str | PreTrainedModel | ImplicitPRM | None = None,
+        prm_peft_config: PeftConfig | None = None,
+        reward_combination: RewardCombination | None = None,
+        **grpo_kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PRIMEConfig(f"{name.split('/')[-1] or 'model'}-PRIME")
+        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(
+            self, model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs
+        )
+        grpo = dict(list(bound.arguments.items())[1:])
+        _check_before_loading(grpo, prm_model, prm_peft_config, reward_combination)
+
+        super().__init__(**grpo)
+
+        self.reward_combination = reward_combination
+        self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config)
+        self._prm_updater: PRMUpdater | None = None
+        self._prm_accuracy = 0.5  # running pairwise accuracy: the PRM starts out guessing
+        self._rewards_per_func: torch.Tensor | None = None
+        if args.prm_label != "reward" and args.prm_label not in self.reward_func_names:
+            raise ValueError(
+                f"prm_label is {args.prm_label!r}, but no reward function has that name. "
+                f"{nearest(args.prm_label, ['reward', *self.reward_func_names])}"
+            )
+        # TRL sizes the completions table to one generation batch
+        if args.oversample_factor > 1:
+            size = int(args.generation_batch_size * args.oversample_factor)
+            for column in ("images", "prompt", "completion", "advantages"):
+                self._logs[column] = deque(maxlen=size)
+            for column in ("rewards", "extra"):
+                self._logs[column].default_factory = lambda: deque(maxlen=size)
+
+    def _build_implicit_prm(self, prm_model: Any, peft_config: PeftConfig | None) -> ImplicitPRM:
+        args = self.args
+        settings = {
+            "beta": args.prm_beta,
+            "step_delimiter": args.process_reward_step_delimiter,
+            "micro_batch_size": args.prm_micro_batch_size,
+        }
+        policy = self.accelerator.unwrap_model(self.model)
+        frozen_reference = args.prm_reference == "frozen"
+        # TRL has seeded each process differently by now: PRM adapters must start alike on all of them, and the policy's
+        # random numbers must be those of a run without PRM
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            build = {"peft_config": peft_config, "frozen_reference": frozen_reference, **settings}
+            if isinstance(prm_model, ImplicitPRM):
+                prm = prm_model
+                prm.beta, prm.step_delimiter = args.prm_beta, args.process_reward_step_delimiter
+                prm.micro_batch_size = args.prm_micro_batch_size
+                prm.reference = prm.reference if frozen_reference else None
+                if not any(p.requires_grad for p in prm.model.parameters()):
+                    prm.model.requires_grad_(True)
+            elif prm_model is None:
+                prm = ImplicitPRM.from_policy(policy, self._tokenizer, **build)
+            else:
+                if isinstance(prm_model, str):
+                    kwargs = dict(args.prm_model_init_kwargs or args.model_init_kwargs or {})
+                    if args.distributed_state.distributed_type != DistributedType.NO:
+                        kwargs["device_map"] = None
+                    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+                    prm_model = create_model_from_path(prm_model, **kwargs)
+                prm = ImplicitPRM.from_model(prm_model, self._tokenizer, **build)
+        needed = max(self._tokenizer.get_vocab().values()) + 1
+        rows = prm.model.get_input_embeddings().weight.shape[0]
+        if rows < needed:
+            raise ValueError(
+                f"The implicit PRM embeds {rows} tokens, but the policy's tokenizer has {needed}: it belongs to another "
+                "tokenizer. Use a PRM of the policy's model family."
+            )
+        trainable = [p for p in prm.model.parameters() if p.requires_grad]
+        if args.prm_update != "none" and any(p.dtype in (torch.bfloat16, torch.float16) for p in trainable):
+            logger.warning(
+                f"The trainable weights of the PRM are {trainable[0].dtype}: updates of the size of prm_learning_rate="
+                f"{args.prm_learning_rate} are rounded away. Load it in float32 (prm_model_init_kwargs={{'dtype': "
+                "'float32'}}); bf16=True still computes in bfloat16."
+            )
+        if args.disable_dropout:
+            for module in prm.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        prm.model.to(self.accelerator.device)
+        if prm.reference is not None:
+            prm.reference.to(self.accelerator.device).eval()
+        return prm
+
+    # --- Oversampling: more prompts in a generation batch, so that enough of them pass the filter ---
+
+    def get_train_dataloader(self):
+        factor = self.args.oversample_factor
+        if factor == 1:
+            return super().get_train_dataloader()
+        # TRL derives the rows of each process from the first and the prompts of a batch from the second
+        train_batch_size, generation_batch_size = self._train_batch_size, self.args.generation_batch_size
+        try:
+            self._train_batch_size = int(train_batch_size * factor)
+            self.args.generation_batch_size = int(generation_batch_size * factor)
+            return super().get_train_dataloader()
+        finally:
+            self._train_batch_size, self.args.generation_batch_size = train_batch_size, generation_batch_size
+
+    # --- One step of Algorithm 1 ---
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        self._ensure_prm()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _ensure_prm(self) -> None:
+        # Not in __init__: Trainer frees what accelerate has prepared when training starts
+        if self._prm_updater is None and self.args.prm_update != "none":
+            args = self.args
+            micro_batches = self.state.max_steps * args.gradient_accumulation_steps
+            num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+            self._prm_updater = PRMUpdater(
+                self.implicit_prm, args, self.accelerator, num_rollout_batches, self.num_generations
+            )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        rewards_per_func = self._rewards_per_func
+        outcomes, labels = self._outcomes_and_labels(rewards_per_func)
+        mode = "train" if self.model.training else "eval"
+        if mode == "eval":
+            self._evaluate_prm(output, outcomes, labels)
+            return output
+
+        # Prompt filter: rows that fail it, or that could not be judged, carry no gradient
+        num_rows = outcomes.shape[0]
+        truncated = self.accelerator.gather(self._is_truncated(output))
+        passed = select_groups(
+            labels,
+            self.num_generations,
+            low=self.args.accuracy_low,
+            high=self.args.accuracy_high,
+            truncated=truncated if self.args.filter_truncated else None,
+        )
+        rows = self._rows_to_train_on(passed)
+        self._log("filter/pass_rate", passed.float().mean())
+        self._log("filter/judged", 1 - outcomes.isnan().float().mean())
+        trains = passed.repeat_interleave(self.num_generations) & ~outcomes.isnan()
+        output = self._select_rows(output, rows)
+        self._log("filter/trained", trains[rows].float().mean())
+        outcomes, labels = outcomes.masked_fill(~trains, torch.nan)[rows], labels.masked_fill(~trains, torch.nan)[rows]
+        trains = trains[rows]
+
+        # Implicit PRM: score with one state, update, advantages
+        batch, scores = self._score(output, labels, trains)
+        accuracy = pairwise_accuracy(scores, labels, self.num_generations)
+        self._log("prm/pairwise_accuracy", accuracy)
+        self._log("prm/accuracy", absolute_accuracy(scores, labels))
+        prm_logps = self._update_prm(batch, labels)
+        trust = self._update_trust(accuracy)
+        advantages, process_rewards = self._advantages(
+            output, batch, prm_logps, outcomes, trains, rewards_per_func[rows], rows, num_rows, trust
+        )
+
+        local = self._local(trains)
+        output["advantages"] = advantages
+        if not trains.all():
+            # `tool_mask` is what TRL leaves out of every term of the loss, of KL and entropy too, while attention still
+            # sees the tokens
+            tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
+            output["tool_mask"] = tool_mask * local[:, None].to(tool_mask.dtype)
+        loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
+        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        self._log_rows(rows, num_rows, outcomes, process_rewards, advantages, loss_mask, rewards_per_func)
+        return output
+
+    def _outcomes_and_labels(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B,)` weighted sums of the rewards and `(B,)` labels of the PRM, of all processes; NaN = not judged."""
+        weights = self.reward_weights.to(rewards_per_func.device)
+        outcomes = (rewards_per_func * weights).nansum(1)
+        outcomes = outcomes.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+        if outcomes.isinf().any():
+            column = rewards_per_func.isinf().any(0).nonzero()[0].item()
+            raise ValueError(
+                f"The reward function '{self.reward_func_names[column]}' returned infinity. Return None for a completion that "
+                "it cannot judge."
+            )
+        label = self.args.prm_label
+        labels = outcomes if label == "reward" else rewards_per_func[:, self.reward_func_names.index(label)]
+        outside = (labels < -1e-6) | (labels > 1 + 1e-6)
+        if outside.any():
+            raise ValueError(
+                f"The outcome label {labels[outside][0].item():g} is outside [0, 1], but the implicit PRM is trained on "
+                f"probabilities of success. prm_label is {label!r}: set it to the name of the reward function that says "
+                f"right or wrong (one of {self.reward_func_names}), or choose reward_weights so that the sum stays between 0 "
+                "and 1."
+            )
+        return outcomes, labels.clamp(0, 1)
+
+    def _is_truncated(self, output: dict[str, Any]) -> torch.Tensor:
+        """`(B,)` bool of this process: the completion ran into the length limit."""
+        completion_ids, mask = output["completion_ids"], output["completion_mask"]
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=mask.device)
+        last = (mask.sum(1) - 1).clamp(min=0)
+        last_ids = completion_ids.gather(1, last[:, None]).squeeze(1)
+        # An empty mask is a completion that TRL has masked because it was truncated
+        return ~torch.isin(last_ids, ends) | (mask.sum(1) == 0)
+
+    def _rows_to_train_on(self, passed: torch.Tensor) -> torch.Tensor:
+        """Rows of the generated batch that make up the training batch: whole groups, those that passed first."""
+        size = self.args.generation_batch_size // self.num_generations
+        num_passed = int(passed.sum())
+        if num_passed < size:
+            message = (
+                f"{num_passed} of {len(passed)} groups passed the prompt filter (accuracy between {self.args.accuracy_low} and "
+                f"{self.args.accuracy_high}), but a generation batch needs {size}."
+            )
+            if self.args.filter_shortfall == "error":
+                raise RuntimeError(
+                    f"{message} Widen the band, raise oversample_factor or set filter_shortfall='mask' to train on fewer."
+                )
+            if num_passed == 0:
+                logger.warning(f"{message} The policy does not learn from this batch.")
+        order = torch.cat([passed.nonzero().flatten(), (~passed).nonzero().flatten()])[:size].sort().values
+        offsets = torch.arange(self.num_generations, device=order.device)
+        return (order[:, None] * self.num_generations + offsets).flatten()
+
+    def _local(self, values: torch.Tensor) -> torch.Tensor:
+        """This process's rows of values of all processes."""
+        size = values.shape[0] // self.accelerator.num_processes
+        return values[self.accelerator.process_index * size : (self.accelerator.process_index + 1) * size]
+
+    def _select_rows(self, output: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        """Keep the given rows of all processes' output, spread evenly over the processes."""
+        num_local = output["completion_ids"].shape[0]
+        if len(rows) == num_local * self.accelerator.num_processes:
+            return output
+        selected = {}
+        for key, value in output.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 0:
+                if value.ndim > 1:
+                    value = self.accelerator.pad_across_processes(
+                        value,
+                        dim=1,
+                        pad_index=self._tokenizer.pad_token_id if key.endswith("_ids") else 0,
+                        pad_first=key.startswith("prompt_"),
+                    )
+                value = self._local(self.accelerator.gather(value)[rows])
+            selected[key] = value
+        # Cut what only the dropped rows needed
+        prompt_len = int(selected["prompt_mask"].sum(1).amax())
+        num_tokens = selected["completion_ids"].shape[1]
+        completion_len = max(int((selected["completion_ids"] != self._tokenizer.pad_token_id).sum(1).amax()), 1)
+        completion_len = max(int(selected["completion_mask"].sum(1).amax()), completion_len)
+        for key, value in selected.items():
+            if not isinstance(value, torch.Tensor) or value.ndim < 2:
+                continue
+            if key.startswith("prompt_"):
+                selected[key] = value[:, -prompt_len:]
+            elif value.shape[1] == num_tokens:
+                selected[key] = value[:, :completion_len]
+        return selected
+
+    def _score(
+        self, output: dict[str, Any], labels: torch.Tensor, trains: torch.Tensor
+    ) -> tuple[tuple[PRMBatch, torch.Tensor], torch.Tensor]:
+        """The PRM's batch of this process with its `(B, T)` log-probabilities, and the `(B,)` scores of all processes."""
+        prm, local = self.implicit_prm, self._local(trains)
+        inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        # Rows that do not train are not scored either
+        chosen = tuple(tensor[local] for tensor in inputs)
+        prm_logps = torch.zeros(inputs[2].shape, device=inputs[2].device)
+        ref_logps = torch.zeros_like(prm_logps)
+        if local.any():
+            with self.accelerator.autocast():
+                prm_logps[local] = prm.log_probs(*chosen)
+                if prm.reference is not None:
+                    ref_logps[local] = prm.reference_log_probs(*chosen)
+                elif "old_per_token_logps" in output and self.temperature == 1.0:
+                    ref_logps[local] = output["old_per_token_logps"][local].float()
+                else:
+                    policy = self.accelerator.unwrap_model(self.model)
+                    ref_logps[local] = batch_completion_logps(policy, *chosen, prm.micro_batch_size)
+        mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
+        scores = outcome_scores(prm_logps - ref_logps, mask, prm.beta)
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                f"The implicit PRM gave {scores[~scores.isfinite()][0].item()} for a completion at step "
+                f"{self.state.global_step}. Its weights, the reference or the rollouts are broken: look at prm/grad_norm of the "
+                "last steps, lower prm_learning_rate, and resume from the last checkpoint."
+            )
+        batch = PRMBatch(*inputs, mask, ref_logps, self._local(labels), scores)
+        return (batch, prm_logps), self._gather_scores(scores, local)
+
+    def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(scores.masked_fill(~scored, torch.nan))
+
+    def _update_prm(self, scored: tuple[PRMBatch, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Train the PRM on the batch; the `(B, T)` log-probabilities that process rewards are made of."""
+        batch, prm_logps = scored
+        if self._prm_updater is None:
+            return prm_logps
+        for name, value in self._prm_updater.update(batch).items():
+            self._log(f"prm/{name}", value)
+        self._log("prm/skipped_steps", self._prm_updater.skipped_steps)
+        local = batch.reward_mask.any(1)
+        before = self.args.prm_update == "before"
+        if not before:
+            # One micro-batch of whole groups tells how much the update has taught, at the cost of one forward pass
+            num_groups = max(self.args.prm_micro_batch_size // self.num_generations, 1)
+            local = local & (local.cumsum(0) <= num_groups * self.num_generations)
+        updated_logps = torch.zeros_like(prm_logps)
+        if local.any():
+            with self.accelerator.autocast():
+                updated_logps[local] = self.implicit_prm.log_probs(*(tensor[local] for tensor in batch.inputs))
+        scores = outcome_scores(updated_logps - batch.ref_logps, batch.reward_mask, self.implicit_prm.beta)
+        scores = self._gather_scores(scores, local)
+        self._log("prm/pairwise_accuracy_after_update", pairwise_accuracy(scores, labels, self.num_generations))
+        return updated_logps if before else prm_logps
+
+    def _update_trust(self, accuracy: float) -> float:
+        """Weight of the process rewards: how much better than chance the PRM ranks rollouts that it was not trained on."""
+        if accuracy == accuracy:  # NaN: no two completions to compare
+            self._prm_accuracy = _TRUST_DECAY * self._prm_accuracy + (1 - _TRUST_DECAY) * accuracy
+        trust = max(0.0, 2 * self._prm_accuracy - 1) if self.args.prm_trust_weighting else 1.0
+        self._log("prm/trust", trust)
+        return trust
+
+    def _advantages(
+        self,
+        output: dict[str, Any],
+        scored: tuple[PRMBatch, torch.Tensor],
+        prm_logps: torch.Tensor,
+        outcomes: torch.Tensor,
+        trains: torch.Tensor,
+        rewards_per_func: torch.Tensor,
+        rows: torch.Tensor,
+        num_rows: int,
+        trust: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, T)` advantages and process rewards of this process, computed over the rows of all processes."""
+        args, batch = self.args, scored[0]
+        mask, granularity = batch.reward_mask, args.process_reward_granularity
+        step_ids = self.implicit_prm.step_ids(batch.completion_ids) if granularity == "step" else None
+        token_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
+        self._log("prm/process_reward", self._masked_mean(token_rewards, mask))
+        process_rewards = aggregate_process_rewards(token_rewards, mask, granularity, step_ids)
+        positions = reward_positions(mask, granularity, step_ids)
+
+        all_process, all_positions, all_mask = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
+            for tensor in (process_rewards, positions, mask)
+        )
+        all_process = normalize_process_rewards(
+            all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma
+        )
+        settings = {
+            "estimator": args.advantage_estimator,
+            "outcome_weight": args.outcome_weight,
+            "process_weight": args.process_weight * trust,
+            "outcome_gamma": args.outcome_gamma,
+            "process_gamma": args.process_gamma,
+            "whiten": args.whiten_advantages,
+        }
+        rewards = RolloutRewards(
+            outcome_rewards=outcomes,
+            process_rewards=all_process,
+            completion_mask=all_mask.bool(),
+            reward_mask=all_positions.bool(),
+            num_generations=self.num_generations,
+            settings=settings,
+            outcome_rewards_per_func=rewards_per_func,
+            reward_func_names=self.reward_func_names,
+            trainer_state=self.state,
+        )
+        if self.reward_combination is None:
+            advantages = rewards.combine()
+            terms = {name: value for name, value in settings.items() if name != "whiten"}
+            share = process_variance_share(
+                *advantage_terms(
+                    outcomes, all_process, all_mask, self.num_generations, reward_mask=all_positions, **terms
+                )
+            )
+            self._log("advantage/process_share", share)
+        else:
+            advantages = checked_combination(
+                self.reward_combination, self._with_rollouts(rewards, output, rows, num_rows)
+            )
+        advantages = advantages.masked_fill(~trains[:, None], 0.0)
+        if not advantages.isfinite().all():
+            raise FloatingPointError(
+                f"Advantages are not finite at step {self.state.global_step}; nothing was trained."
+            )
+        return self._local(advantages)[:, : mask.shape[1]], process_rewards
+
+    def _with_rollouts(
+        self, rewards: RolloutRewards, output: dict[str, Any], rows: torch.Tensor, num_rows: int
+    ) -> RolloutRewards:
+        """Add what only a hook needs: the rollouts as ids and as TRL has just logged them."""
+        completion_ids = self.accelerator.pad_across_processes(
+            output["completion_ids"], dim=1, pad_index=self._tokenizer.pad_token_id
+        )
+        texts = {}
+        for column in ("prompt", "completion"):
+            logged = list(self._logs[column])[-num_rows:]
+            texts[f"{column}s"] = [logged[row] for row in rows.tolist()]
+        return dataclasses.replace(rewards, completion_ids=self.accelerator.gather(completion_ids), **texts)
+
+    # --- Evaluation and logging ---
+
+    def _evaluate_prm(self, output: dict[str, Any], outcomes: torch.Tensor, labels: torch.Tensor) -> None:
+        """Score held-out completions; nothing is trained."""
+        judged = ~labels.isnan()
+        (batch, prm_logps), scores = self._score(output, labels, judged)
+        if self.num_generations_eval > 1:
+            self._log("prm/pairwise_accuracy", pairwise_accuracy(scores, labels, self.num_generations_eval))
+        self._log("prm/accuracy", absolute_accuracy(scores, labels))
+        mask = batch.reward_mask
+        process_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
+        self._log("prm/process_reward", self._masked_mean(process_rewards, mask))
+        if self.log_completions:
+            self._logs["extra"]["outcome"].extend(outcomes.tolist())
+            self._logs["extra"]["process_reward"].extend(self.accelerator.gather(process_rewards.sum(1)).tolist())
+            self._logs["extra"]["trained"].extend([False] * len(outcomes))
+
+    def _masked_mean(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean over the unmasked tokens of all processes; NaN if there are none."""
+        total, count = self.accelerator.reduce(torch.stack([values[mask].sum(), mask.sum().float()]), "sum").tolist()
+        return total / count if count else float("nan")
+
+    def _log(self, name: str, value: float | torch.Tensor) -> None:
+        # TRL averages over the logging interval and leaves NaN out
+        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def _log_rows(
+        self,
+        rows: torch.Tensor,
+        num_rows: int,
+        outcomes: torch.Tensor,
+        process_rewards: torch.Tensor,
+        advantages: torch.Tensor,
+        loss_mask: torch.Tensor,
+        rewards_per_func: torch.Tensor,
+    ) -> None:
+        """Complete the last `num_rows` rows of TRL's completions table."""
+        if not self.log_completions:
+            return
+        weights = self.reward_weights.to(rewards_per_func.device)
+        all_outcomes = (rewards_per_func * weights).nansum(1).masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+        mean_advantages = (advantages * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
+        # The rows that were generated and not trained on have no process reward and no advantage
+        columns = {"process_reward": process_rewards.sum(1), "advantage": mean_advantages}
+        for name, values in columns.items():
+            column = torch.zeros(num_rows, device=rows.device)
+            column[rows] = self.accelerator.gather(values.float())
+            columns[name] = column.tolist()
+        trained = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
+        trained[rows] = ~outcomes.isnan()
+        for _ in range(num_rows):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(columns["advantage"])
+        self._logs["extra"]["outcome"].extend(all_outcomes.tolist())
+        self._logs["extra"]["process_reward"].extend(columns["process_reward"])
+        self._logs["extra"]["trained"].extend(trained.tolist())
+
+    # --- Saving and loading ---
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        # First, because super pushes the folder at its end
+        if self.args.should_save:
+            self.implicit_prm.save_pretrained(os.path.join(folder, "prm"))
+        super().save_model(output_dir, _internal_call)
+
+    def _prm_state_path(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"prm_state_{self.accelerator.process_index}.pt")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {"accuracy": self._prm_accuracy, "updater": self._prm_updater and self._prm_updater.state_dict()}
+        os.makedirs(output_dir, exist_ok=True)
+        torch.save(state, self._prm_state_path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._ensure_prm()
+        if checkpoint is None:
+            return
+        path = self._prm_state_path(checkpoint)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer with this number of "
+                "processes, or with save_only_model=True, and the PRM could not go on where it stopped. Resume from another "
+                "checkpoint, or start a new run with model= and prm_model= set to its weights."
+            )
+        self._load_prm_weights(os.path.join(checkpoint, "prm"))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self._prm_accuracy = state["accuracy"]
+        if self._prm_updater is not None:
+            self._prm_updater.load_state_dict(state["updater"])
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_prm_weights(os.path.join(self.state.best_model_checkpoint, "prm"))
+
+    def _load_prm_weights(self, folder: str) -> None:
+        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+        model = self.implicit_prm.model
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, load_peft_weights(os.path.join(folder, "adapter"), device="cpu"))
+        else:
+            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+
+def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: Any, reward_combination: Any) -> None:
+    """Refuse what cannot work before any model is loaded."""
+    args, train_dataset = grpo["args"], grpo.get("train_dataset")
+    if not isinstance(args, PRIMEConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}, but PRIMETrainer needs a PRIMEConfig: it has the PRM's settings."
+        )
+    distributed = args.distributed_state.distributed_type if args.distributed_state else DistributedType.NO
+    if args.deepspeed or distributed == DistributedType.DEEPSPEED or distributed == DistributedType.FSDP or args.fsdp:
+        raise NotImplementedError(
+            "PRIMETrainer trains on one process or by DDP so far. Unset `fsdp` and `deepspeed`, and use LoRA "
+            "(`peft_config` and `prm_peft_config`) to save memory."
+        )
+    if isinstance(grpo.get("processing_class"), ProcessorMixin):
+        raise NotImplementedError(
+            "PRIMETrainer scores text only so far: pass a tokenizer, not a multimodal processor."
+        )
+    if reward_combination is not None and not callable(reward_combination):
+        raise TypeError(
+            f"reward_combination is {reward_combination!r}; pass a callable that takes RolloutRewards. In YAML, give its dotted "
+            "path."
+        )
+    if isinstance(prm_model, ImplicitPRM) and prm_peft_config is not None:
+        raise ValueError("prm_model is an ImplicitPRM, which is full or LoRA already: leave prm_peft_config out.")
+
+    policy, tokenizer = grpo["model"], grpo.get("processing_class")
+    prm_tokenizer = None
+    if isinstance(prm_model, str):
+        kwargs = {"trust_remote_code": args.trust_remote_code}
+        prm_tokenizer = AutoTokenizer.from_pretrained(prm_model, **kwargs)
+        if tokenizer is None:
+            name = policy if isinstance(policy, str) else policy.config._name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    elif isinstance(prm_model, ImplicitPRM):
+        prm_tokenizer = prm_model.tokenizer
+        if tokenizer is None and isinstance(policy, str):
+            tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
+    if prm_tokenizer is not None and tokenizer is not None:
+        _check_same_tokenizer(tokenizer, prm_tokenizer)
+
+    if train_dataset is None or grpo.get("environment_factory") is not None:
+        return
+    columns = _columns(train_dataset)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The training data set has no column 'prompt'; its columns are {sorted(columns)}. Rename one "
+            "(`dataset.rename_column`), or map the rows to TRL's prompt format."
+        )
+    if grpo.get("rollout_func") is not None:
+        return  # which may add columns of its own
+    reward_funcs = grpo.get("reward_funcs")
+    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not callable(func) or isinstance(func, torch.nn.Module):
+            continue
+        for name, parameter in inspect.signature(func).parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.KEYWORD_ONLY,
+                parameter.POSITIONAL_OR_KEYWORD,
+            )
+            if required and name not in _REWARD_KWARGS and name not in columns:
+                raise ValueError(
+                    f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
+                    f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
+                )
+
+
+def _columns(dataset: Dataset | IterableDataset) -> set[str] | None:
+    """Column names, of a streamed data set by its first row; None where they cannot be known."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and isinstance(dataset, IterableDataset):
+        first = next(iter(itertools.islice(dataset, 1)), None)
+        names = first and list(first)
+    return set(names) if names else None
+
+
+def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """The PRM reads the policy's token ids: a single different id mis-scores silently."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours if theirs.get(token) != ours[token])
+    if not different:
+        return  # the PRM knows tokens that the policy never writes
+    raise ValueError(
+        f"The PRM's tokenizer differs from the policy's: {len(different)} of {len(ours)} tokens have another id or none, "
+        f"{different[0]!r} first. The PRM reads the policy's token ids, so use one of the same model family."
+    )

@@ -1,0 +1,190 @@
+"""From log-probabilities to process rewards (PRIME, arXiv 2502.01456, section 2.1 and Eq 3).
+
+Covered: the token reward beta * (log pi_phi - log pi_ref), its sum over steps or over whole completions, and the
+published normalisation. Not covered: baselines and returns (`advantages.py`), and where the log-probabilities come from
+(`implicit_prm`). All functions are pure and vectorised; B = completions, T = completion tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+GRANULARITIES = ("token", "step", "whole")
+NORMALIZATIONS = ("none", "batch_norm", "std")
+
+
+def implicit_process_rewards(
+    prm_logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """
+    Process reward of every token, Eq 3: `beta * (log pi_phi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t))`.
+
+    Args:
+        prm_logps (`torch.Tensor`): `(B, T)` log-probabilities in nats under the implicit PRM.
+        ref_logps (`torch.Tensor`): `(B, T)` log-probabilities in nats under the reference.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        beta (`float`): Reward scale, in reward per nat. Must be positive.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` rewards (log-odds of a right outcome), zero where masked, at least float32.
+        Differentiable in both log-probabilities.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
+    log_ratios = prm_logps - ref_logps
+    if log_ratios.dtype in (torch.float16, torch.bfloat16):
+        log_ratios = prm_logps.float() - ref_logps.float()
+    return (beta * log_ratios).masked_fill(~mask.bool(), 0.0)
+
+
+def split_steps(token_texts: Sequence[str], delimiter: str) -> list[int]:
+    """
+    Number the reasoning steps of one completion: the delimiter belongs to the step that it ends.
+
+    Repeated delimiters (a blank line) end one step, not two. The delimiter may span tokens.
+
+    Args:
+        token_texts (`Sequence[str]`): The T tokens of one completion as text.
+        delimiter (`str`): What ends a step, for instance a newline.
+
+    Returns:
+        `list[int]`: T step numbers, from 0, non-decreasing.
+    """
+    text = "".join(token_texts)
+    step_ends = [match.end() for match in re.finditer(f"(?:{re.escape(delimiter)})+", text)]
+    steps, step, position = [], 0, 0
+    for token_text in token_texts:
+        while step < len(step_ends) and position >= step_ends[step]:
+            step += 1
+        steps.append(step)
+        position += len(token_text)
+    return steps
+
+
+def _unit_ids(mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None) -> torch.Tensor:
+    """`(B, T)` number of the unit (token, step or completion) that a token belongs to."""
+    if granularity == "token":
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    if granularity == "whole":
+        return torch.zeros_like(mask, dtype=torch.long)
+    if granularity == "step":
+        if step_ids is None:
+            raise ValueError("granularity is 'step', which needs `step_ids`, but none were given.")
+        return step_ids.to(mask.device)
+    raise ValueError(f"granularity is {granularity!r}; choose one of {GRANULARITIES}.")
+
+
+def reward_positions(mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Where the process rewards of a granularity sit: on the last unmasked token of each token, step or completion.
+
+    Args:
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        granularity (`str`): `"token"`, `"step"` or `"whole"`.
+        step_ids (`torch.Tensor`, *optional*): `(B, T)` non-decreasing step numbers, needed for `"step"`.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` bool.
+    """
+    mask = mask.bool()
+    unit_ids = _unit_ids(mask, granularity, step_ids)
+    num_tokens = mask.shape[1]
+    # Index of the next unmasked token after t, num_tokens where there is none
+    index = torch.arange(num_tokens, device=mask.device).expand(mask.shape).masked_fill(~mask, num_tokens)
+    next_index = torch.nn.functional.pad(index[:, 1:], (0, 1), value=num_tokens)
+    next_index = next_index.flip(-1).cummin(-1).values.flip(-1) if num_tokens else next_index
+    next_unit = torch.nn.functional.pad(unit_ids, (0, 1), value=-1).gather(1, next_index)
+    return mask & (next_unit != unit_ids)
+
+
+def aggregate_process_rewards(
+    rewards: torch.Tensor, mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Sum token rewards over tokens, steps or whole completions; each sum sits at its `reward_positions`.
+
+    Args:
+        rewards (`torch.Tensor`): `(B, T)` token rewards.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+        granularity (`str`): `"token"` leaves the rewards as they are, `"step"` sums each step, `"whole"` the completion.
+        step_ids (`torch.Tensor`, *optional*): `(B, T)` non-decreasing step numbers, needed for `"step"`.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`, zero elsewhere. The sum over a completion is the same for every granularity.
+    """
+    positions = reward_positions(mask, granularity, step_ids)
+    rewards = rewards.masked_fill(~mask.bool(), 0.0)
+    if granularity == "token":
+        return rewards
+    unit_ids = _unit_ids(mask, granularity, step_ids)
+    num_units = int(unit_ids.max()) + 1 if unit_ids.numel() else 1
+    sums = rewards.new_zeros(rewards.shape[0], num_units).scatter_add(1, unit_ids, rewards)
+    return sums.gather(1, unit_ids).masked_fill(~positions, 0.0)
+
+
+def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
+    """
+    Discounted reward-to-go, the sum over s >= t of `gamma^(s-t) * rewards_s` (Eq 5).
+
+    Time is counted in unmasked positions, so tokens between two positions share the return of the later one: tool output
+    does not discount, and with step rewards every token of a step is credited with its own step in full.
+
+    Args:
+        rewards (`torch.Tensor`): `(B, T)` rewards.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where a reward sits. Rewards elsewhere are ignored.
+        gamma (`float`): Discount between 0 and 1 from one position to the next.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`.
+    """
+    mask = mask.bool()
+    returns = rewards.masked_fill(~mask, 0.0)
+    if gamma == 1.0:
+        return returns.flip(-1).cumsum(-1).flip(-1)
+    # The recurrence G_t = r_t + d_t * G_(t+1) solved by doubling: after k rounds G_t spans 2^k tokens and `decay` is the
+    # product of the d over that span.
+    decay = torch.ones_like(returns).masked_fill(mask, gamma)
+    span = 1
+    while span < returns.shape[1]:
+        returns = torch.cat([returns[:, :-span] + decay[:, :-span] * returns[:, span:], returns[:, -span:]], dim=1)
+        decay = torch.cat([decay[:, :-span] * decay[:, span:], decay[:, -span:]], dim=1)
+        span *= 2
+    return returns
+
+
+def normalize_process_rewards(
+    rewards: torch.Tensor, mask: torch.Tensor, method: str, eps: float = 1e-2, gamma: float = 1.0
+) -> torch.Tensor:
+    """
+    Scale the process rewards of a whole batch (of all processes: a scale per rank would differ between ranks).
+
+    Args:
+        rewards (`torch.Tensor`): `(B, T)` process rewards.
+        mask (`torch.Tensor`): `(B, T)`, non-zero where a reward sits and counts for the scale.
+        method (`str`):
+            `"none"`: as they are. `"batch_norm"`: divide by the largest absolute reward-to-go of the batch, as both
+            published implementations do. `"std"`: divide by the standard deviation of the reward-to-go, taken after the
+            mean reward is subtracted (as the baseline will do).
+        eps (`float`): Floor of the scale, in units of reward (log-odds). At the first step the PRM equals its reference and
+            its rewards are rounding noise, which must not be blown up to unit size.
+        gamma (`float`): Discount of the reward-to-go.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`.
+    """
+    if method == "none":
+        return rewards
+    mask = mask.bool()
+    if not mask.any():
+        return rewards
+    if method == "batch_norm":
+        scale = discounted_returns(rewards, mask, gamma)[mask].abs().amax()
+    elif method == "std":
+        centred = rewards - rewards[mask].mean()
+        scale = discounted_returns(centred, mask, gamma)[mask].std(unbiased=False)
+    else:
+        raise ValueError(f"method is {method!r}; choose one of {NORMALIZATIONS}.")
+    return rewards / scale.clamp(min=eps)
