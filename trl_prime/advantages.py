@@ -17,10 +17,10 @@ from .process_rewards import discounted_returns
 
 ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
 
-# Spreads below these are rounding, not signal, and are not scaled up. Outcomes are of order one, mean process rewards per
-# token of order 1e-4, advantages of order one.
+# Spreads below these are rounding, not signal, and are not scaled up. Outcomes and advantages are of order one; the score
+# of a completion, its process rewards summed, says something from 0.01 log-odds on.
 _OUTCOME_STD_FLOOR = 1e-4
-_PROCESS_STD_FLOOR = 1e-6
+_SCORE_STD_FLOOR = 1e-2
 _ADVANTAGE_STD_FLOOR = 1e-3
 
 
@@ -115,7 +115,10 @@ def advantage_terms(
             mean, std = _group_mean_std(outcomes, judged, num_generations)
             outcome_advantages = (outcomes - mean) / std.clamp(min=_OUTCOME_STD_FLOOR)
             mean, std = _group_mean_std(mean_process, has_process, num_generations)
-            centred = (process - mean[:, None]) / std.clamp(min=_PROCESS_STD_FLOOR)[:, None]
+            # `std` is that of a mean over positions, hence the floor of a score over their number
+            num_positions = (positions & has_process[:, None]).sum() / has_process.sum().clamp(min=1)
+            floor = _SCORE_STD_FLOOR / num_positions.clamp(min=1).to(dtype)
+            centred = (process - mean[:, None]) / torch.maximum(std, floor)[:, None]
         else:
             outcome_advantages = outcomes - outcome_baseline
             centred = process - process_baseline[:, None]
@@ -139,7 +142,7 @@ def advantage_terms(
     outcome_advantages = outcome_advantages[:, None].expand_as(process)
     if outcome_gamma != 1.0:
         tokens_left = mask.flip(-1).cumsum(-1).flip(-1) - mask.long()
-        outcome_advantages = outcome_advantages * outcome_gamma**tokens_left
+        outcome_advantages = outcome_advantages * outcome_gamma ** tokens_left.to(dtype)
     outcome_term = (outcome_weight * outcome_advantages).masked_fill(~active, 0.0)
     process_term = (process_weight * process_advantages).masked_fill(~(active & process_contributes[:, None]), 0.0)
     return outcome_term, process_term, active

@@ -18,6 +18,9 @@ from .process_rewards import GRANULARITIES, NORMALIZATIONS
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
 SHORTFALLS = ("mask", "error")
+# TRL checks these two only after the models are loaded and the first batch is generated
+POLICY_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+REWARD_SCALES = ("group", "batch", "none")
 
 
 @dataclass
@@ -328,6 +331,8 @@ class PRIMEConfig(GRPOConfig):
             "process_reward_norm": NORMALIZATIONS,
             "advantage_estimator": ESTIMATORS,
             "filter_shortfall": SHORTFALLS,
+            "loss_type": POLICY_LOSSES,
+            "scale_rewards": REWARD_SCALES,
         }.items():
             value = getattr(self, name)
             value = getattr(value, "value", value)
@@ -374,7 +379,7 @@ class PRIMEConfig(GRPOConfig):
                 "advantage_estimator='value' takes the process reward before a token for its value, but with "
                 "process_reward_granularity='whole' all of it sits on the last token. Use 'token' or 'step'."
             )
-        if self.oversample_factor < 1:
+        if not self.oversample_factor >= 1:
             raise ValueError(f"oversample_factor is {self.oversample_factor}, but must be at least 1.")
         if self.oversample_factor > 1:
             if self.accuracy_low <= 0 and self.accuracy_high >= 1 and not self.filter_truncated:

@@ -299,7 +299,7 @@ class PRIMETrainer(GRPOTrainer):
             tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
             output["tool_mask"] = tool_mask * local[:, None].to(tool_mask.dtype)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum().clamp(min=1)
         self._log_rows(rows, num_rows, outcomes, process_rewards, advantages, loss_mask, rewards_per_func)
         return output
 
@@ -680,6 +680,11 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
         prm_tokenizer = prm_model.tokenizer
         if tokenizer is None and isinstance(policy, str):
             tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
+    elif isinstance(prm_model, PreTrainedModel) and tokenizer is not None and prm_model.name_or_path:
+        try:
+            prm_tokenizer = AutoTokenizer.from_pretrained(prm_model.name_or_path)
+        except (OSError, ValueError):
+            prm_tokenizer = None  # an instance need not have come with a tokenizer; its size is checked later
     if prm_tokenizer is not None and tokenizer is not None:
         _check_same_tokenizer(tokenizer, prm_tokenizer)
 

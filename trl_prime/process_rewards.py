@@ -168,8 +168,9 @@ def normalize_process_rewards(
             `"none"`: as they are. `"batch_norm"`: divide by the largest absolute reward-to-go of the batch, as both
             published implementations do. `"std"`: divide by the standard deviation of the reward-to-go, taken after the
             mean reward is subtracted (as the baseline will do).
-        eps (`float`): Floor of the scale, in units of reward (log-odds). At the first step the PRM equals its reference and
-            its rewards are rounding noise, which must not be blown up to unit size.
+        eps (`float`): Scale, in units of reward (log-odds), below which rewards count as noise: the result then falls with
+            the square of the scale. At the first step the PRM equals its reference and what its rewards hold is rounding,
+            which must not be blown up to unit size.
         gamma (`float`): Discount of the reward-to-go.
 
     Returns:
@@ -187,4 +188,4 @@ def normalize_process_rewards(
         scale = discounted_returns(centred, mask, gamma)[mask].std(unbiased=False)
     else:
         raise ValueError(f"method is {method!r}; choose one of {NORMALIZATIONS}.")
-    return rewards / scale.clamp(min=eps)
+    return rewards * (scale / scale.clamp(min=eps) ** 2)

@@ -83,7 +83,8 @@ def prm_row_losses(
     if loss_type == "bon_acc":
         not_better = peer_labels <= labels[:, None]
     else:
-        not_better = peer_scores <= scores.detach()[:, None]
+        # A row's own score among its peers comes from another forward pass and may differ by rounding
+        not_better = peer_scores <= scores.detach()[:, None] + 1e-4
     share = (not_better & judged).sum(1) / count.clamp(min=1)
     return losses * count * share ** (count - 1).clamp(min=0)
 

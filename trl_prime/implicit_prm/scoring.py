@@ -19,7 +19,8 @@ def length_sorted_chunks(
 ) -> Iterator[torch.Tensor]:
     """Row indices in chunks of at most `size`, rows of like length together, so that little is spent on padding."""
     lengths = prompt_mask.sum(1) + completion_mask.sum(1)
-    yield from lengths.argsort(descending=True, stable=True).split(size)
+    if len(lengths):  # splitting nothing would give one empty chunk
+        yield from lengths.argsort(descending=True, stable=True).split(size)
 
 
 def completion_logps(

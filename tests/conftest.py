@@ -1,0 +1,210 @@
+"""A tiny tokenizer, tiny models and tiny runs, built on the spot: no test of this folder needs a network."""
+
+import inspect
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOTrainer
+
+from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
+
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+TRAINER_ARGUMENTS = (
+    {*inspect.signature(PRIMETrainer.__init__).parameters} | {*inspect.signature(GRPOTrainer.__init__).parameters}
+) - {"self", "args", "grpo_args", "grpo_kwargs"}
+
+
+def build_tokenizer(characters="0123456789+=:\nabcdefghijklmnopqrstuvwxyz "):
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(seed=0, vocab_size=44, scale=1.0):
+    """A causal LM of 20k parameters. `scale` > 1 makes its distributions far from uniform."""
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+def slow_log_probs(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0):
+    """(B, T) log-probabilities of the completions, row by row without padding, from the logits of all positions."""
+    result = torch.zeros(completion_ids.shape)
+    for row in range(len(prompt_ids)):
+        prompt = prompt_ids[row][prompt_mask[row].bool()]
+        completion = completion_ids[row][completion_mask[row].bool()]
+        if len(completion):
+            logits = model(torch.cat([prompt, completion])[None]).logits[0].float() / temperature
+            logps = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+            result[row, : len(completion)] = logps.gather(1, completion[:, None])[:, 0]
+    return result
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(first, second):
+    """Bit-identical state."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def distance(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def logged(trainer, key):
+    """All logged values of a metric, in order."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def parity_reward(completion_ids, **kwargs):
+    """Right for about half of what an untrained model writes."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def row_rewards(values, name="row_reward"):
+    """A reward function that judges by the place in the batch."""
+
+    def reward(completions, **kwargs):
+        return [values[i % len(values)] for i in range(len(completions))]
+
+    reward.__name__ = name
+    return reward
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_path(tokenizer, tmp_path_factory):
+    """A folder with a model and its tokenizer."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    build_model(7, scale=4.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def random_prm(tokenizer):
+    """A PRM that is far from its reference, so that process rewards are large from the first step."""
+
+    def build(**kwargs):
+        reference = build_model(2, scale=4.0).requires_grad_(False)
+        return ImplicitPRM(build_model(1, scale=4.0), reference, tokenizer, **{"beta": 0.5, **kwargs})
+
+    return build
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**settings):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 8,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "report_to": [],
+            "learning_rate": 1e-3,
+            "prm_learning_rate": 1e-3,
+            "prm_beta": 0.5,
+            "prm_trust_weighting": False,
+            "accuracy_low": 0.0,
+            "accuracy_high": 1.0,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        return PRIMEConfig(**{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config, tokenizer):
+    """
+    A PRIMETrainer from settings and trainer arguments. Its `outputs` collect what PRIME hands to TRL's policy loss.
+    """
+
+    def make(**kwargs):
+        arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in TRAINER_ARGUMENTS}
+        rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}=", "target": i % 2} for i in range(40)]
+        defaults = {
+            "model": build_model,
+            "reward_funcs": parity_reward,
+            "train_dataset": Dataset.from_list(rows),
+            "processing_class": tokenizer,
+        }
+        arguments = {**defaults, **arguments}
+        if arguments["model"] is build_model:
+            arguments["model"] = build_model()
+        trainer = PRIMETrainer(args=make_config(**kwargs), **arguments)
+        trainer.outputs = []
+        generate_and_score = trainer._generate_and_score_completions
+
+        def recorded(inputs):
+            output = generate_and_score(inputs)
+            trainer.outputs.append(dict(output))
+            return output
+
+        trainer._generate_and_score_completions = recorded
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def train(make_trainer):
+    """Build a PRIMETrainer, train, and return it."""
+
+    def run(resume_from_checkpoint=None, **kwargs):
+        trainer = make_trainer(**kwargs)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        return trainer
+
+    return run

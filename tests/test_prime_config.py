@@ -1,0 +1,191 @@
+"""Every knob: the paper's value by default, documented, parsed from the command line, refused when it cannot work."""
+
+import dataclasses
+import re
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from trl_prime import PRIMEConfig
+
+OWN_FIELDS = [
+    field for field in dataclasses.fields(PRIMEConfig) if field.name in PRIMEConfig.__dict__.get("__annotations__", {})
+]
+
+
+def config(**settings):
+    return PRIMEConfig(**{"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": [], **settings})
+
+
+def test_defaults_are_those_of_the_paper():
+    expected = {
+        "learning_rate": 5e-7,
+        "lr_scheduler_type": "constant",
+        "num_generations": 4,
+        "max_completion_length": 3072,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+        "num_iterations": 1,
+        "prm_learning_rate": 1e-6,
+        "prm_max_grad_norm": 10.0,
+        "prm_beta": 0.05,
+        "prm_loss_type": "ce",
+        "prm_update": "after",
+        "prm_reference": "frozen",
+        "prm_lr_scheduler_type": "constant",
+        "prm_warmup_steps": 0,
+        "prm_weight_decay": 0.0,
+        "prm_num_epochs": 1,
+        "prm_replay_batches": 0,
+        "prm_label": "reward",
+        "process_reward_granularity": "token",
+        "process_reward_step_delimiter": "\n",
+        "process_reward_norm": "batch_norm",
+        "advantage_estimator": "rloo",
+        "outcome_weight": 1.0,
+        "process_weight": 1.0,
+        "outcome_gamma": 1.0,
+        "process_gamma": 1.0,
+        "whiten_advantages": True,
+        "accuracy_low": 0.2,
+        "accuracy_high": 0.8,
+        "filter_truncated": False,
+        "oversample_factor": 1.0,
+        "filter_shortfall": "mask",
+        "prm_trust_weighting": True,
+    }
+    args = config()
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_micro_batch_defaults_to_that_of_the_policy():
+    assert config(per_device_train_batch_size=4).prm_micro_batch_size == 4
+    assert config(per_device_train_batch_size=4, prm_micro_batch_size=3).prm_micro_batch_size == 3
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_every_field_is_typed_and_documented(field):
+    assert field.type not in (None, "")
+    assert len(field.metadata.get("help", "")) > 10
+    if field.name.startswith(("prm_", "process_", "outcome_")) or not hasattr(GRPOConfig, field.name):
+        assert re.search(rf"^ +{field.name} \(`", PRIMEConfig.__doc__, re.MULTILINE), "no docstring entry"
+    else:
+        assert f"`{field.name}`" in PRIMEConfig.__doc__, "a changed default is not mentioned"
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_documented_default_is_the_default(field):
+    entry = re.search(rf"^ +{field.name} \((.*?)\):\n", PRIMEConfig.__doc__, re.MULTILINE | re.DOTALL)
+    if entry and "defaults to" in entry.group(1):
+        text = re.search(r"defaults to `(.*)`", entry.group(1)).group(1)
+        assert eval(text, {}) == field.default
+
+
+def test_fields_do_not_clash_with_the_parser():
+    names = {field.name for field in dataclasses.fields(PRIMEConfig)}
+    assert "config" not in names
+    assert len(OWN_FIELDS) > 30
+
+
+def test_parser_reads_every_kind_of_field_and_prints_help():
+    parser = TrlParser((PRIMEConfig,))
+    flags = {
+        "output_dir": "unused",
+        "use_cpu": "true",
+        "bf16": "false",
+        "prm_beta": "0.5",
+        "prm_update": "before",
+        "prm_num_epochs": "3",
+        "prm_micro_batch_size": "2",
+        "prm_trust_weighting": "false",
+        "whiten_advantages": "false",
+        "prm_model_init_kwargs": '{"dtype": "float32"}',
+        "accuracy_low": "0.1",
+        "lr_scheduler_type": "cosine",
+    }
+    (args,) = parser.parse_args_and_config([part for name, value in flags.items() for part in (f"--{name}", value)])
+    assert (args.prm_beta, args.prm_update, args.prm_num_epochs, args.prm_micro_batch_size) == (0.5, "before", 3, 2)
+    assert args.prm_trust_weighting is False and args.whiten_advantages is False
+    assert args.prm_model_init_kwargs == {"dtype": "float32"}
+    assert args.accuracy_low == 0.1 and args.lr_scheduler_type == "cosine"
+    text = parser.format_help()
+    assert all(f"--{field.name}" in text for field in OWN_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"num_generations": 1}, ["num_generations", "1", "2 or more"]),
+        ({"num_generations": None}, ["num_generations", "None"]),
+        ({"fp16": True}, ["fp16", "bf16"]),
+        ({"prm_beta": 0.0}, ["prm_beta", "0.0", "positive"]),
+        ({"prm_beta": -1.0}, ["prm_beta", "-1.0", "positive"]),
+        ({"prm_beta": float("nan")}, ["prm_beta", "nan"]),
+        ({"prm_beta": float("inf")}, ["prm_beta", "inf"]),
+        ({"accuracy_low": 0.8, "accuracy_high": 0.2}, ["accuracy_low", "0.8", "accuracy_high", "0.2"]),
+        ({"accuracy_low": 0.5, "accuracy_high": 0.5}, ["accuracy_low", "0.5"]),
+        ({"accuracy_low": -0.1}, ["accuracy_low", "-0.1"]),
+        ({"accuracy_high": 1.5}, ["accuracy_high", "1.5"]),
+        ({"oversample_factor": 0.5}, ["oversample_factor", "0.5", "at least 1"]),
+        ({"oversample_factor": 1.25}, ["oversample_factor", "1.25", "num_generations=4"]),
+        ({"oversample_factor": 1.3}, ["oversample_factor", "1.3"]),
+        ({"oversample_factor": 2, "accuracy_low": 0, "accuracy_high": 1}, ["oversample_factor", "filter is off"]),
+        ({"oversample_factor": float("nan")}, ["oversample_factor", "nan"]),
+        ({"prm_learning_rate": -1e-6}, ["prm_learning_rate", "-1e-06"]),
+        ({"prm_max_grad_norm": -1.0}, ["prm_max_grad_norm", "-1.0"]),
+        ({"prm_weight_decay": float("nan")}, ["prm_weight_decay", "nan"]),
+        ({"outcome_weight": -1.0}, ["outcome_weight", "-1.0"]),
+        ({"process_weight": float("inf")}, ["process_weight", "inf"]),
+        ({"outcome_gamma": 1.1}, ["outcome_gamma", "1.1"]),
+        ({"process_gamma": -0.1}, ["process_gamma", "-0.1"]),
+        ({"prm_num_epochs": 0}, ["prm_num_epochs", "0"]),
+        ({"prm_replay_batches": -1}, ["prm_replay_batches", "-1"]),
+        ({"prm_warmup_steps": -1}, ["prm_warmup_steps", "-1"]),
+        ({"prm_micro_batch_size": 0}, ["prm_micro_batch_size", "0"]),
+        ({"process_reward_step_delimiter": ""}, ["process_reward_step_delimiter", "empty"]),
+        ({"outcome_weight": 0.0, "process_weight": 0.0}, ["outcome_weight", "process_weight"]),
+        (
+            {"advantage_estimator": "value", "process_reward_granularity": "whole"},
+            ["advantage_estimator", "'value'", "process_reward_granularity", "'whole'"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_with_option_and_value(settings, parts):
+    with pytest.raises(ValueError) as error:
+        config(**settings)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "typo", "meant"),
+    [
+        ("prm_reference", "frozn", "frozen"),
+        ("prm_update", "affter", "after"),
+        ("prm_loss_type", "bon_ac", "bon_acc"),
+        ("prm_optim", "adamw_torhc", "adamw_torch"),
+        ("prm_lr_scheduler_type", "cosin", "cosine"),
+        ("process_reward_granularity", "tokens", "token"),
+        ("process_reward_norm", "batchnorm", "batch_norm"),
+        ("advantage_estimator", "rlo", "rloo"),
+        ("filter_shortfall", "masks", "mask"),
+        ("loss_type", "dapoo", "dapo"),
+        ("scale_rewards", "groups", "group"),
+    ],
+)
+def test_unknown_names_get_the_nearest_match(option, typo, meant):
+    with pytest.raises(ValueError, match=rf"{option} is '{typo}'.*Did you mean '{meant}'"):
+        config(**{option: typo})
+
+
+@pytest.mark.parametrize("band", [(0.0, 1.0), (0.0, 0.8), (0.2, 1.0)])
+def test_edges_of_the_band_are_accepted(band):
+    args = config(accuracy_low=band[0], accuracy_high=band[1])
+    assert (args.accuracy_low, args.accuracy_high) == band
+
+
+@pytest.mark.parametrize("factor", [1, 1.5, 2.0, 3])
+def test_factors_that_make_whole_groups_are_accepted(factor):
+    assert config(oversample_factor=factor).oversample_factor == factor
