@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from trl_prime.data import running_sums
+from trl_prime.data.running_sums import (
+    build_model,
+    build_tokenizer,
+    first_wrong_step,
+    make_dataset,
+    make_splits,
+    prepare,
+    running_sum_reward,
+    step_labels,
+    warm_up,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def slow_sums(prompt: str) -> list[int]:
+    """The running sums, each one added up from the start."""
+    digits = [int(character) for character in prompt if character.isdigit()]
+    return [sum(digits[: i + 1]) % 10 for i in range(len(digits))]
+
+
+def test_dataset_is_right_and_distinct():
+    data = make_dataset(300, num_digits=7, seed=3)
+    assert data.column_names == ["prompt", "solution", "steps"]
+    assert len(data) == len(set(data["prompt"])) == 300
+    for row in data:
+        sums = slow_sums(row["prompt"])
+        assert len(sums) == 7
+        assert row["steps"] == "\n".join(map(str, sums))
+        assert row["solution"] == str(sums[-1])
+    assert make_dataset(1)[0]["prompt"].count(" ") == 9
+
+
+def test_dataset_depends_on_the_seed_only():
+    assert make_dataset(50, seed=1).to_dict() == make_dataset(50, seed=1).to_dict()
+    assert make_dataset(50, seed=1)["prompt"][:] != make_dataset(50, seed=2)["prompt"][:]
+
+
+def test_splits_do_not_overlap():
+    # 100 problems of two digits exist, so independent draws would overlap.
+    train, test = make_splits(60, 40, num_digits=2, seed=0)
+    assert (len(train), len(test)) == (60, 40)
+    assert len(set(train["prompt"]) | set(test["prompt"])) == 100
+    assert make_splits(30, 40, num_digits=2, seed=0)[1].to_dict() == test.to_dict()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: make_dataset(11, num_digits=1),
+        lambda: make_splits(6, 5, num_digits=1),
+        lambda: make_dataset(-1),
+        lambda: make_dataset(1, num_digits=0),
+    ],
+)
+def test_impossible_draws_are_refused(draw):
+    with pytest.raises(ValueError):
+        draw()
+
+
+@pytest.mark.parametrize("beside_model", [False, True])
+def test_tokenizer_round_trip_and_reload(tmp_path, beside_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = build_tokenizer()
+    if beside_model:
+        # AutoTokenizer looks at the model's config too, and may choose another class for it.
+        build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    row = make_dataset(1)[0]
+    for text in [row["prompt"], row["steps"], row["prompt"] + row["steps"], "\n\n 1=", " ", ""]:
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+        assert reloaded(text)["input_ids"] == ids
+        assert reloaded.decode(ids) == text
+    assert reloaded.get_vocab() == tokenizer.get_vocab()
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+    assert tokenizer("1a2")["input_ids"] == tokenizer("12")["input_ids"]
+    for each in (tokenizer, reloaded):
+        assert each("3" + each.eos_token)["input_ids"] == [each.get_vocab()["3"], tokenizer.eos_token_id]
+        assert each.decode(each("3\n8" + each.eos_token)["input_ids"], skip_special_tokens=True) == "3\n8"
+        # A padded batch must be padded on the left, or generation would go on from padding.
+        assert each(["1 2=", "1="], padding=True)["input_ids"][1][0] == tokenizer.pad_token_id
+
+
+def test_model_size_dtype_and_ids():
+    tokenizer = build_tokenizer()
+    state = torch.get_rng_state()
+    model = build_model(tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 350_000 < model.num_parameters() < 500_000
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for config in (model.config, model.generation_config):
+        assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    same, other = build_model(tokenizer).state_dict(), build_model(tokenizer, seed=1).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(model.state_dict()["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    with pytest.raises(ValueError):
+        build_model(tokenizer, hidden_size=20, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("3\n8\n0\n7", 1.0),
+        ("3\n8\n0\n7\n", 1.0),
+        ("1\n7", 1.0),
+        ("7", 1.0),
+        ("3\n8\n0\n6", 0.0),
+        ("3\n8\n7\n0", 0.0),
+        ("3\n8\n0\n17", 0.0),
+        ("3807", 0.0),
+        ("7\n\n", 0.0),
+        ("", 0.0),
+        ("\n", 0.0),
+        (" =7=", 0.0),
+        ("<unk>", 0.0),
+    ],
+)
+def test_reward_by_hand(completion, reward):
+    assert running_sum_reward([completion], ["7"]) == [reward]
+    messages = [{"role": "assistant", "content": completion}]
+    assert running_sum_reward(completions=[messages], solution=["7"], prompts=["3 5 2 7="]) == [reward]
+
+
+def test_reward_of_a_batch():
+    assert running_sum_reward(["1\n7", [], "4"], ["7", "7", "5"], trainer_state=None) == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError):
+        running_sum_reward(["1", "2"], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "labels", "first_wrong"),
+    [
+        ("3\n8\n0\n7", [True] * 4, None),
+        ("3\n8\n0\n7\n", [True] * 4, None),
+        ("3\n8", [True] * 2, None),
+        # The last two add correctly to the wrong 9, and are wrong all the same.
+        ("3\n9\n1\n8", [True, False, False, False], 1),
+        ("3\n9\n0\n7", [True, False, True, True], 1),
+        ("3\n8\n0\n7\n7", [True] * 4 + [False], 4),
+        ("3\n\n0", [True, False, True], 1),
+        ("03\n8", [False, True], 0),
+        ("\n", [False], 0),
+        ("", [], None),
+    ],
+)
+def test_labels_by_hand(completion, labels, first_wrong):
+    assert step_labels("3 5 2 7=", completion) == labels
+    assert first_wrong_step("3 5 2 7=", completion) == first_wrong
+
+
+def test_labels_against_a_slow_loop():
+    generator = torch.Generator().manual_seed(0)
+    for prompt in make_dataset(100, num_digits=6, seed=5)["prompt"]:
+        truth = slow_sums(prompt)
+        slips = (torch.rand(8, generator=generator) < 0.3).tolist()
+        lines = [(value + slip) % 10 for value, slip in zip([*truth, 0, 0], slips, strict=True)]
+        expected = []
+        for i, line in enumerate(lines):
+            expected.append(i < 6 and line == truth[i])
+        assert step_labels(prompt, "\n".join(map(str, lines))) == expected
+        assert first_wrong_step(prompt, "\n".join(map(str, lines))) == expected.index(False)
+
+
+@pytest.mark.parametrize("prompt", ["", "3 5 2 7", "3 5 x=", "35=", "3 5=\n"])
+def test_labels_refuse_what_is_not_a_prompt(prompt):
+    with pytest.raises(ValueError, match="not a running-sum prompt"):
+        step_labels(prompt, "3")
+
+
+def test_demonstrations_are_wrong_where_they_should_be():
+    import random
+
+    rng = random.Random(0)
+    wrong_sums = running_sums._draw_wrong_sums(14, rng)
+    assert len(wrong_sums) == 14
+    assert all(value in range(10) and value != sum(pair) % 10 for pair, value in wrong_sums.items())
+    taught: dict[bool, list[bool]] = {True: [], False: []}
+    for row in make_dataset(500):
+        assert running_sums._demonstration(row["prompt"], wrong_sums, 0.0, rng) == row["steps"]
+        digits = [int(character) for character in row["prompt"] if character.isdigit()]
+        lines = [int(line) for line in running_sums._demonstration(row["prompt"], wrong_sums, 0.75, rng).split("\n")]
+        assert lines[0] == digits[0]
+        for pair_and_line in zip(lines, digits[1:], lines[1:], strict=False):
+            *pair, line = pair_and_line
+            right = line == sum(pair) % 10
+            assert right or line == wrong_sums[tuple(pair)]
+            taught[tuple(pair) in wrong_sums].append(right)
+    assert all(taught[False])
+    assert 0.2 < sum(taught[True]) / len(taught[True]) < 0.3
+
+
+def completion_loss(model, tokenizer, rows) -> float:
+    """Mean loss in nats per completion token, end of sequence included."""
+    prompt_length = len(tokenizer(rows[0]["prompt"])["input_ids"])
+    text = [row["prompt"] + row["steps"] + tokenizer.eos_token for row in rows]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, :prompt_length] = -100
+    with torch.no_grad():
+        return model(input_ids=ids, labels=labels).loss.item()
+
+
+def test_warm_up_lowers_the_loss_and_repeats(tmp_path):
+    tokenizer = build_tokenizer()
+    rows = list(make_dataset(32, num_digits=4, seed=9))
+    weights = []
+    for seed in (0, 0, 1):
+        model = build_model(tokenizer, hidden_size=32, num_layers=1)
+        before = completion_loss(model, tokenizer, rows)
+        returned = warm_up(model, tokenizer, num_digits=4, steps=20, batch_size=16, seed=seed, output_dir=tmp_path)
+        after = completion_loss(model, tokenizer, rows)
+        assert after < before - 0.5
+        assert 0 < returned < before
+        weights.append(model.model.embed_tokens.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_warm_up_does_not_train_on_excluded_prompts(tmp_path, monkeypatch):
+    seen = []
+    original = running_sums._demonstration
+    monkeypatch.setattr(
+        running_sums, "_demonstration", lambda prompt, *rest: seen.append(prompt) or original(prompt, *rest)
+    )
+    excluded = make_dataset(90, num_digits=2)["prompt"][:]
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    warm_up(model, tokenizer, num_digits=2, steps=3, batch_size=8, output_dir=tmp_path, exclude_prompts=excluded)
+    assert len(seen) == 10
+    assert not set(seen) & set(excluded)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"batch_size": 0}, {"num_wrong_sums": 101}, {"wrong_rate": 1.5}],
+)
+def test_warm_up_refuses_bad_numbers(tmp_path, setting):
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError):
+        warm_up(model, tokenizer, output_dir=tmp_path, **setting)
+
+
+def test_prepare_saves_reuses_and_replaces(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    calls = []
+    original = running_sums.warm_up
+
+    def counting(model, tokenizer, **kwargs):
+        calls.append((kwargs["seed"], kwargs["steps"], set(kwargs["exclude_prompts"])))
+        return original(model, tokenizer, batch_size=4, **kwargs)
+
+    monkeypatch.setattr(running_sums, "warm_up", counting)
+    sizes = {"num_train": 20, "num_test": 5, "num_digits": 3}
+    task = prepare(tmp_path, warm_up_steps=2, **sizes)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(task.model), AutoTokenizer.from_pretrained(task.model)
+    assert task.model == str(tmp_path / "sft")
+    assert (len(task.train_dataset), len(task.eval_dataset)) == (20, 5)
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
+    row = task.eval_dataset[0]
+    assert tokenizer.decode(tokenizer(row["steps"])["input_ids"]) == row["steps"]
+    assert all(task.step_labels(row["prompt"], row["steps"]))
+    assert task.reward_funcs[0]([row["steps"]], solution=[row["solution"]]) == [1.0]
+    assert calls == [(0, 2, set(task.eval_dataset["prompt"]))]
+    first = model.state_dict()
+
+    again = prepare(tmp_path, warm_up_steps=2, **sizes)
+    assert len(calls) == 1
+    assert again.train_dataset.to_dict() == task.train_dataset.to_dict()
+
+    prepare(tmp_path, warm_up_steps=3, **sizes)
+    prepare(tmp_path, warm_up_steps=3, seed=1, **sizes)
+    assert [call[:2] for call in calls] == [(0, 2), (0, 3), (1, 3)]
+    replaced = AutoModelForCausalLM.from_pretrained(task.model).state_dict()
+    assert any(not torch.equal(value, replaced[name]) for name, value in first.items())
+    assert json.loads((tmp_path / "sft.json").read_text())["seed"] == 1
+
+
+def test_prepare_does_not_trust_an_unfinished_base(tmp_path, monkeypatch):
+    sizes = {"num_train": 5, "num_test": 5, "num_digits": 3, "warm_up_steps": 1}
+    monkeypatch.setattr(running_sums, "warm_up", lambda *args, **kwargs: 0.0)
+    prepare(tmp_path, **sizes)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running_sums, "warm_up", interrupted)
+    prepare(tmp_path, **sizes)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, seed=1, **sizes)
+    # The first settings must not match any more: the folder may hold half of the second base.
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, **sizes)

@@ -1,0 +1,1 @@
+"""Measuring a policy and its PRM, and showing how a run went."""

@@ -1,0 +1,184 @@
+"""How good are policy and PRM on held-out problems?
+
+Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
+wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..implicit_prm.losses import absolute_accuracy, pairwise_accuracy
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..implicit_prm import ImplicitPRM
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[Any]:
+    """
+    One completion for each prompt, in the prompts' format.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The policy.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompts (`list[str]` or `list[list[dict]]`): Text, or messages that the chat template renders.
+        max_new_tokens (`int`): Longest completion in tokens.
+        temperature (`float`): 0 is greedy.
+        batch_size (`int`): Prompts at a time.
+        seed (`int`): Seed of the sampling; the global random state is left as it was.
+
+    Returns:
+        `list[str]` or `list[list[dict]]`: as `prompts`.
+    """
+    was_training = model.training
+    model.eval()
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    completions: list[Any] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            if isinstance(batch[0], str):
+                encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
+            else:
+                texts = tokenizer.apply_chat_template(batch, add_generation_prompt=True, tokenize=False)
+                encoded = tokenizer(
+                    texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+                )
+            encoded = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            ids = model.generate(
+                **encoded, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            )
+            texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+            is_text = isinstance(batch[0], str)
+            completions += texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
+    model.train(was_training)
+    return completions
+
+
+def outcomes(reward_func: Callable, dataset: Dataset, completions: Sequence[Any]) -> torch.Tensor:
+    """`(N,)` rewards of one completion for each row of a data set; NaN where the function could not judge."""
+    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
+    rewards = reward_func(
+        prompts=dataset["prompt"][:],
+        completions=list(completions),
+        completion_ids=None,
+        trainer_state=None,
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        **columns,
+    )
+    return torch.tensor([float("nan") if reward is None else reward for reward in rewards])
+
+
+def first_error_auc(step_rewards: Sequence[torch.Tensor], step_labels: Sequence[Sequence[bool]]) -> float:
+    """
+    How well a low step reward tells the first wrong step from the right steps before it and elsewhere (area under the ROC).
+
+    Steps after the first wrong one are left out: whether they are wrong follows from it.
+
+    Args:
+        step_rewards (`list[torch.Tensor]`): For each completion the rewards of its steps, `(n_steps,)`.
+        step_labels (`list[list[bool]]`): For each completion whether each step is right.
+
+    Returns:
+        `float`: 1/2 is chance, 1 is perfect, ties count one half; NaN without both kinds of steps.
+    """
+    wrong, right = [], []
+    for rewards, labels in zip(step_rewards, step_labels, strict=True):
+        for reward, is_right in zip(rewards.tolist(), labels, strict=False):
+            (right if is_right else wrong).append(reward)
+            if not is_right:
+                break
+    if not wrong or not right:
+        return float("nan")
+    margin = torch.tensor(right, dtype=torch.float64)[:, None] - torch.tensor(wrong, dtype=torch.float64)[None, :]
+    return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()
+
+
+def measure_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    reward_func: Callable,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> tuple[dict[str, float], Dataset, list[Any], torch.Tensor]:
+    """
+    Accuracy on held-out problems.
+
+    Args:
+        model, tokenizer, max_new_tokens, batch_size, seed: as in [`generate`].
+        dataset ([`~datasets.Dataset`]): N problems with a `prompt` column and those that `reward_func` reads.
+        reward_func (`Callable`): Outcome reward; what it cannot judge counts as wrong.
+        num_samples (`int`): Completions per problem at temperature 1.
+
+    Returns:
+        `tuple`: `{"greedy", "sampled"}` accuracies between 0 and 1; the problems, each repeated `num_samples` times; a
+        sampled completion and its reward for each of those rows.
+    """
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    greedy = outcomes(reward_func, dataset, generate(model, tokenizer, dataset["prompt"][:], **settings))
+    repeated = dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
+    samples = generate(model, tokenizer, repeated["prompt"][:], temperature=1.0, **settings)
+    sampled = outcomes(reward_func, repeated, samples)
+    accuracies = {"greedy": greedy.nan_to_num().mean().item(), "sampled": sampled.nan_to_num().mean().item()}
+    return accuracies, repeated, samples, sampled
+
+
+def measure_prm(
+    prm: ImplicitPRM,
+    dataset: Dataset,
+    completions: Sequence[Any],
+    rewards: torch.Tensor,
+    num_samples: int,
+    step_labels: Callable[[str, str], list[bool]] | None = None,
+) -> dict[str, float]:
+    """
+    Accuracy of the PRM on completions whose outcome is known.
+
+    Args:
+        prm ([`ImplicitPRM`]): The PRM.
+        dataset ([`~datasets.Dataset`]): A row for each completion; the `num_samples` of one problem stand together.
+        completions (`list`): N completions.
+        rewards (`torch.Tensor`): `(N,)` outcomes; NaN = could not be judged.
+        num_samples (`int`): Completions per problem.
+        step_labels (`Callable`, *optional*): Maps prompt and completion to whether each step is right.
+
+    Returns:
+        `dict[str, float]`: `pairwise_accuracy`, `accuracy` and, with `step_labels`, `first_error_auc`.
+    """
+    prompts = dataset["prompt"][:]
+    scored = prm.score(prompts, completions)
+    scores = torch.tensor([completion.reward for completion in scored])
+    result = {
+        "pairwise_accuracy": pairwise_accuracy(scores, rewards, num_samples),
+        "accuracy": absolute_accuracy(scores, rewards),
+    }
+    if step_labels is not None:
+        truth = [step_labels(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        result["first_error_auc"] = first_error_auc([completion.step_rewards for completion in scored], truth)
+    return result

@@ -1,0 +1,5 @@
+"""Outcome rewards by name, for recipes."""
+
+from .registry import load_object, load_reward_func
+
+__all__ = ["load_object", "load_reward_func"]
