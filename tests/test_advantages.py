@@ -255,11 +255,12 @@ def test_point_5_impossible_arguments_are_refused_with_a_reason():
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("method", ["none", "batch_norm", "std"])
-def test_point_8_rounding_noise_of_an_untrained_prm_is_not_amplified(estimator, method):
+@pytest.mark.parametrize("length", [200, 3000])
+def test_point_8_rounding_noise_of_an_untrained_prm_is_not_amplified(estimator, method, length):
     """PRM = reference: what is left are rounding errors of 1e-6 nats. The outcomes must decide the advantages."""
     torch.manual_seed(0)
-    mask, outcomes = torch.ones(32, 200), (torch.rand(32) < 0.5).float()
-    noise = implicit_process_rewards(1e-6 * torch.randn(32, 200), torch.zeros(32, 200), mask, 0.05)
+    mask, outcomes = torch.ones(32, length), (torch.rand(32) < 0.5).float()
+    noise = implicit_process_rewards(1e-6 * torch.randn(32, length), torch.zeros(32, length), mask, 0.05)
     noise = normalize_process_rewards(noise, mask, method)
     outcome_term, process_term, _ = advantage_terms(outcomes, noise, mask, 4, estimator=estimator)
     share = (process_term.square().mean() / outcome_term.square().mean()).sqrt().item()

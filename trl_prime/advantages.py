@@ -47,7 +47,8 @@ def _group_mean_std(
 
 def whiten_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Zero mean and unit variance over the unmasked tokens of the batch; zero where masked.
+    Zero mean and unit variance over the unmasked tokens of the batch; zero where masked. A standard deviation below 1e-3 is
+    not scaled up to one.
 
     Args:
         values (`torch.Tensor`): `(B, T)`.
@@ -115,10 +116,11 @@ def advantage_terms(
             mean, std = _group_mean_std(outcomes, judged, num_generations)
             outcome_advantages = (outcomes - mean) / std.clamp(min=_OUTCOME_STD_FLOOR)
             mean, std = _group_mean_std(mean_process, has_process, num_generations)
-            # `std` is that of a mean over positions, hence the floor of a score over their number
+            # `std` is that of a mean over positions, hence the floor of a score over their number. Below it the term falls
+            # with the square, as in `normalize_process_rewards`: a sum over thousands of tokens would bring noise back.
             num_positions = (positions & has_process[:, None]).sum() / has_process.sum().clamp(min=1)
             floor = _SCORE_STD_FLOOR / num_positions.clamp(min=1).to(dtype)
-            centred = (process - mean[:, None]) / torch.maximum(std, floor)[:, None]
+            centred = (process - mean[:, None]) * (std / torch.maximum(std, floor) ** 2)[:, None]
         else:
             outcome_advantages = outcomes - outcome_baseline
             centred = process - process_baseline[:, None]
@@ -173,20 +175,22 @@ def combine_rewards(
         estimator (`str`):
             `"rloo"` (Eq 5): leave-one-out baselines; of the process reward, the mean per token of the peers.
             `"rloo_reference_code"`: as the published code computes it, (r_t - mean_t r_t) / (K - 1) more than Eq 5.
-            `"grpo"` (Eq 7): centred by the mean and divided by the standard deviation of the group.
+            `"grpo"` (Eq 7): centred by the mean and divided by the (unbiased) standard deviation of the group.
             `"reinforce"` (Eq 8): no baseline. `"reinforce_plus_plus"` (arXiv 2501.03262): the same, always whitened.
             `"value"` (section 5.4): outcome minus the process reward collected so far, which stands in for a value.
         outcome_weight (`float`): Factor of the outcome term.
         process_weight (`float`): Factor of the process term.
         outcome_gamma (`float`): Discount of the outcome per token before the end.
-        process_gamma (`float`): Discount of process rewards per reward position; 0 = immediate credit.
+        process_gamma (`float`): Discount of process rewards per reward position; 0 = immediate credit. Without effect for
+            `"value"`.
         whiten (`bool`): Zero mean and unit variance over the tokens of the batch.
         reward_mask (`torch.Tensor`, *optional*): `(B, T)`, where process rewards sit, see
             [`~trl_prime.process_rewards.reward_positions`]. Baselines are means over these positions, so that with whole
             completions the baseline is the mean of the peers' sums. Defaults to `completion_mask`.
 
     Returns:
-        `torch.Tensor`: `(B, T)` advantages, zero where masked and for rows that could not be judged.
+        `torch.Tensor`: `(B, T)` advantages, zero where masked, for rows that could not be judged and, with baselines of peers,
+        for rows that have no judged peer.
     """
     outcome_term, process_term, active = advantage_terms(
         outcome_rewards,
@@ -292,7 +296,8 @@ def checked_combination(hook: RewardCombination, rewards: RolloutRewards) -> tor
         TypeError: The hook returned no tensor.
         ValueError: The hook returned another shape, or NaN or infinity at an unmasked token.
     """
-    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
     advantages = hook(rewards)
     if not isinstance(advantages, torch.Tensor):
         raise TypeError(

@@ -147,6 +147,9 @@ class PRIMETrainer(GRPOTrainer):
 
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config)
+        start = grpo["model"] if prm_model is None else prm_model
+        if isinstance(start, str):
+            self.implicit_prm.reference_name = start
         self._prm_updater: PRMUpdater | None = None
         self._prm_accuracy = 0.5  # running pairwise accuracy: the PRM starts out guessing
         self._rewards_per_func: torch.Tensor | None = None

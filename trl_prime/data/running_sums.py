@@ -175,8 +175,8 @@ def build_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=512,
-        # Fit for a short context and a narrow model: with the usual 10000 and 0.02, the same training does not get
-        # beyond the first line in 650 steps.
+        # Fit for a short context and a narrow model: with the usual 10000 and 0.02, training on right demonstrations
+        # did not get beyond the first line in 650 steps.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.1,
         tie_word_embeddings=True,
@@ -227,10 +227,11 @@ def warm_up(
     """Fine-tune the model, in place, on demonstrations that are wrong in a known way.
 
     The model is to take single steps mostly right and a long chain mostly wrong, and about equally so for every seed.
-    Stopping early does not give that: the task is learned within some tens of steps, at a time that differs from
-    seed to seed. So training runs until it has converged, but for `num_wrong_sums` of the 100 pairs (sum so far, next number)
-    the demonstrations give one fixed wrong digit at the rate `wrong_rate`. Greedy steps are then wrong on those
-    pairs; the right digit keeps the rest of the probability, so sampling finds it now and then.
+    Stopping at a fixed early step does not give that: once it starts, the task is learned within some tens of steps,
+    and when it starts differs from seed to seed. So training goes on past that, but for `num_wrong_sums` of the 100
+    pairs (sum so far, next number) the demonstrations give one fixed wrong digit at the rate `wrong_rate`. Greedy
+    steps are then mostly wrong on those pairs; the right digit keeps the rest of the probability, so sampling finds
+    it now and then.
 
     Args:
         model: Model to train; may end up on another device.

@@ -14,7 +14,8 @@ LOSS_TYPES = ("ce", "dpo", "bon_acc", "bon_rm")
 
 
 def outcome_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
-    """`(B,)` scores q: `beta` times the `(B, T)` log-ratios in nats, summed over the unmasked tokens."""
+    """`(B,)` scores q: `beta` times the `(B, T)` log-ratios in nats, summed over the unmasked tokens, at least float32."""
+    log_ratios = log_ratios.to(torch.promote_types(log_ratios.dtype, torch.float32))
     return beta * log_ratios.masked_fill(~mask.bool(), 0.0).sum(-1)
 
 
@@ -110,9 +111,10 @@ def prm_loss(
         beta (`float`): Reward scale.
         loss_type (`str`):
             `"ce"` (Eq 4): binary cross-entropy of `sigmoid(q)` against the label, on logits, so that it keeps its gradient
-            where the PRM is sure and wrong. `"dpo"`: `-log sigmoid(q - mean q of the peers with another outcome)`, the
-            peers detached. `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by how likely it is the best of K
-            by outcome or by score.
+            where the PRM is sure and wrong. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower label)` for a label
+            above 1/2, `-log sigmoid(mean q of the peers with a higher label - q)` for others, the peers detached.
+            `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by K * P(a peer is not better)^(K-1), the density of
+            being the best of K draws, by outcome or by score.
         num_generations (`int`, *optional*): K, when the rows are whole groups: peers are then taken from the batch itself.
         peer_scores, peer_labels (`torch.Tensor`, *optional*): `(B, K)` scores and labels of each row's group, when the rows
             are not whole groups (micro-batches) or the scores are those of an earlier PRM.
@@ -120,6 +122,10 @@ def prm_loss(
     Returns:
         `torch.Tensor`: scalar; zero with zero gradient when no row counts.
     """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}; choose one of {LOSS_TYPES}.")
+    if (peer_scores is None) != (peer_labels is None):
+        raise ValueError("Give `peer_scores` and `peer_labels` together, or neither.")
     scores = outcome_scores(log_ratios, mask, beta)
     if loss_type != "ce" and peer_scores is None:
         if num_generations is None:

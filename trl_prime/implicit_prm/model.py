@@ -104,6 +104,8 @@ class ImplicitPRM:
         beta (`float`): Reward per nat, positive.
         step_delimiter (`str`): What ends a reasoning step.
         micro_batch_size (`int`): Completions of one forward pass.
+        reference_name (`str`, *optional*): Folder or Hub id that `reference` was loaded from and still equals: it is then
+            saved by this name, else with its weights.
 
     Raises:
         ValueError: `beta` is not positive, or the vocabularies of model and reference differ.
@@ -118,6 +120,7 @@ class ImplicitPRM:
         beta: float = 0.05,
         step_delimiter: str = "\n",
         micro_batch_size: int = 8,
+        reference_name: str | None = None,
     ):
         if beta <= 0:
             raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
@@ -132,6 +135,7 @@ class ImplicitPRM:
         self.beta = beta
         self.step_delimiter = step_delimiter
         self.micro_batch_size = micro_batch_size
+        self.reference_name = reference_name
 
     # --- Building ---
 
@@ -154,7 +158,7 @@ class ImplicitPRM:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
             peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; the reference then costs nothing.
             frozen_reference (`bool`): False to keep no reference.
-            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`.
+            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`, `reference_name`.
 
         Returns:
             [`ImplicitPRM`]
@@ -249,12 +253,14 @@ class ImplicitPRM:
                 raise ValueError(
                     f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
                 )
-            if reference == "reference":
-                reference = str(folder / "reference")
+            reference = str(folder / "reference") if reference == "reference" else reference
             model_init_kwargs_reference = {**model_init_kwargs, "revision": saved.get("reference_revision") or "main"}
         else:
             model_init_kwargs_reference = model_init_kwargs
+        # Weights that came with the PRM are saved with it again; an instance may have been changed since it was loaded
+        reference_name = None
         if isinstance(reference, str):
+            reference_name = None if reference == str(folder / "reference") else reference
             try:
                 reference = AutoModelForCausalLM.from_pretrained(reference, **model_init_kwargs_reference)
             except OSError as error:
@@ -274,13 +280,14 @@ class ImplicitPRM:
             beta=saved.get("beta", 0.05) if beta is None else beta,
             step_delimiter=saved.get("step_delimiter", "\n") if step_delimiter is None else step_delimiter,
             micro_batch_size=micro_batch_size,
+            reference_name=reference_name,
         )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """
         Write the PRM so that [`ImplicitPRM.from_pretrained`] loads it: weights (or `adapter/`), tokenizer and settings.
 
-        The reference is saved by name where it was loaded from a folder or the Hub, else with its weights in `reference/`.
+        The reference is saved by its `reference_name` if it has one, else with its weights in `reference/`.
 
         Args:
             path (`str`): Folder, made if needed.
@@ -291,16 +298,14 @@ class ImplicitPRM:
         # Not in the folder itself: Trainer would take an adapter there for one of the policy
         self.model.save_pretrained(path / "adapter" if is_adapter else path)
         self.tokenizer.save_pretrained(path)
-        reference_name, revision = None, None
+        reference_name, revision = self.reference_name, None
         if self.reference is not None:
-            reference_name = self.reference.name_or_path
             revision = getattr(self.reference.config, "_commit_hash", None)
-            if os.path.isdir(reference_name):
-                reference_name = os.path.abspath(reference_name)
-            elif revision is None:
-                # Built in memory: no name brings it back
+            if reference_name is None:
                 self.reference.save_pretrained(path / "reference")
                 reference_name = "reference"
+            elif os.path.isdir(reference_name):
+                reference_name = os.path.abspath(reference_name)
         settings = {
             "beta": self.beta,
             "step_delimiter": self.step_delimiter,
@@ -356,6 +361,8 @@ class ImplicitPRM:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"Got {len(prompts)} prompts and {len(completions)} completions; one for each is needed.")
+        if not prompts:
+            return []
         device = next(self.model.parameters()).device
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         rows = [self._tokenize(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
