@@ -94,7 +94,7 @@ class PRIMEConfig(GRPOConfig):
             published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"none"`: as in Eq 5.
         prm_trust_weighting (`bool`, *optional*, defaults to `True`):
             Multiply `process_weight` by how much better than chance the PRM ranks completions,
-            `max(0, 2 * pairwise accuracy - 1)`, on rollouts it has not been trained on, averaged over recent batches.
+            `max(0, 2 * pairwise accuracy - 1)`, on rollouts it has not been trained on, over the pairs of recent batches.
             Process rewards stay out while the PRM guesses and come in as it learns.
 
         > Parameters that control the advantages

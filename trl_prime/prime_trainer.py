@@ -31,7 +31,7 @@ from .advantages import (
     checked_combination,
     process_variance_share,
 )
-from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy
+from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
 from .implicit_prm.model import ImplicitPRM
 from .implicit_prm.scoring import batch_completion_logps
 from .implicit_prm.updater import PRMBatch, PRMUpdater
@@ -60,8 +60,9 @@ _REWARD_KWARGS = {
     "environments",
     "self",
 }
-# Weight of the past in the running mean of the PRM's pairwise accuracy
+# The PRM's running pairwise accuracy: how much of the past is kept with each batch, and as how many even pairs it starts
 _TRUST_DECAY = 0.8
+_TRUST_PRIOR_PAIRS = 16
 
 
 class PRIMETrainer(GRPOTrainer):
@@ -151,7 +152,8 @@ class PRIMETrainer(GRPOTrainer):
         if isinstance(start, str):
             self.implicit_prm.reference_name = start
         self._prm_updater: PRMUpdater | None = None
-        self._prm_accuracy = 0.5  # running pairwise accuracy: the PRM starts out guessing
+        # The PRM starts out guessing
+        self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
         self._rewards_per_func: torch.Tensor | None = None
         if args.prm_label != "reward" and args.prm_label not in self.reward_func_names:
             raise ValueError(
@@ -185,7 +187,9 @@ class PRIMETrainer(GRPOTrainer):
                 prm.beta, prm.step_delimiter = args.prm_beta, args.process_reward_step_delimiter
                 prm.micro_batch_size = args.prm_micro_batch_size
                 prm.reference = prm.reference if frozen_reference else None
-                if not any(p.requires_grad for p in prm.model.parameters()):
+                if hasattr(prm.model, "peft_config"):
+                    prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
+                else:
                     prm.model.requires_grad_(True)
             elif prm_model is None:
                 prm = ImplicitPRM.from_policy(policy, self._tokenizer, **build)
@@ -285,11 +289,11 @@ class PRIMETrainer(GRPOTrainer):
 
         # Implicit PRM: score with one state, update, advantages
         batch, scores = self._score(output, labels, trains)
-        accuracy = pairwise_accuracy(scores, labels, self.num_generations)
-        self._log("prm/pairwise_accuracy", accuracy)
+        wins, pairs = pairwise_wins(scores, labels, self.num_generations)
+        self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))
         prm_logps = self._update_prm(batch, labels)
-        trust = self._update_trust(accuracy)
+        trust = self._update_trust(wins, pairs)
         advantages, process_rewards = self._advantages(
             output, batch, prm_logps, outcomes, trains, rewards_per_func[rows], rows, num_rows, trust
         )
@@ -422,7 +426,7 @@ class PRIMETrainer(GRPOTrainer):
                 "last steps, lower prm_learning_rate, and resume from the last checkpoint."
             )
         batch = PRMBatch(*inputs, mask, ref_logps, self._local(labels), scores)
-        return (batch, prm_logps), self._gather_scores(scores, local)
+        return (batch, prm_logps), self._gather_scores(scores, mask.any(1))
 
     def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(scores.masked_fill(~scored, torch.nan))
@@ -450,11 +454,13 @@ class PRIMETrainer(GRPOTrainer):
         self._log("prm/pairwise_accuracy_after_update", pairwise_accuracy(scores, labels, self.num_generations))
         return updated_logps if before else prm_logps
 
-    def _update_trust(self, accuracy: float) -> float:
+    def _update_trust(self, wins: float, pairs: int) -> float:
         """Weight of the process rewards: how much better than chance the PRM ranks rollouts that it was not trained on."""
-        if accuracy == accuracy:  # NaN: no two completions to compare
-            self._prm_accuracy = _TRUST_DECAY * self._prm_accuracy + (1 - _TRUST_DECAY) * accuracy
-        trust = max(0.0, 2 * self._prm_accuracy - 1) if self.args.prm_trust_weighting else 1.0
+        if pairs:
+            self._prm_wins = _TRUST_DECAY * self._prm_wins + wins
+            self._prm_pairs = _TRUST_DECAY * self._prm_pairs + pairs
+        accuracy = self._prm_wins / self._prm_pairs
+        trust = max(0.0, 2 * accuracy - 1) if self.args.prm_trust_weighting else 1.0
         self._log("prm/trust", trust)
         return trust
 
@@ -609,7 +615,8 @@ class PRIMETrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = {"accuracy": self._prm_accuracy, "updater": self._prm_updater and self._prm_updater.state_dict()}
+        updater = self._prm_updater and self._prm_updater.state_dict()
+        state = {"wins": self._prm_wins, "pairs": self._prm_pairs, "updater": updater}
         os.makedirs(output_dir, exist_ok=True)
         torch.save(state, self._prm_state_path(output_dir))
 
@@ -627,7 +634,7 @@ class PRIMETrainer(GRPOTrainer):
             )
         self._load_prm_weights(os.path.join(checkpoint, "prm"))
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self._prm_accuracy = state["accuracy"]
+        self._prm_wins, self._prm_pairs = state["wins"], state["pairs"]
         if self._prm_updater is not None:
             self._prm_updater.load_state_dict(state["updater"])
 
@@ -672,6 +679,10 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
         raise ValueError("prm_model is an ImplicitPRM, which is full or LoRA already: leave prm_peft_config out.")
 
     policy, tokenizer = grpo["model"], grpo.get("processing_class")
+    if prm_model is not None and not isinstance(prm_model, str) and prm_model is policy:
+        raise ValueError(
+            "prm_model is the policy itself, but they are trained apart. Leave prm_model out: the PRM then starts as a copy."
+        )
     prm_tokenizer = None
     if isinstance(prm_model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code}

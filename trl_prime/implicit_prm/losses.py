@@ -142,9 +142,9 @@ def group_rows(values: torch.Tensor, num_generations: int) -> torch.Tensor:
     return values.view(-1, num_generations).repeat_interleave(num_generations, dim=0)
 
 
-def pairwise_accuracy(scores: torch.Tensor, labels: torch.Tensor, num_generations: int) -> float:
+def pairwise_wins(scores: torch.Tensor, labels: torch.Tensor, num_generations: int) -> tuple[float, int]:
     """
-    How often the PRM scores the better of two completions of one prompt higher; a tie counts one half.
+    Pairs of completions of one prompt with different outcomes, and in how many the PRM scores the better one higher.
 
     Args:
         scores (`torch.Tensor`): `(B,)` scores q, groups contiguous.
@@ -152,14 +152,28 @@ def pairwise_accuracy(scores: torch.Tensor, labels: torch.Tensor, num_generation
         num_generations (`int`): K.
 
     Returns:
-        `float`: between 0 and 1, averaged over all pairs with different outcomes; NaN if there are none.
+        `tuple[float, int]`: wins, of which a tie is one half, and pairs.
     """
     scores, labels = scores.view(-1, num_generations), labels.view(-1, num_generations)
     better = labels[:, :, None] > labels[:, None, :]
     margin = scores[:, :, None] - scores[:, None, :]
     better &= ~margin.isnan()
     wins = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return (wins[better].mean()).item()
+    return wins[better].sum().item(), int(better.sum())
+
+
+def pairwise_accuracy(scores: torch.Tensor, labels: torch.Tensor, num_generations: int) -> float:
+    """
+    How often the PRM scores the better of two completions of one prompt higher; a tie counts one half.
+
+    Args:
+        scores, labels, num_generations: as in [`pairwise_wins`].
+
+    Returns:
+        `float`: between 0 and 1, averaged over all pairs with different outcomes; NaN if there are none.
+    """
+    wins, pairs = pairwise_wins(scores, labels, num_generations)
+    return wins / pairs if pairs else float("nan")
 
 
 def absolute_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:

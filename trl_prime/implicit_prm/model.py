@@ -301,7 +301,9 @@ class ImplicitPRM:
         reference_name, revision = self.reference_name, None
         if self.reference is not None:
             revision = getattr(self.reference.config, "_commit_hash", None)
-            if reference_name is None:
+            # A folder around this one is the run's own, where the policy is going to be saved over the reference
+            is_own_folder = reference_name is not None and Path(reference_name).resolve() in path.resolve().parents
+            if reference_name is None or is_own_folder:
                 self.reference.save_pretrained(path / "reference")
                 reference_name = "reference"
             elif os.path.isdir(reference_name):
