@@ -172,7 +172,7 @@ def train(argv: list[str]) -> int:
 
     measures = task is not None and trainer.accelerator.is_main_process
     if measures:
-        before = _measure(trainer, task, script_args.eval_samples)[0]
+        before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
         print(f"Held-out accuracy before: {before['greedy']:.1%} greedy, {before['sampled']:.1%} sampled", flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
@@ -192,7 +192,9 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _measure(trainer: Any, task: Any, num_samples: int) -> tuple[dict[str, float], dict[str, float]]:
+def _measure(
+    trainer: Any, task: Any, num_samples: int, with_prm: bool = True
+) -> tuple[dict[str, float], dict[str, float]]:
     """Accuracies of the policy and of the PRM on the held-out problems of a task."""
     from .evaluation.held_out import measure_policy, measure_prm
 
@@ -206,7 +208,7 @@ def _measure(trainer: Any, task: Any, num_samples: int) -> tuple[dict[str, float
         seed=trainer.args.seed,
     )
     prm: dict[str, float] = {}
-    if trainer.implicit_prm.reference is not None:
+    if with_prm and trainer.implicit_prm.reference is not None:
         prm = measure_prm(trainer.implicit_prm, dataset, completions, rewards, num_samples, task.step_labels)
     return accuracies, prm
 

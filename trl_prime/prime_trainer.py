@@ -336,7 +336,9 @@ class PRIMETrainer(GRPOTrainer):
     def _is_truncated(self, output: dict[str, Any]) -> torch.Tensor:
         """`(B,)` bool of this process: the completion ran into the length limit."""
         completion_ids, mask = output["completion_ids"], output["completion_mask"]
-        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=mask.device)
+        # Before 1.16, TRL knows the tokenizer's end token only
+        eos_token_ids = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
+        ends = torch.tensor([*eos_token_ids, self._tokenizer.pad_token_id], device=mask.device)
         last = (mask.sum(1) - 1).clamp(min=0)
         last_ids = completion_ids.gather(1, last[:, None]).squeeze(1)
         # An empty mask is a completion that TRL has masked because it was truncated
