@@ -164,6 +164,26 @@ def test_two_adapters_share_one_base(tokenizer):
     assert not adapters[0] & adapters[1]
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize(("policy_is_lora", "prm_is_lora"), [(False, True), (True, True), (True, False)])
+def test_adapters_that_train_weights_of_the_base_do_not_share_them(tokenizer, policy_is_lora, prm_is_lora, bias):
+    """Refused, or trained on a copy: else the PRM would move its reference, and the policy too."""
+    policy = build_model(scale=4.0)
+    if policy_is_lora:
+        policy = get_peft_model(policy, lora(bias=bias))
+    before = weights(policy)
+    try:
+        prm = ImplicitPRM.from_policy(policy, tokenizer, peft_config=lora(bias=bias) if prm_is_lora else None)
+    except ValueError as error:
+        assert "bias" in str(error)
+        return
+    reference = weights(prm.reference)
+    train_prm(prm)
+    assert same(weights(prm.reference), reference) and same(weights(policy), before)
+    trainable = {p.data_ptr() for p in policy.parameters() if p.requires_grad}
+    assert not trainable & {p.data_ptr() for p in prm.reference.parameters()}
+
+
 def test_reference_of_a_full_prm_is_the_base_of_a_lora_policy(tokenizer):
     policy = get_peft_model(build_model(), lora())
     prm = ImplicitPRM.from_policy(policy, tokenizer)

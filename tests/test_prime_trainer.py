@@ -802,6 +802,16 @@ def test_process_rewards_count_as_much_as_the_prm_is_better_than_chance(record, 
         assert torch.equal(output["advantages"], outcome_only) == (wins <= pairs / 2)
 
 
+def test_trust_is_measured_on_rollouts_that_were_not_trained_on(record):
+    """However well the PRM knows a batch after its update, even in the mode that scores with the updated PRM."""
+    recorder = record(
+        row_rewards(MIXED), prm_update="before", prm_num_epochs=20, prm_trust_weighting=True, max_steps=1
+    )
+    entry = metrics(recorder.trainer)[0]
+    assert entry["prm/pairwise_accuracy"] == 0.5 < entry["prm/pairwise_accuracy_after_update"]
+    assert entry["prm/trust"] == 0.0 and recorder.rewards[0].process_rewards.any()
+
+
 # --- Temperature and reference ---
 
 

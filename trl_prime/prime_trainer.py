@@ -414,8 +414,6 @@ class PRIMETrainer(GRPOTrainer):
                 prm_logps[local] = prm.log_probs(*chosen)
                 if prm.reference is not None:
                     ref_logps[local] = prm.reference_log_probs(*chosen)
-                elif "old_per_token_logps" in output and self.temperature == 1.0:
-                    ref_logps[local] = output["old_per_token_logps"][local].float()
                 else:
                     policy = self.accelerator.unwrap_model(self.model)
                     ref_logps[local] = batch_completion_logps(policy, *chosen, prm.micro_batch_size)
@@ -427,7 +425,9 @@ class PRIMETrainer(GRPOTrainer):
                 f"{self.state.global_step}. Its weights, the reference or the rollouts are broken: look at prm/grad_norm of the "
                 "last steps, lower prm_learning_rate, and resume from the last checkpoint."
             )
-        batch = PRMBatch(*inputs, mask, ref_logps, self._local(labels), scores)
+        # A completion without tokens has no score to be compared with
+        local_labels = self._local(labels).masked_fill(~mask.any(1), torch.nan)
+        batch = PRMBatch(*inputs, mask, ref_logps, local_labels, scores)
         return (batch, prm_logps), self._gather_scores(scores, mask.any(1))
 
     def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,18 @@ def _with_own_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | P
 def _bare_base(model: PeftModel) -> PreTrainedModel:
     """The base model without its adapter, sharing its parameters. `model` stays as it is."""
     clone = share_parameters(model)
-    return clone.unload() if hasattr(clone.base_model, "unload") else clone.get_base_model()
+    base = clone.unload() if hasattr(clone.base_model, "unload") else clone.get_base_model()
+    _check_frozen(base)
+    return base
+
+
+def _check_frozen(base: PreTrainedModel) -> None:
+    trainable = next((name for name, p in base.named_parameters() if p.requires_grad), None)
+    if trainable is not None:
+        raise ValueError(
+            f"The adapter trains {trainable!r} of its base model, which is the reference too and would move along. Use "
+            "bias='none' in the LoRA configuration of policy and PRM."
+        )
 
 
 def _is_fresh(model: PeftModel) -> bool:
@@ -168,9 +179,10 @@ class ImplicitPRM:
                 raise ValueError("prm_model is a PeftModel already: leave prm_peft_config out, or pass the bare base.")
             reference = _bare_base(model) if frozen_reference else None
         elif peft_config is not None:
-            model.requires_grad_(False)
-            reference = share_parameters(model) if frozen_reference else None
+            base = share_parameters(model.requires_grad_(False))
+            reference = base if frozen_reference else None
             model = get_peft_model(model, peft_config)
+            _check_frozen(base)
         else:
             reference = copy.deepcopy(model).requires_grad_(False) if frozen_reference else None
             model.requires_grad_(True)
