@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from transformers.trainer_callback import PrinterCallback
 
 from trl_prime import PRIMEConfig, PRIMETrainer
 from trl_prime.data.running_sums import prepare
@@ -50,6 +51,7 @@ def run(seed: int, trust: bool, options: argparse.Namespace, folder: Path) -> di
     trainer = PRIMETrainer(
         model=task.model, reward_funcs=task.reward_funcs, args=args, train_dataset=task.train_dataset
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]
     series = {

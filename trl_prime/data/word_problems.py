@@ -180,7 +180,7 @@ def warm_up(
     train_dataset: Dataset,
     output_dir: str | Path,
     *,
-    steps: int = 60,
+    steps: int = 15,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
@@ -246,7 +246,7 @@ def prepare(
     num_warm_up: int = 512,
     num_train: int = 1024,
     num_test: int = 128,
-    steps: int = 60,
+    steps: int = 15,
     learning_rate: float = 1e-3,
 ) -> Task:
     """The word-problem task: data, and SmolLM2-135M-Instruct warmed up on problems that PRIME will not see.
