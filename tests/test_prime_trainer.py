@@ -184,6 +184,17 @@ def test_all_scores_of_a_batch_come_from_one_prm(record, random_prm, mode):
     assert same(weights(reference), weights(random_prm().reference))
 
 
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_prm_of_an_earlier_run_by_its_folder(make_trainer, tokenizer, tmp_path, is_lora):
+    """It keeps its own reference: taken for a plain model it would start from zero rewards again."""
+    saved = ImplicitPRM.from_model(build_model(4), tokenizer, peft_config=lora() if is_lora else None, beta=0.5)
+    make_trained(saved.model)
+    saved.save_pretrained(tmp_path / "prm")
+    prm = make_trainer(prm_model=str(tmp_path / "prm")).implicit_prm
+    assert same(weights(prm.model), weights(saved.model)) and same(weights(prm.reference), weights(build_model(4)))
+    assert any(parameter.requires_grad for parameter in prm.model.parameters())
+
+
 @pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("policy_peft", [None, lora()], ids=["full", "lora"])
 def test_first_process_rewards_are_exactly_zero(record, policy_peft, prm_peft):

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from .advantages import (
     RewardCombination,
@@ -32,7 +33,7 @@ from .advantages import (
     process_variance_share,
 )
 from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
-from .implicit_prm.model import ImplicitPRM
+from .implicit_prm.model import CONFIG_NAME, ImplicitPRM
 from .implicit_prm.scoring import batch_completion_logps
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .prime_config import PRIMEConfig, nearest
@@ -94,7 +95,8 @@ class PRIMETrainer(GRPOTrainer):
         *grpo_args: Further positional arguments of [`~trl.GRPOTrainer`].
         prm_model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`ImplicitPRM`], *optional*):
             Start of the implicit PRM and its reference. `None`: the policy as it is at the start, as in the paper. An
-            [`ImplicitPRM`] brings its own reference and keeps it: an earlier run's PRM, or one trained offline.
+            [`ImplicitPRM`], or the folder that one was saved in, brings its own reference and keeps it: an earlier run's
+            PRM, or one trained offline.
         prm_peft_config ([`~peft.PeftConfig`], *optional*):
             Train the PRM as an adapter. If the policy has an adapter too, both share one base model, which is also the
             reference.
@@ -146,20 +148,20 @@ class PRIMETrainer(GRPOTrainer):
 
         super().__init__(**grpo)
 
-        self.reward_combination = reward_combination
-        self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config)
-        start = grpo["model"] if prm_model is None else prm_model
-        if isinstance(start, str):
-            self.implicit_prm.reference_name = start
-        self._prm_updater: PRMUpdater | None = None
-        # The PRM starts out guessing
-        self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
-        self._rewards_per_func: torch.Tensor | None = None
         if args.prm_label != "reward" and args.prm_label not in self.reward_func_names:
             raise ValueError(
                 f"prm_label is {args.prm_label!r}, but no reward function has that name. "
                 f"{nearest(args.prm_label, ['reward', *self.reward_func_names])}"
             )
+        self.reward_combination = reward_combination
+        self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config)
+        start = grpo["model"] if prm_model is None else prm_model
+        if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
+            self.implicit_prm.reference_name = start
+        self._prm_updater: PRMUpdater | None = None
+        # The PRM starts out guessing
+        self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
+        self._rewards_per_func: torch.Tensor | None = None
         # TRL sizes the completions table to one generation batch
         if args.oversample_factor > 1:
             size = int(args.generation_batch_size * args.oversample_factor)
@@ -182,12 +184,15 @@ class PRIMETrainer(GRPOTrainer):
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             build = {"peft_config": peft_config, "frozen_reference": frozen_reference, **settings}
+            if isinstance(prm_model, str) and os.path.isfile(os.path.join(prm_model, CONFIG_NAME)):
+                # An earlier run's PRM: as a plain model it would become its own reference and forget what it learnt
+                prm_model = ImplicitPRM.from_pretrained(prm_model, trainable=True)
             if isinstance(prm_model, ImplicitPRM):
                 prm = prm_model
                 prm.beta, prm.step_delimiter = args.prm_beta, args.process_reward_step_delimiter
                 prm.micro_batch_size = args.prm_micro_batch_size
                 prm.reference = prm.reference if frozen_reference else None
-                if hasattr(prm.model, "peft_config"):
+                if isinstance(prm.model, PeftModel):
                     prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
                 else:
                     prm.model.requires_grad_(True)
@@ -216,9 +221,7 @@ class PRIMETrainer(GRPOTrainer):
                 "'float32'}}); bf16=True still computes in bfloat16."
             )
         if args.disable_dropout:
-            for module in prm.model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            disable_dropout_in_model(prm.model)
         prm.model.to(self.accelerator.device)
         if prm.reference is not None:
             prm.reference.to(self.accelerator.device).eval()
@@ -269,7 +272,7 @@ class PRIMETrainer(GRPOTrainer):
             return output
 
         # Prompt filter: rows that fail it, or that could not be judged, carry no gradient
-        num_rows = outcomes.shape[0]
+        all_outcomes, num_rows = outcomes, outcomes.shape[0]
         truncated = self.accelerator.gather(self._is_truncated(output))
         passed = select_groups(
             labels,
@@ -288,11 +291,11 @@ class PRIMETrainer(GRPOTrainer):
         trains = trains[rows]
 
         # Implicit PRM: score with one state, update, advantages
-        batch, scores = self._score(output, labels, trains)
+        batch, prm_logps, scores = self._score(output, labels, trains)
         wins, pairs = pairwise_wins(scores, labels, self.num_generations)
         self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))
-        prm_logps = self._update_prm(batch, labels)
+        prm_logps = self._update_prm(batch, prm_logps, labels)
         trust = self._update_trust(wins, pairs)
         advantages, process_rewards = self._advantages(
             output, batch, prm_logps, outcomes, trains, rewards_per_func[rows], rows, num_rows, trust
@@ -307,7 +310,7 @@ class PRIMETrainer(GRPOTrainer):
             output["tool_mask"] = tool_mask * local[:, None].to(tool_mask.dtype)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
         output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum().clamp(min=1)
-        self._log_rows(rows, num_rows, outcomes, process_rewards, advantages, loss_mask, rewards_per_func)
+        self._log_rows(rows, all_outcomes, trains, process_rewards, advantages, loss_mask)
         return output
 
     def _outcomes_and_labels(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -401,8 +404,8 @@ class PRIMETrainer(GRPOTrainer):
 
     def _score(
         self, output: dict[str, Any], labels: torch.Tensor, trains: torch.Tensor
-    ) -> tuple[tuple[PRMBatch, torch.Tensor], torch.Tensor]:
-        """The PRM's batch of this process with its `(B, T)` log-probabilities, and the `(B,)` scores of all processes."""
+    ) -> tuple[PRMBatch, torch.Tensor, torch.Tensor]:
+        """The PRM's batch of this process, its `(B, T)` log-probabilities, and the `(B,)` scores of all processes."""
         prm, local = self.implicit_prm, self._local(trains)
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         # Rows that do not train are not scored either
@@ -428,14 +431,13 @@ class PRIMETrainer(GRPOTrainer):
         # A completion without tokens has no score to be compared with
         local_labels = self._local(labels).masked_fill(~mask.any(1), torch.nan)
         batch = PRMBatch(*inputs, mask, ref_logps, local_labels, scores)
-        return (batch, prm_logps), self._gather_scores(scores, mask.any(1))
+        return batch, prm_logps, self._gather_scores(scores, mask.any(1))
 
     def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(scores.masked_fill(~scored, torch.nan))
 
-    def _update_prm(self, scored: tuple[PRMBatch, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def _update_prm(self, batch: PRMBatch, prm_logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Train the PRM on the batch; the `(B, T)` log-probabilities that process rewards are made of."""
-        batch, prm_logps = scored
         if self._prm_updater is None:
             return prm_logps
         for name, value in self._prm_updater.update(batch).items():
@@ -469,7 +471,7 @@ class PRIMETrainer(GRPOTrainer):
     def _advantages(
         self,
         output: dict[str, Any],
-        scored: tuple[PRMBatch, torch.Tensor],
+        batch: PRMBatch,
         prm_logps: torch.Tensor,
         outcomes: torch.Tensor,
         trains: torch.Tensor,
@@ -479,7 +481,7 @@ class PRIMETrainer(GRPOTrainer):
         trust: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, T)` advantages and process rewards of this process, computed over the rows of all processes."""
-        args, batch = self.args, scored[0]
+        args = self.args
         mask, granularity = batch.reward_mask, args.process_reward_granularity
         step_ids = self.implicit_prm.step_ids(batch.completion_ids) if granularity == "step" else None
         token_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
@@ -551,7 +553,7 @@ class PRIMETrainer(GRPOTrainer):
     def _evaluate_prm(self, output: dict[str, Any], outcomes: torch.Tensor, labels: torch.Tensor) -> None:
         """Score held-out completions; nothing is trained."""
         judged = ~labels.isnan()
-        (batch, prm_logps), scores = self._score(output, labels, judged)
+        batch, prm_logps, scores = self._score(output, labels, judged)
         if self.num_generations_eval > 1:
             self._log("prm/pairwise_accuracy", pairwise_accuracy(scores, labels, self.num_generations_eval))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))
@@ -575,18 +577,16 @@ class PRIMETrainer(GRPOTrainer):
     def _log_rows(
         self,
         rows: torch.Tensor,
-        num_rows: int,
-        outcomes: torch.Tensor,
+        all_outcomes: torch.Tensor,
+        trains: torch.Tensor,
         process_rewards: torch.Tensor,
         advantages: torch.Tensor,
         loss_mask: torch.Tensor,
-        rewards_per_func: torch.Tensor,
     ) -> None:
-        """Complete the last `num_rows` rows of TRL's completions table."""
+        """Complete the rows of TRL's completions table that this batch has added, one for each of `all_outcomes`."""
         if not self.log_completions:
             return
-        weights = self.reward_weights.to(rewards_per_func.device)
-        all_outcomes = (rewards_per_func * weights).nansum(1).masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+        num_rows = len(all_outcomes)
         mean_advantages = (advantages * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
         # The rows that were generated and not trained on have no process reward and no advantage
         columns = {"process_reward": process_rewards.sum(1), "advantage": mean_advantages}
@@ -595,7 +595,7 @@ class PRIMETrainer(GRPOTrainer):
             column[rows] = self.accelerator.gather(values.float())
             columns[name] = column.tolist()
         trained = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
-        trained[rows] = ~outcomes.isnan()
+        trained[rows] = trains
         for _ in range(num_rows):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(columns["advantage"])
@@ -645,8 +645,6 @@ class PRIMETrainer(GRPOTrainer):
         self._load_prm_weights(os.path.join(self.state.best_model_checkpoint, "prm"))
 
     def _load_prm_weights(self, folder: str) -> None:
-        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-
         model = self.implicit_prm.model
         if isinstance(model, PeftModel):
             set_peft_model_state_dict(model, load_peft_weights(os.path.join(folder, "adapter"), device="cpu"))

@@ -21,6 +21,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.trainer.utils import pad
 
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
 from .scoring import batch_completion_logps
@@ -382,8 +383,11 @@ class ImplicitPRM:
         rows = [self._tokenize(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         batch = [
             tensor.to(device)
-            for column, left in ((0, True), (1, False))
-            for tensor in _pad([row[column] for row in rows], pad_id, left)
+            for column, side in ((0, "left"), (1, "right"))
+            for tensor in (
+                pad([torch.tensor(row[column], dtype=torch.long) for row in rows], pad_id, side),
+                pad([torch.ones(len(row[column]), dtype=torch.long) for row in rows], 0, side),
+            )
         ]
         completion_ids, mask = batch[2], batch[3].bool()
         rewards = implicit_process_rewards(self.log_probs(*batch), self.reference_log_probs(*batch), mask, self.beta)
@@ -434,15 +438,3 @@ def _local_folder(path_or_repo: str | os.PathLike) -> Path:
 
         folder = Path(snapshot_download(str(path_or_repo)))
     return folder / "prm" if (folder / "prm" / CONFIG_NAME).is_file() else folder
-
-
-def _pad(rows: list[list[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(B, L)` ids and mask of rows of token ids."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = 1
-    return ids, mask

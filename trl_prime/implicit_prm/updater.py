@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
@@ -86,7 +87,7 @@ class PRMUpdater:
         self.skipped_steps = 0
         if args.gradient_checkpointing:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
-            if hasattr(prm.model, "peft_config"):
+            if isinstance(prm.model, PeftModel):
                 prm.model.enable_input_require_grads()
         self.model = accelerator.prepare_model(prm.model)
         # The optimizer stays bare: accelerate's wrapper does nothing while the policy accumulates gradients
@@ -219,6 +220,7 @@ def _make_optimizer(model: torch.nn.Module, args: PRIMEConfig) -> torch.optim.Op
     prm_args = copy.copy(args)
     prm_args.optim, prm_args.learning_rate = args.prm_optim, args.prm_learning_rate
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(prm_args, model)
+    # Reads nothing of the trainer it is a method of
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
