@@ -1,5 +1,40 @@
-"""Outcome rewards by name, for recipes."""
+"""Outcome rewards: verifiers of math and code, the sandbox that model-written code runs in, and their names in recipes."""
 
-from .registry import load_object, load_reward_func
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["load_object", "load_reward_func"]
+if TYPE_CHECKING:
+    from .code_rewards import CodeReward, code_reward
+    from .math_rewards import MathReward, math_reward
+    from .registry import load_object, load_reward_func
+    from .router import VerifierReward, verifier_reward
+
+__all__ = [
+    "CodeReward",
+    "MathReward",
+    "VerifierReward",
+    "code_reward",
+    "load_object",
+    "load_reward_func",
+    "math_reward",
+    "verifier_reward",
+]
+
+_MODULES = {
+    "CodeReward": ".code_rewards",
+    "MathReward": ".math_rewards",
+    "VerifierReward": ".router",
+    "code_reward": ".code_rewards",
+    "load_object": ".registry",
+    "load_reward_func": ".registry",
+    "math_reward": ".math_rewards",
+    "verifier_reward": ".router",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the verifiers' worker processes import their part of this package and must not load a trainer
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

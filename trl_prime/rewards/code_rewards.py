@@ -1,0 +1,397 @@
+"""Outcome reward of code: run the completion's program against tests, in a sandbox."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from .programs import pick_solution, same_output, same_value
+from .sandbox import Limits, open_sandbox
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProblemTests:
+    """
+    ProblemTests of one problem, of one of three kinds.
+
+    Attributes:
+        kind: "stdin" (programs that read and write), "call" (calls to a function) or "assert" (Python code).
+        inputs: Standard inputs; argument lists of the calls; or the asserts.
+        outputs: Expected outputs or values; empty for asserts.
+        name: The function under test.
+        setup: Python code that asserts need, and that solutions may rely on where `prompt`.
+        prompt: The beginning of a function that the completion continues or repeats.
+    """
+
+    kind: str
+    inputs: list[Any]
+    outputs: list[Any]
+    name: str | None = None
+    setup: str = ""
+    prompt: str = ""
+
+    def names(self) -> tuple[str, ...]:
+        """What a solution may have to define; empty for whole programs."""
+        if self.name:
+            return (re.split(r"\W", self.name)[0],)  # "Solution().solve" asks for the class
+        if self.kind == "assert":
+            called = {name for code in self.inputs for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", code)}
+            return tuple(sorted(called - set(dir(builtins))))
+        return ()
+
+
+def read_tests(tests: str | dict[str, Any] | list[str] | None) -> ProblemTests | None:
+    """
+    The tests of a row.
+
+    Args:
+        tests: JSON text or the object itself, of one of the forms
+
+            - `{"inputs": [...], "outputs": [...]}`: standard input and output (Eurus-2, APPS, CodeContests);
+            - the same with `"fn_name"`: calls. An input is a list of arguments, or text with one JSON value a line; an
+              output is the expected value, bare, in a list of one, or as JSON text;
+            - `{"prompt": ..., "test": ..., "entry_point": ...}`: HumanEval; `test` defines `check(candidate)`;
+            - `{"asserts": [...], "setup"?: ..., "entry_point"?: ...}`, or just a list of asserts (MBPP).
+
+    Returns:
+        [`ProblemTests`], or None where there are none.
+
+    Raises:
+        ValueError: It is none of these forms.
+    """
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests) if tests.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`tests` is not JSON: {error}") from error
+    if not tests:
+        return None
+    if isinstance(tests, list):
+        tests = {"asserts": tests}
+    if not isinstance(tests, dict):
+        raise ValueError(f"`tests` is a {type(tests).__name__}; expected an object or a list of asserts.")
+    if "asserts" in tests:
+        asserts, setup, name = tests["asserts"], tests.get("setup") or "", tests.get("entry_point")
+        if not (isinstance(asserts, list) and all(isinstance(code, str) for code in asserts)):
+            raise ValueError("`asserts` is not a list of texts.")
+        return ProblemTests("assert", asserts, [], name, setup) if asserts else None
+    if "test" in tests and "entry_point" in tests:
+        name, prompt = tests["entry_point"], _complete(tests.get("prompt") or "")
+        return ProblemTests(
+            "assert", [f"check({name})"], [], name, f"{prompt}\n{tests['test']}", tests.get("prompt") or ""
+        )
+    if "inputs" not in tests or "outputs" not in tests:
+        raise ValueError(f"`tests` has the keys {sorted(tests)}; expected inputs and outputs, asserts, or test.")
+    inputs, outputs, name = tests["inputs"], tests["outputs"], tests.get("fn_name")
+    if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
+        raise ValueError("`inputs` and `outputs` are not two lists of one length.")
+    if not inputs:
+        return None
+    if name:
+        return ProblemTests("call", list(map(_arguments, inputs)), list(map(_expected, outputs)), name)
+    return ProblemTests("stdin", list(map(_text, inputs)), list(map(_text, outputs)))
+
+
+def _complete(prompt: str) -> str:
+    """The prompt of a HumanEval problem as code: with a body, where it ends in a bare signature."""
+    for body in ("", "\n    pass\n"):
+        with contextlib.suppress(SyntaxError, ValueError):
+            compile(prompt + body, "<prompt>", "exec")
+            return prompt + body
+    return ""
+
+
+def _arguments(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        try:
+            return [json.loads(line) for line in value.split("\n") if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the input {value[:80]!r} is not one JSON value a line: {error}") from error
+    raise ValueError(f"the input {str(value)[:80]!r} is neither a list of arguments nor text.")
+
+
+def _expected(value: Any) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
+    return value
+
+
+def _text(value: Any) -> str:
+    """Input or output as text; some rows hold lists of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class CodeReward:
+    """
+    Outcome reward of code: the share of tests that the completion's program passes, or 1 where it passes all.
+
+    An instance is a reward function for TRL. It reads the column `tests` ([`read_tests`] says what it holds). A completion
+    without a program scores 0; a row without tests, or with tests that cannot be read, is None, which leaves it out of
+    training.
+
+    Args:
+        scoring (`str`): `"all"`: 1.0 if every test passes, else 0.0, and the first failure ends it. `"fraction"`: share of
+            passed tests.
+        sandbox (`str`): See [`~trl_prime.rewards.sandbox.open_sandbox`].
+        test_seconds (`float`): Time for one test.
+        total_seconds (`float`): Time for all tests of one completion; tests beyond it count as failed.
+        memory_mb (`int`): Memory of one program.
+        float_tolerance (`float`): Of real numbers in outputs, absolute or relative.
+        num_workers (`int`, *optional*): Programs that run at the same time. Defaults to the processors of this machine,
+            shared among its training processes.
+        packages (`list[str]`): Installed distributions that programs may import.
+
+    Raises:
+        ValueError: An option has an impossible value.
+        SandboxUnavailable: Programs cannot be run safely on this machine; says what to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        scoring: str = "all",
+        sandbox: str = "auto",
+        test_seconds: float = 5.0,
+        total_seconds: float = 30.0,
+        memory_mb: int = 1024,
+        float_tolerance: float = 1e-6,
+        num_workers: int | None = None,
+        packages: list[str] | tuple[str, ...] = ("numpy",),
+    ):
+        if scoring not in ("all", "fraction"):
+            raise ValueError(f"scoring is {scoring!r}. Choose 'all' or 'fraction'.")
+        for name, value in (
+            ("test_seconds", test_seconds),
+            ("total_seconds", total_seconds),
+            ("memory_mb", memory_mb),
+        ):
+            if value <= 0:
+                raise ValueError(f"{name} is {value}. Give a positive number.")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}. Give at least 1.")
+        self.__name__ = "code_reward"
+        self.scoring = scoring
+        self.sandbox = sandbox
+        self.packages = tuple(packages)
+        self.limits = Limits(wall_seconds=test_seconds, memory_mb=memory_mb)
+        self.total_seconds = total_seconds
+        self.float_tolerance = float_tolerance
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
+        open_sandbox(sandbox, self.packages)  # now, not after an hour of loading and generating
+
+    def __call__(
+        self,
+        completions: list[Any],
+        tests: list[Any],
+        log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """
+        Score completions.
+
+        Args:
+            completions (`list`): B completions, texts or message lists.
+            tests (`list`): ProblemTests of each row.
+            log_extra, log_metric (`Callable`, *optional*): TRL's; get the verdict of each row and the shares of
+                completions without a program and of rows without tests.
+
+        Returns:
+            `list[float | None]`: B rewards.
+        """
+        jobs = []
+        for completion, row in zip(completions, tests, strict=True):
+            try:
+                row_tests = read_tests(row)
+            except ValueError as error:
+                logger.warning("A row's tests cannot be read, so its completions are not judged: %s", error)
+                row_tests = None
+            source = solution_of(completion_text(completion), row_tests) if row_tests else None
+            # Completions of a group often agree, and tests can be long: one verdict for equal ones
+            jobs.append((source, row_tests, (source, row if isinstance(row, str) else json.dumps(row, default=str))))
+        distinct = {key: (source, row_tests) for source, row_tests, key in jobs if source is not None}
+        with ThreadPoolExecutor(min(self.num_workers, max(1, len(distinct)))) as pool:
+            results = dict(zip(distinct, pool.map(lambda job: self.judge(*job), distinct.values()), strict=True))
+        rewards: list[float | None] = []
+        verdicts = []
+        for _, row_tests, key in jobs:
+            reward, verdict = (None, "no tests") if row_tests is None else results.get(key, (0.0, "no program"))
+            rewards.append(reward)
+            verdicts.append(verdict)
+        if log_extra:
+            log_extra("code_verdict", verdicts)
+        if log_metric and verdicts:
+            log_metric("code/no_program", verdicts.count("no program") / len(verdicts))
+            log_metric("code/no_tests", verdicts.count("no tests") / len(verdicts))
+        return rewards
+
+    def judge(self, source: str, tests: ProblemTests) -> tuple[float, str]:
+        """
+        Run one solution.
+
+        Args:
+            source (`str`): Its source.
+            tests ([`ProblemTests`]): The tests.
+
+        Returns:
+            `tuple[float, str]`: the score, and a verdict to read: "passed" or what went wrong first.
+
+        Raises:
+            SandboxUnavailable: The sandbox failed, which says nothing of the solution.
+        """
+        outcomes = {"stdin": self._stdin, "call": self._call, "assert": self._assert}[tests.kind](source, tests)
+        passed, verdict = 0, "passed"
+        with contextlib.closing(outcomes):
+            for number, problem in enumerate(islice(outcomes, len(tests.inputs)), start=1):
+                if problem is None:
+                    passed += 1
+                elif verdict == "passed":
+                    verdict = f"test {number}: {problem}"
+                    if self.scoring == "all":
+                        return 0.0, verdict
+        if passed < len(tests.inputs) and verdict == "passed":
+            verdict = "the program ended before its tests"
+        score = passed / len(tests.inputs)
+        return (score if self.scoring == "fraction" else float(score == 1)), verdict
+
+    # Each yields for every test None if it passed, else what went wrong
+
+    def _stdin(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
+        sandbox = open_sandbox(self.sandbox, self.packages)
+        deadline = time.monotonic() + self.total_seconds
+        for stdin, expected in zip(tests.inputs, tests.outputs, strict=True):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                yield "time limit of all tests"
+                continue
+            limits = replace(self.limits, wall_seconds=min(self.limits.wall_seconds, remaining))
+            result = sandbox.run(source, stdin, limits)
+            if result.reason:
+                yield f"{result.reason} limit"
+            elif result.exit_code != 0:
+                yield (
+                    result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+                    or f"exit code {result.exit_code}"
+                )
+            elif same_output(result.stdout.decode(errors="replace"), expected, self.float_tolerance):
+                yield None
+            else:
+                yield "wrong answer"
+
+    def _call(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
+        sandbox = open_sandbox(self.sandbox, self.packages)
+        answers = sandbox.call(source, tests.name, tests.inputs, self.limits, self.total_seconds)
+        with contextlib.closing(answers):
+            for answer, expected in zip(answers, tests.outputs, strict=False):
+                if not isinstance(answer, dict) or "value" not in answer:
+                    yield _error(answer)
+                elif same_value(answer["value"], expected, self.float_tolerance) or (
+                    # APPS wraps the expected value in a list of one
+                    isinstance(expected, list)
+                    and len(expected) == 1
+                    and same_value(answer["value"], _expected(expected[0]), self.float_tolerance)
+                ):
+                    yield None
+                else:
+                    yield "wrong answer"
+
+    def _assert(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
+        sandbox = open_sandbox(self.sandbox, self.packages)
+        request = {"setup": tests.setup, "asserts": tests.inputs, "entry_point": tests.name}
+        answers = sandbox.examine(source, request, self.limits, self.total_seconds)
+        with contextlib.closing(answers):
+            for answer in answers:
+                if isinstance(answer, dict) and answer.get("passed") is True:
+                    yield None
+                else:
+                    yield str(answer.get("error") if isinstance(answer, dict) else "no verdict") or "failed"
+
+
+def _error(answer: Any) -> str:
+    problem = answer.get("error") if isinstance(answer, dict) else None
+    return ": ".join(map(str, problem))[:300] if isinstance(problem, list) else "no answer"
+
+
+def solution_of(completion: str, tests: ProblemTests) -> str | None:
+    """
+    The program to run: the completion's solution, after the problem's own code where it brings some (imports, helpers).
+
+    Args:
+        completion (`str`): Text of a completion.
+        tests ([`ProblemTests`]): The problem's tests.
+
+    Returns:
+        `str` or `None`: None if the completion has no program.
+    """
+    source = pick_solution(completion, tests.names())
+    if tests.prompt:
+        if source is None:
+            return tests.prompt + completion  # a base model goes on where the prompt ends
+        if "__future__" not in source:
+            return f"{_complete(tests.prompt)}\n{source}"
+    return source
+
+
+def completion_text(completion: Any) -> str:
+    """
+    The text of a completion as TRL hands it over: a text, or messages, of which the last one counts.
+
+    Args:
+        completion (`str` or `list[dict]`): A completion; the content of a message may be a list of parts.
+
+    Returns:
+        `str`: empty where there is no text.
+    """
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""
+
+
+_default: CodeReward | None = None
+
+
+def code_reward(
+    completions: list[Any],
+    tests: list[Any],
+    log_extra: Callable[[str, list], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """
+    Outcome reward of code with the default options of [`CodeReward`]: 1.0 where the completion's program passes all tests
+    of its row, 0.0 where it does not, None where there are no tests.
+
+    Args:
+        completions (`list`): B completions, texts or message lists.
+        tests (`list`): ProblemTests of each row; see [`read_tests`].
+        log_extra, log_metric (`Callable`, *optional*): TRL's.
+
+    Returns:
+        `list[float | None]`: B rewards.
+
+    Raises:
+        SandboxUnavailable: Programs cannot be run safely on this machine; says what to do.
+    """
+    global _default
+    if _default is None:
+        _default = CodeReward()
+    return _default(completions, tests, log_extra=log_extra, log_metric=log_metric)

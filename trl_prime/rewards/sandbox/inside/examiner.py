@@ -1,0 +1,193 @@
+"""Runs tests against a solution that lives in another process.
+
+Tests written as Python code (`assert f(2) == 4`) hold the expected results, so they must not share a process with the
+solution: it could read them, or replace what compares them. Here every name that the solution defines is a stand-in that
+passes calls on; values come back as plain data, on which comparison is Python's own. Objects of the solution's own
+classes stay where they are, behind handles: a handle equals no plain value, whatever its class says of equality.
+
+Not covered: `isinstance` against a class of the solution, and tests that patch the solution's module.
+"""
+
+import builtins
+import os
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import candidate
+import wire
+
+
+class CandidateError(Exception):
+    """An exception of the solution that is not a built-in one."""
+
+
+class _Remote:
+    """The other side of the channel to the solution."""
+
+    def __init__(self, channel: wire.Channel):
+        self.channel = channel
+        self.functions: list[Any] = []
+
+    def ask(self, *request: Any) -> dict[str, Any]:
+        self.channel.send(request)
+        while True:
+            answer = self.channel.receive()
+            if not isinstance(answer, dict):
+                raise ValueError("not an answer")
+            if "callback" not in answer:
+                break
+            try:
+                index, args = answer["callback"]
+                value = self.functions[index](*map(self.decode, args))
+                self.channel.send({"value": self.encode(value)})
+            except Exception as error:
+                self.channel.send({"error": repr(error)[:1000]})
+        if "error" in answer:
+            name, text = answer["error"]
+            kind = getattr(builtins, str(name), None)
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+                raise kind(str(text))
+            raise CandidateError(f"{name}: {text}")
+        return answer
+
+    def call(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        answer = self.ask("call", target, list(map(self.encode, args)), {k: self.encode(v) for k, v in kwargs.items()})
+        for argument, form in zip(args, answer.get("arguments") or (), strict=False):
+            if form is not None:
+                _update(argument, self.decode(form))
+        return self.decode(answer["value"])
+
+    def encode(self, value: Any) -> Any:
+        return wire.encode(value, self.refer)
+
+    def refer(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Handle):
+            return {"handle": value._target}
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)):
+            self.functions.append(value)
+            return {"handle": [len(self.functions) - 1]}
+        raise wire.NotPlain(f"a value of type {type(value).__name__} cannot be given to the solution")
+
+    def decode(self, form: Any) -> Any:
+        return wire.decode(form, self.resolve)
+
+    def resolve(self, body: Any) -> Any:
+        if isinstance(body, list):
+            return self.functions[body[0]]  # one of our own functions came back
+        return Handle(self, body)
+
+
+def _update(argument: Any, after: Any) -> None:
+    """Make a container equal to what the call left of it."""
+    if isinstance(argument, (list, bytearray)) and type(argument) is type(after):
+        argument[:] = after
+    elif isinstance(argument, (dict, set)) and isinstance(after, type(argument)):
+        argument.clear()
+        argument.update(after)
+    elif type(argument) is type(after):
+        argument.clear()
+        argument.extend(after)
+
+
+class Handle:
+    """Stands for something that lives in the solution's process: a function, a class, or an object."""
+
+    def __init__(self, remote: _Remote, target: Any):
+        self._remote, self._target = remote, target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._remote.call(self._target, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._remote.decode(self._remote.ask("attribute", self._target, name)["value"])
+
+    def _method(self, name: str, *args: Any) -> Any:
+        answer = self._remote.ask("method", self._target, name, list(map(self._remote.encode, args)))
+        return self._remote.decode(answer["value"])
+
+    def __eq__(self, other: Any) -> bool:
+        # Only two objects of the solution may be compared by the solution's own rule
+        return isinstance(other, Handle) and self._method("eq", other) is True
+
+    def __hash__(self) -> int:
+        return hash(self._method("hash"))
+
+    def __bool__(self) -> bool:
+        return self._method("truth") is True
+
+    def __iter__(self) -> "Handle":
+        return self._method("iter")
+
+
+def _operation(name: str) -> Any:
+    return lambda self, *args: self._method(name, *args)
+
+
+for _name in "lt le gt ge add sub mul truediv floordiv mod neg getitem setitem delitem contains".split():
+    setattr(Handle, f"__{_name}__", _operation(_name))
+for _name in "next len str repr float".split():
+    setattr(Handle, f"__{_name}__", _operation(_name))
+
+
+def serve(verdict_fd: int, candidate_fd: int) -> None:
+    """Receive `[solution, tests]` over `verdict_fd` and answer each verdict there; the solution's process is behind
+    `candidate_fd`."""
+    verdicts = wire.Channel(verdict_fd)
+    solution, tests = verdicts.receive()
+    for verdict in examine(wire.Channel(candidate_fd), solution, tests):
+        verdicts.send(verdict)
+
+
+def examine(channel: wire.Channel, solution: str, tests: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """
+    Run tests against a solution.
+
+    Args:
+        channel ([`wire.Channel`]): To a process that runs [`candidate.serve`].
+        solution (`str`): Its source.
+        tests (`dict`): `{"setup": code, "asserts": [code, ...], "entry_point": name | None}`. `setup` runs here and its
+            definitions win over the solution's; `entry_point` is always the solution's.
+
+    Yields:
+        `dict`: For each assert `{"passed": bool, "error": str}`.
+    """
+    # Tests may print
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 1)
+    candidate.open_streams()
+    try:
+        channel.send(solution)
+        namespace = _namespace(_Remote(channel), tests)
+    except Exception as error:
+        for _ in tests["asserts"]:
+            yield {"passed": False, "error": _text(error)}
+        return
+    for code in tests["asserts"]:
+        try:
+            exec(compile(code, "<test>", "exec", dont_inherit=True), namespace)
+            verdict = {"passed": True, "error": ""}
+        except BaseException as error:
+            verdict = {"passed": False, "error": _text(error)}
+        yield verdict
+
+
+def _namespace(remote: _Remote, tests: dict[str, Any]) -> dict[str, Any]:
+    hello = remote.channel.receive()
+    if "error" in hello:
+        raise CandidateError(f"the solution does not load: {': '.join(hello['error'])}")
+    namespace: dict[str, Any] = {"__name__": "__test__"}
+    exec(compile(tests["setup"], "<setup>", "exec", dont_inherit=True), namespace)
+    entry_point = tests["entry_point"]
+    for name in hello["names"]:
+        if isinstance(name, str) and name not in namespace and not hasattr(builtins, name):
+            namespace[name] = Handle(remote, name)
+    if entry_point:
+        namespace[entry_point] = Handle(remote, entry_point)
+    for name, value in candidate.PRELUDE.items():
+        namespace.setdefault(name, value)
+    return namespace
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:1000]

@@ -1,0 +1,170 @@
+"""Linux isolation for one process: namespaces, mounts, capabilities, system-call filter and limits.
+
+Runs inside the sandbox on the standard library alone, by ctypes where Python has no call. Every function raises
+`OSError` when a wall cannot be put up: a program never starts behind fewer walls than asked for.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+_ANY_NAMESPACE = 0x7E020000 | 0x80  # the flags above and CLONE_NEWTIME
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces in `flags` for new ones (`os.unshare` is of Python 3.12)."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def set_dumpable(on: bool) -> None:
+    """Whether other processes of the same user may trace this one and read its memory and files in /proc."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, int(on), 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """`mount(2)`."""
+    arguments = [os.fsencode(value) if value is not None else None for value in (source, target, kind)]
+    _check(_libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(options)), f"mount {source} on {target}")
+
+
+def pivot_root(new_root: str) -> None:
+    """Make `new_root`, a mount point, the root folder and forget the old one."""
+    os.chdir(new_root)
+    number = _SYSTEM_CALLS[platform.machine()]["pivot_root"]
+    _check(_libc.syscall(number, b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def map_user(uid: int, gid: int) -> None:
+    """In a new user namespace: be the user and group that one was outside."""
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def private_filesystem(scratch_bytes: int) -> None:
+    """A mount namespace with an empty, size-bound /tmp and /dev/shm of its own and nothing in /proc."""
+    unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    flags = MS_NOSUID | MS_NODEV
+    mount("tmpfs", "/tmp", "tmpfs", flags, f"size={scratch_bytes},nr_inodes=16384,mode=0700")
+    mount("tmpfs", "/dev/shm", "tmpfs", flags | MS_NOEXEC, "size=1048576,nr_inodes=64,mode=0700")
+    # The processes of neighbours are listed in the /proc of the box
+    mount("tmpfs", "/proc", "tmpfs", flags | MS_NOEXEC | MS_RDONLY, "size=4096,mode=0555")
+
+
+def set_limits(memory_bytes: int, cpu_seconds: int, file_bytes: int, processes: int) -> None:
+    """Resource limits of this process and of all that it starts."""
+    for name, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+    # Deep recursion is a legitimate thing in a solution; the address space bounds the stack
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 27 if hard == resource.RLIM_INFINITY else hard, hard))
+
+
+def drop_privileges() -> None:
+    """Give up every capability for good, also for programs that are executed later."""
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    _check(_libc.capset(header, bytes(24)), "capset")
+
+
+# Denied system calls: the network, other processes' memory, mounts and namespaces, memory that no limit counts, and the
+# parts of the kernel that no solution needs and that have been the way out of sandboxes.
+_SYSTEM_CALLS = {
+    "x86_64": {
+        "socket": 41, "shmget": 29, "semget": 64, "msgget": 68, "ptrace": 101, "personality": 135, "pivot_root": 155,
+        "chroot": 161, "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "reboot": 169, "init_module": 175,
+        "quotactl": 179, "mq_open": 240, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
+        "unshare": 272, "perf_event_open": 298, "fanotify_init": 300, "name_to_handle_at": 303,
+        "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
+        "finit_module": 313, "memfd_create": 319, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
+        "clone": 56, "clone3": 435,
+    },
+    "aarch64": {
+        "socket": 198, "shmget": 194, "semget": 190, "msgget": 186, "ptrace": 117, "personality": 92, "pivot_root": 41,
+        "chroot": 51, "acct": 89, "mount": 40, "umount2": 39, "swapon": 224, "reboot": 142, "init_module": 105,
+        "quotactl": 60, "mq_open": 180, "kexec_load": 104, "add_key": 217, "request_key": 218, "keyctl": 219,
+        "unshare": 97, "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264,
+        "open_by_handle_at": 265, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
+        "finit_module": 273, "memfd_create": 279, "kexec_file_load": 294, "bpf": 280, "userfaultfd": 282,
+        "clone": 220, "clone3": 435,
+    },
+}  # fmt: skip
+# The same numbers on every architecture: io_uring, pidfd_getfd, the new mount interface, memfd_secret, landlock is let be
+_NEW_SYSTEM_CALLS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
+_AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+_EPERM, _ENOSYS = 1, 38
+
+
+def _filter_program() -> bytes:
+    """A classic BPF program that answers denied system calls with EPERM; see `seccomp(2)`."""
+    machine = platform.machine()
+    if machine not in _SYSTEM_CALLS:
+        raise OSError(_ENOSYS, f"the system-call filter is not written for {machine}")
+    load, jump_equal, jump_at_least, jump_any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050000 | _EPERM, 0x00050000 | _ENOSYS
+    calls = _SYSTEM_CALLS[machine]
+    code: list[tuple[int, int, int, int]] = [
+        (load, 0, 0, 4),
+        (jump_equal, 1, 0, _AUDIT_ARCHITECTURE[machine]),
+        (answer, 0, 0, kill),
+        (load, 0, 0, 0),
+        (jump_at_least, 0, 1, 0x40000000),  # the x32 interface has a second number for every call
+        (answer, 0, 0, deny),
+        (jump_equal, 0, 1, calls["clone3"]),  # its flags lie in memory; the C library falls back to clone
+        (answer, 0, 0, missing),
+        (jump_equal, 0, 4, calls["clone"]),
+        (load, 0, 0, 16),
+        (jump_any_bit, 0, 1, _ANY_NAMESPACE & ~0x80),  # below 0x100 clone's flags hold the exit signal
+        (answer, 0, 0, deny),
+        (answer, 0, 0, allow),
+    ]
+    for number in [*(n for name, n in calls.items() if name not in ("clone", "clone3")), *_NEW_SYSTEM_CALLS]:
+        code += [(jump_equal, 0, 1, number), (answer, 0, 0, deny)]
+    code.append((answer, 0, 0, allow))
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def filter_system_calls() -> None:
+    """Deny what no solution needs, from here on and for all children. Needs `drop_privileges` before."""
+    program = _filter_program()
+    instructions = ctypes.create_string_buffer(program, len(program))
+    descriptor = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
+    _check(_libc.prctl(_PR_SET_SECCOMP, 2, descriptor, 0, 0), "prctl(PR_SET_SECCOMP)")
