@@ -84,3 +84,59 @@ def test_quickstart_end_to_end_in_small(tmp_path, capsys):
     assert [step.strip("\n") for step in scored[0].steps][:2] == ["1", "3"]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert any("prm/loss" in row for row in history)
+
+
+def digits_reward(prompts, completions, solution, **kwargs):
+    """A stand-in that reads what the adapter makes."""
+    for (system, user), answer in zip(prompts, solution, strict=True):
+        assert system == {"role": "system", "content": "count"}
+        assert user["content"] == f"{int(answer) - 1} plus 1\n\ngive the number"
+    return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
+
+
+def _train_flags(tmp_path, model_path, data, **settings):
+    settings = {
+        "model_name_or_path": model_path,
+        "dataset_name": data,
+        "dataset_format": "gsm8k",
+        "reward_funcs": f"{__name__}.digits_reward",
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 8,
+        "use_cpu": "true",
+        "bf16": "false",
+        "dtype": "float32",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "logging_steps": 1,
+        "gradient_checkpointing": "false",
+        "save_strategy": "no",
+        **settings,
+    }
+    return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def test_trains_on_a_local_file_in_gsm8k_form(tmp_path, model_path, capsys):
+    rows = [{"question": f"{i} plus 1", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(16)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "no answer", "answer": "none"}]))
+    suffix = {"system_prompt": "count", "prompt_suffix": "give the number"}
+    assert main(_train_flags(tmp_path, model_path, data, **suffix)) == 2
+    assert "Row 16 is no 'gsm8k' row" in capsys.readouterr().err
+    assert main(_train_flags(tmp_path, model_path, data, on_malformed_row="skip", **suffix)) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert sum("rewards/digits_reward/mean" in row for row in history) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "1+1", "answer": "#### 2"}) + "\n")
+    flags = _train_flags(tmp_path, model_path, data)
+    position = flags.index("--dataset_format")
+    assert main(flags[:position] + flags[position + 2 :]) == 2
+    assert "looks like 'gsm8k'" in capsys.readouterr().err
+    flags[position + 1] = "eurus2_sft(conversations='question')"
+    assert main(flags) == 2
+    assert "prompt" in capsys.readouterr().err

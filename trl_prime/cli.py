@@ -37,7 +37,14 @@ class PRIMEScriptArguments(ScriptArguments):
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
             the dotted path of a function that returns a [`~trl_prime.data.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
-        reward_funcs (`list[str]`, *optional*): Outcome rewards: TRL's names or dotted paths.
+        dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
+            [`~trl_prime.data.formats.DATASET_FORMATS`], with options if need be, `gsm8k(question='problem')`. Not given,
+            the data set has a `prompt` and what the rewards read. `dataset_name` may be a local file or folder.
+        system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
+        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
+        on_malformed_row (`str`): `"raise"`, or `"skip"` to leave out rows that cannot be adapted.
+        reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
+            row), TRL's names or dotted paths, with options if need be, `code(timeout=10)`.
         reward_combination (`str`, *optional*): Dotted path of a hook that computes the advantages.
         prm_model_name_or_path (`str`, *optional*): Start of the implicit PRM; the policy's own start if not given.
         prm_use_peft (`bool`): Train the PRM as a LoRA adapter.
@@ -51,8 +58,33 @@ class PRIMEScriptArguments(ScriptArguments):
         metadata={"help": f"A task with its own model, data and reward: {', '.join(TASKS)}, or a dotted path."},
     )
     task_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of the task (JSON)."})
+    dataset_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the rows of dataset_name (Hub, local file or folder) are adapted: eurus2_rl, gsm8k, math, math500, "
+            "question_answer, humaneval, mbpp or reasoning_gym, with options if need be: gsm8k(question='problem'). "
+            "Not given, the data set has a prompt and what the rewards read."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt of every row; replaces the one that is there."}
+    )
+    prompt_suffix: str | None = field(
+        default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
+    )
+    on_malformed_row: str = field(
+        default="raise",
+        metadata={
+            "help": "'raise', or 'skip' to leave out rows that cannot be adapted.",
+            "choices": ["raise", "skip"],
+        },
+    )
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Outcome rewards: names of TRL's reward functions, or dotted paths."}
+        default=None,
+        metadata={
+            "help": "Outcome rewards: math, code, verifier (math or code, by the row), names of TRL's reward functions, or "
+            "dotted paths; with options if need be: code(timeout=10)."
+        },
     )
     reward_combination: str | None = field(
         default=None, metadata={"help": "Dotted path of a hook that computes the advantages."}
@@ -110,7 +142,6 @@ def train(argv: list[str]) -> int:
     """Train by a recipe; the exit code."""
     script_args, args, model_args = parse_train_arguments(argv)
 
-    from datasets import load_dataset
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
 
@@ -130,11 +161,11 @@ def train(argv: list[str]) -> int:
         model, train_dataset, eval_dataset = task.model, task.train_dataset, task.eval_dataset
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
-        dataset = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-        train_dataset = dataset[script_args.dataset_train_split]
-        eval_dataset = dataset[script_args.dataset_test_split] if args.eval_strategy != "no" else None
+        with args.main_process_first(desc="loading the data set"):
+            train_dataset = _load_split(script_args, script_args.dataset_train_split)
+            eval_dataset = None
+            if args.eval_strategy != "no":
+                eval_dataset = _load_split(script_args, script_args.dataset_test_split)
     else:
         raise ValueError("Give either `task`, or `model_name_or_path` and `dataset_name`.")
     reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]
@@ -190,6 +221,30 @@ def train(argv: list[str]) -> int:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
+
+
+def _load_split(script_args: PRIMEScriptArguments, split: str) -> Any:
+    """A split of the recipe's data set, in the form that the trainer reads."""
+    from .data.adapters import load_prime_dataset
+    from .data.formats import DATASET_FORMATS
+    from .rewards.registry import parse_call
+
+    name = parse_call(script_args.dataset_format or "")[0]
+    if name in DATASET_FORMATS and "prompt" not in DATASET_FORMATS[name].features:
+        raise ValueError(
+            f"dataset_format is {name!r}, which makes finished conversations for supervised fine-tuning. Train on a format "
+            "with a prompt."
+        )
+    return load_prime_dataset(
+        script_args.dataset_name,
+        script_args.dataset_format,
+        split=split,
+        config=script_args.dataset_config,
+        streaming=script_args.dataset_streaming,
+        system_prompt=script_args.system_prompt,
+        prompt_suffix=script_args.prompt_suffix,
+        on_error=script_args.on_malformed_row,
+    )
 
 
 def _measure(

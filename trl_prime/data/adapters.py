@@ -1,0 +1,340 @@
+r"""Public data sets, each row into TRL's conversational prompt format with the columns that the verifiers read.
+
+`load_prime_dataset` reads a data set, from the Hub or from local files, and adapts it by a named format; `DATASET_FORMATS`
+lists them. Whatever the format, an adapted data set has the same columns of the same types, so that data sets of several
+kinds can be concatenated:
+
+| column | holds |
+|---|---|
+| `prompt` | messages, `[{"role": ..., "content": ...}]` |
+| `solution` | right answer of a mathematics problem, as bare text or LaTeX, or None |
+| `tests` | tests of a code problem as a JSON object (see `code_reward`), or None |
+| `ability` | `"math"`, `"code"` or `"reasoning_gym"`: picks the verifier |
+| `data_source` | name of the source |
+| `index` | the row's id in its source, as a string, or None |
+
+A row that cannot be adapted is refused with its index and the reason, or left out and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+
+from ..prime_config import nearest
+from ..rewards.registry import parse_call
+from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
+
+if TYPE_CHECKING:
+    from .formats import Messages
+
+logger = logging.getLogger(__name__)
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# Column of the rows left out, while adapting
+_MALFORMED = "__malformed__"
+
+
+def load_prime_dataset(
+    name_or_path: str,
+    format: str | None = None,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    system_prompt: str | None = None,
+    prompt_suffix: str | None = None,
+    on_error: str = "raise",
+    **options: Any,
+) -> Dataset | IterableDataset:
+    """
+    Load a data set and bring it into the form that [`PRIMETrainer`] and the verifiers read.
+
+    Args:
+        name_or_path (`str`): Name on the Hub; a local JSON, JSONL, Parquet or CSV file; or a folder of such files or of
+            `save_to_disk`. With the format `reasoning_gym`, the name of a task.
+        format (`str`, *optional*): Key of `DATASET_FORMATS`, or its call form with options,
+            `question_answer(question='problem', answer='expected_answer')`. None means that the data set is in TRL's
+            form already, and only checks that it has a `prompt`.
+        split (`str`): Split; a single file has only `"train"`.
+        config (`str`, *optional*): Configuration of a data set on the Hub.
+        streaming (`bool`): Read the rows as they are needed.
+        system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
+        prompt_suffix (`str`, *optional*): Appended to every prompt that does not hold it: `"math"` or `"code"` for the two
+            that the paper's data has, or a text of one's own. A prompt that holds either of the two gets neither.
+        on_error (`str`): What to do about a malformed row: `"raise"`, or `"skip"`, which logs how many there were.
+        options: Options of the format: names of columns, and what its row function takes.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the adapted rows. With a format it has the columns of
+        `PROMPT_FEATURES` (of `SFT_FEATURES` for `eurus2_sft`); without one, its own.
+
+    Raises:
+        ValueError: The format, an option, the file or a column does not exist, or a row is malformed; the message tells
+            the row's index.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}, which is unknown. {nearest(on_error, ('raise', 'skip'))}")
+    if format is not None:
+        format, given = parse_call(format)
+        options = {**(given or {}), **options}
+        if format not in DATASET_FORMATS:
+            raise ValueError(f"dataset_format is {format!r}, which is unknown. {nearest(format, DATASET_FORMATS)}")
+    elif options:
+        raise ValueError(f"{', '.join(options)} given, but without a dataset_format there are no options.")
+    if format is not None and DATASET_FORMATS[format].generate is not None:
+        dataset = DATASET_FORMATS[format].generate(name_or_path, split, **options)
+        dataset, options = dataset.to_iterable_dataset() if streaming else dataset, {}
+    else:
+        dataset = _load(name_or_path, split, config, streaming)
+    return adapt_dataset(
+        dataset,
+        format,
+        system_prompt=system_prompt,
+        prompt_suffix=prompt_suffix,
+        on_error=on_error,
+        **options,
+    )
+
+
+def adapt_dataset(
+    dataset: Dataset | IterableDataset,
+    format: str | None = None,
+    *,
+    system_prompt: str | None = None,
+    prompt_suffix: str | None = None,
+    on_error: str = "raise",
+    **options: Any,
+) -> Dataset | IterableDataset:
+    """
+    Bring a loaded data set into the form that [`PRIMETrainer`] and the verifiers read.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
+        format (`str`, *optional*): Key of `DATASET_FORMATS`, see `load_prime_dataset`, as are the other arguments.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the adapted rows.
+
+    Raises:
+        ValueError: See `load_prime_dataset`.
+    """
+    present = _column_names(dataset)
+    suffix = _suffix_text(prompt_suffix)
+    if format is None:
+        _check_trl_form(present)
+        if not (system_prompt or suffix):
+            return dataset
+        # Columns that the adapter does not know stay, and with them whatever types they have
+        return dataset.map(_dress, fn_kwargs={"system_prompt": system_prompt, "suffix": suffix})
+    known = DATASET_FORMATS[format]
+    if suffix and "prompt" not in known.features:
+        raise ValueError(
+            f"prompt_suffix is given, but dataset_format {format!r} has finished conversations. Leave it out."
+        )
+    columns, settings = _resolve(format, options, present)
+    # The version is there for the cache of `map`, which tells functions apart by their name only
+    from .. import __version__
+
+    adapt = functools.partial(
+        _adapt_row,
+        format=format,
+        columns=columns,
+        settings=settings,
+        system_prompt=system_prompt,
+        suffix=suffix,
+        skip=on_error == "skip",
+        version=__version__,
+    )
+    features = Features({**known.features, **({_MALFORMED: Value("string")} if on_error == "skip" else {})})
+    adapted = dataset.map(adapt, with_indices=True, remove_columns=present, features=features)
+    return _without_malformed(adapted, format) if on_error == "skip" else adapted
+
+
+# Steps of the above
+
+
+def _adapt_row(
+    row: dict[str, Any],
+    i: int,
+    *,
+    format: str,
+    columns: dict[str, str],
+    settings: dict[str, Any],
+    system_prompt: str | None,
+    suffix: str | None,
+    skip: bool,
+    version: str,
+) -> dict[str, Any]:
+    known = DATASET_FORMATS[format]
+    try:
+        adapted = known.adapt(**{argument: row.get(column) for argument, column in columns.items()}, **settings)
+    except MalformedRow as error:
+        if not skip:
+            raise ValueError(
+                f"Row {i} is no {format!r} row: {error}. Mend it, or leave such rows out by on_malformed_row: skip."
+            ) from error
+        return dict.fromkeys(known.features) | {_MALFORMED: f"row {i}: {error}"}
+    messages = "prompt" if "prompt" in adapted else "messages"
+    adapted[messages] = _dress_messages(adapted[messages], system_prompt, suffix)
+    return adapted | ({_MALFORMED: None} if skip else {})
+
+
+def _without_malformed(dataset: Dataset | IterableDataset, format: str) -> Dataset | IterableDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_keep_and_tell, input_columns=[_MALFORMED]).remove_columns(_MALFORMED)
+    reasons = dataset[_MALFORMED]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    malformed = [reason for reason in reasons if reason is not None]
+    if not malformed:
+        return dataset.remove_columns(_MALFORMED)
+    first = "; ".join(malformed[:5])
+    if not kept:
+        raise ValueError(f"None of the {len(malformed)} rows is a {format!r} row. The first: {first}.")
+    logger.warning(
+        f"Left out {len(malformed)} of {len(dataset)} rows that are no {format!r} rows. The first: {first}."
+    )
+    return dataset.select(kept).remove_columns(_MALFORMED)
+
+
+def _keep_and_tell(reason: str | None) -> bool:
+    # A stream has no end at which to give a count
+    if reason is not None:
+        logger.warning(f"Left out {reason}.")
+    return reason is None
+
+
+def _resolve(format: str, options: dict[str, Any], present: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Argument -> column, and the remaining options, of a format for a data set with these columns."""
+    known = DATASET_FORMATS[format]
+    settings = {
+        name
+        for name, parameter in inspect.signature(known.adapt).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    names = [*known.columns, *known.optional, *sorted(settings)]
+    for option in options:
+        if option not in names:
+            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, names)}")
+    columns = {}
+    for argument, default in {**known.columns, **known.optional}.items():
+        choices = options.get(argument, default)
+        choices = (choices,) if isinstance(choices, str) else choices
+        found = [column for column in choices if column in present]
+        if found:
+            columns[argument] = found[0]
+        elif argument in known.columns or argument in options:
+            raise ValueError(
+                f"dataset_format {format!r} reads {argument} from the column {' or '.join(map(repr, choices))}, which is "
+                f"not among the data set's: {', '.join(present)}. Name it, {format}({argument}='...'), or choose another "
+                f"format{_guess(present)}."
+            )
+    return columns, {**known.options, **{name: options[name] for name in options if name in settings}}
+
+
+def _check_trl_form(present: list[str]) -> None:
+    guess = _guess(present)
+    if "prompt" not in present:
+        raise ValueError(
+            f"The data set has no column 'prompt' but {', '.join(present)}{guess}. Give dataset_format, one of: "
+            f"{', '.join(DATASET_FORMATS)}."
+        )
+    if guess and not {"solution", "tests"} & set(present):
+        logger.warning(f"The data set{guess}; without dataset_format its columns are passed on as they are.")
+
+
+def _guess(present: list[str]) -> str:
+    """The format that the columns look like, as part of a sentence."""
+    for name, known in DATASET_FORMATS.items():
+        choices = [(column,) if isinstance(column, str) else column for column in known.columns.values()]
+        if known.generate is None and all(set(columns) & set(present) for columns in choices):
+            return f" (looks like {name!r})"
+    return ""
+
+
+def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    # A stream of JSON lines does not know its columns before the first row
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("The data set is empty.")
+    return list(first)
+
+
+def _load(name_or_path: str, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
+    path = Path(name_or_path).expanduser()
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if path.is_file():
+        if suffix not in _READERS:
+            raise ValueError(
+                f"dataset_name is {name_or_path!r}, but files are read that end in {', '.join(_READERS)}."
+            )
+        if re.split(r"[\[+]", split)[0] != "train":
+            raise ValueError(
+                f"{name_or_path!r} is one file, which has only the split 'train' and no {split!r}. Give a folder with a "
+                f"file for each split, train{suffix} and {split}{suffix}."
+            )
+        return load_dataset(_READERS[suffix], data_files=str(path), split=split, streaming=streaming)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _load_saved(path, split, streaming)
+        return load_dataset(str(path), name=config, split=split, streaming=streaming)
+    if suffix in _READERS or path.is_absolute() or name_or_path.startswith((".", "~")):
+        raise ValueError(f"dataset_name is {name_or_path!r}, but there is no such file or folder.")
+    return load_dataset(name_or_path, name=config, split=split, streaming=streaming)
+
+
+def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    saved = load_from_disk(str(path))
+    if isinstance(saved, Dataset):
+        saved = {"train": saved}
+    if split not in saved:
+        raise ValueError(f"The data set saved in '{path}' has no split {split!r}. {nearest(split, saved)}")
+    return saved[split].to_iterable_dataset() if streaming else saved[split]
+
+
+def _suffix_text(prompt_suffix: str | None) -> str | None:
+    if prompt_suffix is None or prompt_suffix in PROMPT_SUFFIXES:
+        return PROMPT_SUFFIXES.get(prompt_suffix)
+    if not re.search(r"\s", prompt_suffix.strip()):
+        # A single word is a misspelt name rather than an instruction
+        hint = nearest(prompt_suffix, PROMPT_SUFFIXES)
+        raise ValueError(f"prompt_suffix is {prompt_suffix!r}, which is unknown. {hint} Or give a sentence.")
+    return prompt_suffix
+
+
+def _dress(row: dict[str, Any], *, system_prompt: str | None, suffix: str | None) -> dict[str, Any]:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if system_prompt:
+            raise ValueError(
+                "system_prompt is given, but the prompts are strings. Give dataset_format, or make them messages, "
+                '[{"role": "user", "content": ...}].'
+            )
+        return {"prompt": _with_suffix(prompt, suffix)}
+    return {"prompt": _dress_messages(prompt, system_prompt, suffix)}
+
+
+def _dress_messages(messages: Messages, system_prompt: str | None, suffix: str | None) -> Messages:
+    if system_prompt:
+        messages = with_system_prompt(messages, system_prompt)
+    if suffix:
+        *earlier, last = messages
+        messages = [*earlier, {**last, "content": _with_suffix(last["content"], suffix)}]
+    return messages
+
+
+def _with_suffix(text: str, suffix: str | None) -> str:
+    if not suffix:
+        return text
+    # The published data breaks lines differently here and there
+    held = " ".join(text.split())
+    others = PROMPT_SUFFIXES.values() if suffix in PROMPT_SUFFIXES.values() else [suffix]
+    return text if any(" ".join(other.split()) in held for other in others) else f"{text.rstrip()}\n\n{suffix.strip()}"

@@ -1,0 +1,146 @@
+"""The scorers of reasoning-gym's tasks as an outcome reward: right or wrong.
+
+A row's `tests` is the JSON object {"task", "config", "entry"} that the adapter writes. What is *not* covered: tasks whose
+scorer runs the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too): the answer is written by a model
+that is rewarded for what the scorer says, and the scorer runs in the training process. `load_scorer` refuses them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+# Names that turn text into running code
+RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
+
+
+def reasoning_gym_reward(
+    completions: list,
+    tests: list[str | None],
+    log_extra: Callable[[str, list], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs,
+) -> list[float | None]:
+    r"""
+    1 where the scorer of the row's task gives full marks, else 0. The scorers give partial credit down to any text at all
+    (0.01 to 0.9), which says nothing about being right, so there is nothing between. An answer on which a scorer raises
+    is wrong: some parse without checking.
+
+    The answer is the last `<answer>...</answer>`, else the last `\boxed{}` (without inner braces), else the whole text.
+
+    Args:
+        completions (`list`): (B,) completions, as strings or messages.
+        tests (`list[str | None]`): (B,) JSON objects with `task`, `config` and `entry`; None is not judged.
+        log_extra, log_metric (`Callable`, *optional*): TRL's hooks; the extracted answers are logged.
+        kwargs: Further columns, unused.
+
+    Returns:
+        `list[float | None]`: (B,) rewards, 0 or 1, or None where `tests` is.
+
+    Raises:
+        ValueError: A row's task is unknown or refused, see `load_scorer`.
+    """
+    answers = [extract_answer(completion) for completion in completions]
+    rewards = [
+        None if test is None else float(is_right(answer, test)) for answer, test in zip(answers, tests, strict=True)
+    ]
+    if log_extra is not None:
+        log_extra("answer", answers)
+    return rewards
+
+
+def extract_answer(completion: str | list[dict[str, str]]) -> str:
+    r"""The last `<answer>`, else the last `\boxed{}`, else the whole text."""
+    text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}"):
+        found = re.findall(pattern, text, flags=re.DOTALL)
+        if found:
+            return found[-1].strip()
+    return text.strip()
+
+
+def is_right(answer: str, test: str) -> bool:
+    """Whether the scorer gives full marks; see `reasoning_gym_reward`."""
+    row = json.loads(test)
+    score = load_scorer(row["task"], json.dumps(row["config"], sort_keys=True))
+    try:
+        return score(answer, row["entry"]) >= 1
+    except Exception:
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]], float]:
+    """
+    The scorer of a reasoning-gym task.
+
+    Args:
+        task (`str`): Its name.
+        config (`str`): Its settings, a JSON object; a few scorers depend on them.
+
+    Returns:
+        `Callable`: score of an answer and an entry, full marks being 1.
+
+    Raises:
+        ValueError: The task is unknown, its settings are wrong, or its scorer runs answers as Python.
+    """
+    scorer = make_task(task, json.loads(config)).score_answer
+    names = sorted(_names(scorer.__code__) & RUNS_CODE - _own_names(scorer))
+    if names:
+        raise ValueError(
+            f"reasoning-gym's scorer of {task!r} runs the model's answer as Python (by {', '.join(names)}), which is not "
+            "safe in the training process. Choose another task."
+        )
+    return scorer
+
+
+def make_task(task: str, config: dict[str, Any]) -> Any:
+    """
+    A reasoning-gym data set, which makes problems and scores answers.
+
+    Args:
+        task (`str`): Its name.
+        config (`dict`): Its settings, `size` and `seed` among them.
+
+    Returns:
+        `reasoning_gym.dataset.ProceduralDataset`: the data set.
+
+    Raises:
+        ValueError: The task is unknown or its settings are wrong.
+        ImportError: reasoning-gym is not installed.
+    """
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"reasoning-gym's tasks need the package and its requirements ({error}). Install them by "
+            "`pip install reasoning-gym`."
+        ) from error
+
+    from ..prime_config import nearest
+
+    # A composite hands answers on to other tasks' scorers, past the check of `load_scorer`
+    if task == "composite":
+        raise ValueError("reasoning-gym's 'composite' is not offered. Load its tasks one by one and concatenate them.")
+    if task not in DATASETS:
+        raise ValueError(f"The reasoning-gym task {task!r} is unknown. {nearest(task, sorted(DATASETS))}")
+    try:
+        return create_dataset(task, **config)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"reasoning-gym's task {task!r} does not take the settings {config}: {error}.") from error
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that a function uses, inner functions and comprehensions included."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _own_names(scorer: Callable) -> set[str]:
+    """Of the names that a scorer could mean, those that are reasoning-gym's own functions: it has a parser of its own."""
+    found = {name: scorer.__globals__.get(name) for name in RUNS_CODE}
+    return {name for name, value in found.items() if getattr(value, "__module__", "").startswith("reasoning_gym")}
