@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from trl_prime.rewards.code_rewards import CodeReward, code_reward, completion_text, read_tests
+from trl_prime.rewards.code_rewards import CodeReward, code_reward, read_tests
+from trl_prime.rewards.completions import completion_text
 from trl_prime.rewards.sandbox import SandboxUnavailable, open_sandbox
 
 STDIN = {"inputs": ["3\n", "4\n", "5\n"], "outputs": ["9\n", "16\n", "25\n"]}
@@ -261,7 +262,7 @@ def test_a_batch_keeps_its_order_and_counts(sandbox):
         solution=[None] * 5,
     )
     assert scores == [1.0, 0.0, 0.0, 1.0, None]
-    assert metrics == {"code/no_program": pytest.approx(0.2), "code/no_tests": pytest.approx(0.2)}
+    assert metrics == {"code_reward/no_program": pytest.approx(0.2), "code_reward/no_tests": pytest.approx(0.2)}
 
 
 def test_equal_completions_are_run_once(sandbox, monkeypatch):

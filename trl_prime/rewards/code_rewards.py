@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from .completions import completion_text
 from .programs import pick_solution, same_output, same_value
 from .sandbox import Limits, open_sandbox
 
@@ -237,8 +238,8 @@ class CodeReward:
         if log_extra:
             log_extra("code_verdict", verdicts)
         if log_metric and verdicts:
-            log_metric("code/no_program", verdicts.count("no program") / len(verdicts))
-            log_metric("code/no_tests", verdicts.count("no tests") / len(verdicts))
+            log_metric("code_reward/no_program", verdicts.count("no program") / len(verdicts))
+            log_metric("code_reward/no_tests", verdicts.count("no tests") / len(verdicts))
         return rewards
 
     def judge(self, source: str, tests: ProblemTests) -> tuple[float, str]:
@@ -346,24 +347,6 @@ def solution_of(completion: str, tests: ProblemTests) -> str | None:
         if "__future__" not in source:
             return f"{_complete(tests.prompt)}\n{source}"
     return source
-
-
-def completion_text(completion: Any) -> str:
-    """
-    The text of a completion as TRL hands it over: a text, or messages, of which the last one counts.
-
-    Args:
-        completion (`str` or `list[dict]`): A completion; the content of a message may be a list of parts.
-
-    Returns:
-        `str`: empty where there is no text.
-    """
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else None
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""
 
 
 _default: CodeReward | None = None

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
+from .completions import completion_text
+
 # Names that turn text into running code
 RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
 
@@ -55,7 +57,7 @@ def reasoning_gym_reward(
 
 def extract_answer(completion: str | list[dict[str, str]]) -> str:
     r"""The last `<answer>`, else the last `\boxed{}`, else the whole text."""
-    text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    text = completion_text(completion)
     for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}"):
         found = re.findall(pattern, text, flags=re.DOTALL)
         if found:
