@@ -11,6 +11,7 @@ from conftest import build_model, distance, same, slow_log_probs, weights
 from test_implicit_prm import ragged_batch
 
 from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.backends import make_backend
 from trl_prime.implicit_prm.losses import LOSS_TYPES, prm_loss
 from trl_prime.implicit_prm.updater import PRMBatch, PRMUpdater
 
@@ -28,7 +29,7 @@ def setup(make_config, tokenizer):
         reference = build_model(2, scale=4.0).requires_grad_(False)
         prm = ImplicitPRM(model or build_model(1, scale=4.0), reference, tokenizer, beta=0.5)
         args = make_config(**{"prm_optim": "sgd", "prm_learning_rate": LR, "prm_max_grad_norm": 0.0, **settings})
-        return prm, PRMUpdater(prm, args, Accelerator(cpu=True), num_rollout_batches, K)
+        return prm, PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, num_rollout_batches, K)
 
     return build
 
@@ -118,7 +119,7 @@ def test_nothing_to_learn_makes_no_step(setup, labels):
 def test_epochs_and_replay_train_on_the_right_batches_oldest_first(setup, epochs, replay):
     prm, updater = setup(prm_num_epochs=epochs, prm_replay_batches=replay, prm_micro_batch_size=8)
     steps, seen = [], []
-    updater.optimizer.register_step_post_hook(lambda *_: steps.append(seen[-1]))
+    updater.backend.optimizer.register_step_post_hook(lambda *_: steps.append(seen[-1]))
     prm.model.model.embed_tokens.register_forward_hook(lambda _, args, output: seen.append(args[0][0, 0].item()))
     for number in range(4):
         batch = make_batch(prm)
@@ -136,7 +137,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(setup):
     broken.ref_logps[0, 0] = NAN
     updater.update(broken)
     assert updater.skipped_steps == 1
-    assert same(weights(prm.model), before) and not updater.optimizer.state
+    assert same(weights(prm.model), before) and not updater.backend.optimizer.state
     assert all(p.grad is None or not p.grad.any() for p in prm.model.parameters())
     result = updater.update(batch)
     assert result["loss"] == result["loss"] and not same(weights(prm.model), before)
@@ -145,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(setup):
 
 def test_optimizer_weight_decay_reaches_matrices_only(setup):
     prm, updater = setup(prm_weight_decay=0.1)
-    decays = {id(p): group["weight_decay"] for group in updater.optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in updater.backend.optimizer.param_groups for p in group["params"]}
     assert len(decays) == len(list(prm.model.parameters()))
     for name, parameter in prm.model.named_parameters():
         assert decays[id(parameter)] == (0.0 if "norm" in name or "bias" in name else 0.1), name
@@ -193,7 +194,8 @@ def test_only_the_adapter_of_a_lora_prm_is_optimized(setup, make_config, tokeniz
     from test_implicit_prm import lora
 
     prm = ImplicitPRM.from_policy(build_model(scale=4.0), tokenizer, peft_config=lora(), beta=0.5)
-    updater = PRMUpdater(prm, make_config(), Accelerator(cpu=True), 10, K)
+    args = make_config()
+    updater = PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, 10, K)
     before, batch = weights(prm.model), make_batch(prm)
     for _ in range(2):
         updater.update(batch)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from peft import PeftModel, load_peft_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -32,6 +32,7 @@ from .advantages import (
     checked_combination,
     process_variance_share,
 )
+from .implicit_prm.backends import make_backend
 from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM
 from .implicit_prm.scoring import batch_completion_logps
@@ -158,6 +159,8 @@ class PRIMETrainer(GRPOTrainer):
         start = grpo["model"] if prm_model is None else prm_model
         if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
             self.implicit_prm.reference_name = start
+        self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
+        self._prm_is_placed = False
         self._prm_updater: PRMUpdater | None = None
         # The PRM starts out guessing
         self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
@@ -222,9 +225,8 @@ class PRIMETrainer(GRPOTrainer):
             )
         if args.disable_dropout:
             disable_dropout_in_model(prm.model)
-        prm.model.to(self.accelerator.device)
         if prm.reference is not None:
-            prm.reference.to(self.accelerator.device).eval()
+            prm.reference.eval()
         return prm
 
     # --- Oversampling: more prompts in a generation batch, so that enough of them pass the filter ---
@@ -248,21 +250,26 @@ class PRIMETrainer(GRPOTrainer):
         self._ensure_prm()
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _place_prm(self) -> None:
+        # Not in __init__: the policy is distributed first, and Trainer frees what was there before when training starts
+        if not self._prm_is_placed:
+            self._prm_backend.place()
+            self._prm_is_placed = True
+
     def _ensure_prm(self) -> None:
-        # Not in __init__: Trainer frees what accelerate has prepared when training starts
+        self._place_prm()
         if self._prm_updater is None and self.args.prm_update != "none":
             args = self.args
             micro_batches = self.state.max_steps * args.gradient_accumulation_steps
             num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
-            self._prm_updater = PRMUpdater(
-                self.implicit_prm, args, self.accelerator, num_rollout_batches, self.num_generations
-            )
+            self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._place_prm()
         output = super()._generate_and_score_completions(inputs)
         rewards_per_func = self._rewards_per_func
         outcomes, labels = self._outcomes_and_labels(rewards_per_func)
@@ -409,17 +416,14 @@ class PRIMETrainer(GRPOTrainer):
         prm, local = self.implicit_prm, self._local(trains)
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         # Rows that do not train are not scored either
-        chosen = tuple(tensor[local] for tensor in inputs)
-        prm_logps = torch.zeros(inputs[2].shape, device=inputs[2].device)
-        ref_logps = torch.zeros_like(prm_logps)
-        if local.any():
-            with self.accelerator.autocast():
-                prm_logps[local] = prm.log_probs(*chosen)
-                if prm.reference is not None:
-                    ref_logps[local] = prm.reference_log_probs(*chosen)
-                else:
-                    policy = self.accelerator.unwrap_model(self.model)
-                    ref_logps[local] = batch_completion_logps(policy, *chosen, prm.micro_batch_size)
+        chosen = {"rows": local, "num_passes": self._num_passes(local)}
+        with self.accelerator.autocast():
+            prm_logps = prm.log_probs(*inputs, **chosen)
+            if prm.reference is not None:
+                ref_logps = prm.reference_log_probs(*inputs, **chosen)
+            else:
+                policy = self.accelerator.unwrap_model(self.model)
+                ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
         scores = outcome_scores(prm_logps - ref_logps, mask, prm.beta)
         if not scores.isfinite().all():
@@ -432,6 +436,13 @@ class PRIMETrainer(GRPOTrainer):
         local_labels = self._local(labels).masked_fill(~mask.any(1), torch.nan)
         batch = PRMBatch(*inputs, mask, ref_logps, local_labels, scores)
         return batch, prm_logps, self._gather_scores(scores, mask.any(1))
+
+    def _num_passes(self, rows: torch.Tensor) -> int:
+        """Forward passes for the rows of the process that has the most of them, where weights are sharded."""
+        if not self._prm_backend.collective:
+            return 0
+        num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
+        return -(-num_rows // self.implicit_prm.micro_batch_size)
 
     def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(scores.masked_fill(~scored, torch.nan))
@@ -449,10 +460,8 @@ class PRIMETrainer(GRPOTrainer):
             # One micro-batch of whole groups tells how much the update has taught, at the cost of one forward pass
             num_groups = max(self.args.prm_micro_batch_size // self.num_generations, 1)
             local = local & (local.cumsum(0) <= num_groups * self.num_generations)
-        updated_logps = torch.zeros_like(prm_logps)
-        if local.any():
-            with self.accelerator.autocast():
-                updated_logps[local] = self.implicit_prm.log_probs(*(tensor[local] for tensor in batch.inputs))
+        with self.accelerator.autocast():
+            updated_logps = self.implicit_prm.log_probs(*batch.inputs, rows=local, num_passes=self._num_passes(local))
         scores = outcome_scores(updated_logps - batch.ref_logps, batch.reward_mask, self.implicit_prm.beta)
         scores = self._gather_scores(scores, local)
         self._log("prm/pairwise_accuracy_after_update", pairwise_accuracy(scores, labels, self.num_generations))
@@ -489,10 +498,12 @@ class PRIMETrainer(GRPOTrainer):
         process_rewards = aggregate_process_rewards(token_rewards, mask, granularity, step_ids)
         positions = reward_positions(mask, granularity, step_ids)
 
+        # Not as bool: accelerate's padding makes that another type, on those processes alone that pad
         all_process, all_positions, all_mask = (
             self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
-            for tensor in (process_rewards, positions, mask)
+            for tensor in (process_rewards, positions.int(), mask.int())
         )
+        all_positions, all_mask = all_positions.bool(), all_mask.bool()
         all_process = normalize_process_rewards(
             all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma
         )
@@ -507,8 +518,8 @@ class PRIMETrainer(GRPOTrainer):
         rewards = RolloutRewards(
             outcome_rewards=outcomes,
             process_rewards=all_process,
-            completion_mask=all_mask.bool(),
-            reward_mask=all_positions.bool(),
+            completion_mask=all_mask,
+            reward_mask=all_positions,
             num_generations=self.num_generations,
             settings=settings,
             outcome_rewards_per_func=rewards_per_func,
@@ -608,8 +619,13 @@ class PRIMETrainer(GRPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         # First, because super pushes the folder at its end
+        prm, prm_folder = self.implicit_prm, os.path.join(folder, "prm")
+        weights = self._prm_backend.full_weights(prm.model)
+        reference_weights = None
+        if prm.reference_is_saved_in(prm_folder):
+            reference_weights = self._prm_backend.full_weights(prm.reference)
         if self.args.should_save:
-            self.implicit_prm.save_pretrained(os.path.join(folder, "prm"))
+            prm.save_pretrained(prm_folder, weights, reference_weights)
         super().save_model(output_dir, _internal_call)
 
     def _prm_state_path(self, checkpoint: str) -> str:
@@ -621,6 +637,8 @@ class PRIMETrainer(GRPOTrainer):
         state = {"wins": self._prm_wins, "pairs": self._prm_pairs, "updater": updater}
         os.makedirs(output_dir, exist_ok=True)
         torch.save(state, self._prm_state_path(output_dir))
+        if self._prm_updater is not None:
+            self._prm_backend.save_checkpoint(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -634,7 +652,7 @@ class PRIMETrainer(GRPOTrainer):
                 "processes, or with save_only_model=True, and the PRM could not go on where it stopped. Resume from another "
                 "checkpoint, or start a new run with model= and prm_model= set to its weights."
             )
-        self._load_prm_weights(os.path.join(checkpoint, "prm"))
+        self._load_prm_weights(checkpoint)
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._prm_wins, self._prm_pairs = state["wins"], state["pairs"]
         if self._prm_updater is not None:
@@ -642,15 +660,21 @@ class PRIMETrainer(GRPOTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_prm_weights(os.path.join(self.state.best_model_checkpoint, "prm"))
+        self._load_prm_weights(self.state.best_model_checkpoint)
 
-    def _load_prm_weights(self, folder: str) -> None:
-        model = self.implicit_prm.model
+    def _load_prm_weights(self, checkpoint: str) -> None:
+        if self._prm_backend.load_checkpoint(checkpoint):
+            return
+        model, folder = self.implicit_prm.model, os.path.join(checkpoint, "prm")
         if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, load_peft_weights(os.path.join(folder, "adapter"), device="cpu"))
+            # In files the adapter has no name
+            adapter = f".{model.active_adapter}."
+            saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
+            names = {name.replace(adapter, "."): name for name, _ in model.named_parameters() if adapter in name}
+            weights = {names.get(name, name): tensor for name, tensor in saved.items()}
         else:
-            saved = type(model).from_pretrained(folder, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+            weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        self._prm_backend.load_weights(weights)
 
 
 def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: Any, reward_combination: Any) -> None:
@@ -659,12 +683,6 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
     if not isinstance(args, PRIMEConfig):
         raise TypeError(
             f"args is a {type(args).__name__}, but PRIMETrainer needs a PRIMEConfig: it has the PRM's settings."
-        )
-    distributed = args.distributed_state.distributed_type if args.distributed_state else DistributedType.NO
-    if args.deepspeed or distributed == DistributedType.DEEPSPEED or distributed == DistributedType.FSDP or args.fsdp:
-        raise NotImplementedError(
-            "PRIMETrainer trains on one process or by DDP so far. Unset `fsdp` and `deepspeed`, and use LoRA "
-            "(`peft_config` and `prm_peft_config`) to save memory."
         )
     if isinstance(grpo.get("processing_class"), ProcessorMixin):
         raise NotImplementedError(

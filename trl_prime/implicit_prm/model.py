@@ -296,7 +296,19 @@ class ImplicitPRM:
             reference_name=reference_name,
         )
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
+    def reference_is_saved_in(self, path: str | os.PathLike) -> bool:
+        """Whether saving to this folder writes the reference's weights, because no name will find it again."""
+        if self.reference is None or self.reference_name is None:
+            return self.reference is not None
+        # A folder around this one is the run's own, where the policy is going to be saved over the reference
+        return Path(self.reference_name).resolve() in Path(path).resolve().parents
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike,
+        weights: dict[str, torch.Tensor] | None = None,
+        reference_weights: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """
         Write the PRM so that [`ImplicitPRM.from_pretrained`] loads it: weights (or `adapter/`), tokenizer and settings.
 
@@ -304,20 +316,20 @@ class ImplicitPRM:
 
         Args:
             path (`str`): Folder, made if needed.
+            weights, reference_weights (`dict[str, torch.Tensor]`, *optional*): The weights, where the models themselves hold
+                only a part of them.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         is_adapter = isinstance(self.model, PeftModel)
         # Not in the folder itself: Trainer would take an adapter there for one of the policy
-        self.model.save_pretrained(path / "adapter" if is_adapter else path)
+        self.model.save_pretrained(path / "adapter" if is_adapter else path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
         reference_name, revision = self.reference_name, None
         if self.reference is not None:
             revision = getattr(self.reference.config, "_commit_hash", None)
-            # A folder around this one is the run's own, where the policy is going to be saved over the reference
-            is_own_folder = reference_name is not None and Path(reference_name).resolve() in path.resolve().parents
-            if reference_name is None or is_own_folder:
-                self.reference.save_pretrained(path / "reference")
+            if self.reference_is_saved_in(path):
+                self.reference.save_pretrained(path / "reference", state_dict=reference_weights)
                 reference_name = "reference"
             elif os.path.isdir(reference_name):
                 reference_name = os.path.abspath(reference_name)
@@ -332,24 +344,25 @@ class ImplicitPRM:
 
     # --- Scoring ---
 
-    def log_probs(self, *batch: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, *batch: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """
         Log-probabilities under the PRM, without gradient, at temperature 1.
 
         Args:
             *batch (`torch.Tensor`): prompt ids and mask `(B, P)` padded on the left, completion ids and mask `(B, T)` padded
                 on the right.
+            **kwargs: `rows` and `num_passes` of [`~trl_prime.implicit_prm.scoring.batch_completion_logps`].
 
         Returns:
             `torch.Tensor`: `(B, T)` float32 in nats, zero at padding.
         """
-        return batch_completion_logps(self.model, *batch, self.micro_batch_size)
+        return batch_completion_logps(self.model, *batch, self.micro_batch_size, **kwargs)
 
-    def reference_log_probs(self, *batch: torch.Tensor) -> torch.Tensor:
+    def reference_log_probs(self, *batch: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Log-probabilities under the reference, as [`ImplicitPRM.log_probs`]."""
         if self.reference is None:
             raise ValueError("This PRM has no reference model: its reference log-probabilities come from the policy.")
-        return batch_completion_logps(self.reference, *batch, self.micro_batch_size)
+        return batch_completion_logps(self.reference, *batch, self.micro_batch_size, **kwargs)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Each token decoded by itself, for finding step delimiters and for showing."""

@@ -80,24 +80,33 @@ def batch_completion_logps(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     micro_batch_size: int,
+    rows: torch.Tensor | None = None,
+    num_passes: int = 0,
 ) -> torch.Tensor:
     """
     [`completion_logps`] of a whole batch without gradient, in the order of its rows whatever the micro-batches.
 
     Args:
         micro_batch_size (`int`): Rows of one forward pass. The other arguments are those of [`completion_logps`], `(B, ...)`.
+        rows (`torch.Tensor`, *optional*): `(B,)` bool, rows that are wanted; the others stay zero.
+        num_passes (`int`): Least number of forward passes. Where weights are sharded a pass is a joint act of all
+            processes, and one with fewer rows must not leave the others waiting.
 
     Returns:
         `torch.Tensor`: `(B, T)` float32.
     """
+    inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask)
     logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+    wanted = torch.arange(len(logps), device=logps.device)
+    wanted = wanted if rows is None else wanted[rows]
+    chunks = [wanted[i] for i in length_sorted_chunks(prompt_mask[wanted], completion_mask[wanted], micro_batch_size)]
     was_training = model.training
     model.eval()
     try:
-        for rows in length_sorted_chunks(prompt_mask, completion_mask, micro_batch_size):
-            logps[rows] = completion_logps(
-                model, prompt_ids[rows], prompt_mask[rows], completion_ids[rows], completion_mask[rows]
-            )
+        for chunk in chunks:
+            logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs))
+        for _ in range(num_passes - len(chunks)):
+            completion_logps(model, *(tensor[:1] for tensor in inputs))
     finally:
         model.train(was_training)
     return logps

@@ -1,15 +1,15 @@
-"""Training the implicit PRM on rollout batches: one optimizer step per batch, replay, several processes by DDP.
+"""Training the implicit PRM on rollout batches: one optimizer step per batch, and replay.
 
 Covered: gradient accumulation over micro-batches that gives the gradient of the whole batch on all processes, whatever the
 micro-batch size and wherever rows without label are; optimizer and schedule; state for resuming. Not covered: when to
-update (`prime_trainer.py`); FSDP and DeepSpeed, which the trainer refuses.
+update (`prime_trainer.py`); where weights and gradients are (`backends.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,8 @@ from .losses import counted_rows, group_rows, outcome_scores, prm_row_losses
 from .scoring import completion_logps, length_sorted_chunks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from ..prime_config import PRIMEConfig
-    from .model import ImplicitPRM
+    from .backends import DataParallel
 
 logger = logging.get_logger(__name__)
 
@@ -64,24 +62,23 @@ class PRMUpdater:
     Optimizer, schedule and replay of an implicit PRM.
 
     Args:
-        prm ([`ImplicitPRM`]): Its `model` is moved to the device and, with several processes, trained through DDP.
+        backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): Of the PRM; its models have been placed.
         args ([`PRIMEConfig`]): The `prm_*` fields are read.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
         num_rollout_batches (`int`): Generation batches of the whole run, for the schedule.
         num_generations (`int`): K.
     """
 
     def __init__(
         self,
-        prm: ImplicitPRM,
+        backend: DataParallel,
         args: PRIMEConfig,
-        accelerator: Accelerator,
         num_rollout_batches: int,
         num_generations: int,
     ):
-        self.prm = prm
+        self.backend = backend
+        self.prm = prm = backend.prm
         self.args = args
-        self.accelerator = accelerator
+        self.accelerator = backend.accelerator
         self.num_generations = num_generations
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
@@ -89,12 +86,10 @@ class PRMUpdater:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
             if isinstance(prm.model, PeftModel):
                 prm.model.enable_input_require_grads()
-        self.model = accelerator.prepare_model(prm.model)
-        # The optimizer stays bare: accelerate's wrapper does nothing while the policy accumulates gradients
-        self.optimizer = _make_optimizer(prm.model, args)
+        optimizer = backend.prepare(lambda model: _make_optimizer(model, args), args.prm_max_grad_norm)
         self.scheduler = get_scheduler(
             args.prm_lr_scheduler_type,
-            self.optimizer,
+            optimizer,
             num_warmup_steps=args.prm_warmup_steps,
             num_training_steps=num_rollout_batches * args.prm_num_epochs * (1 + args.prm_replay_batches),
         )
@@ -147,14 +142,13 @@ class PRMUpdater:
         num_chunks = -(-int(num_counted_per_process.max()) // args.prm_micro_batch_size)
         filler = torch.zeros(1, dtype=torch.long, device=rows.device)
         chunks += [None] * (num_chunks - len(chunks))
-        self.model.train()
+        self.prm.model.train()
         loss_sum = torch.zeros((), device=rows.device)
         for i, chunk in enumerate(chunks):
             index = filler if chunk is None else chunk
-            last = i == num_chunks - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.backend.micro_batch(last=i == num_chunks - 1):
                 with self.accelerator.autocast():
-                    logps = completion_logps(self.model, *(tensor[index] for tensor in batch.inputs))
+                    logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
                 losses = prm_row_losses(
                     scores,
@@ -164,24 +158,19 @@ class PRMUpdater:
                     None if peer_labels is None else peer_labels[index],
                 )
                 loss = losses.sum() * (0.0 if chunk is None else 1.0 / total)
-                # DDP averages gradients over processes, the loss is a mean over the rows of all of them
-                (loss * self.accelerator.num_processes).backward()
+                self.backend.backward(loss)
             loss_sum += loss.detach()
 
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.prm_max_grad_norm or float("inf"))
-        # The same on all processes: gradients are averaged before they are measured
-        if grad_norm.isfinite():
-            self.optimizer.step()
-        else:
+        # The same on all processes: gradients are exchanged before they are measured
+        grad_norm = self.backend.step()
+        if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             logger.warning(
-                f"The gradient of the PRM is {grad_norm.item()}: this optimizer step is left out ({self.skipped_steps} so "
+                f"The gradient of the PRM is {grad_norm}: this optimizer step is left out ({self.skipped_steps} so "
                 "far). Lower prm_learning_rate or prm_beta if it happens again."
             )
-        self.optimizer.zero_grad()
         self.scheduler.step()
-        return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm.item()
+        return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm
 
     def _scores(self, batch: PRMBatch) -> torch.Tensor:
         """`(B,)` scores of the present PRM, without gradient."""
@@ -198,14 +187,14 @@ class PRMUpdater:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.backend.optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
             "replay": [vars(batch) for batch in self.replay],
             "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.backend.load_optimizer_state(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.replay.clear()
         for fields in state["replay"]:

@@ -1,0 +1,111 @@
+"""Training runs one after the other, for `torchrun` or a single process: `distributed_run.py RUNS.json`.
+
+The file holds a list of settings: fields of `PRIMEConfig` and those that `train` takes out. Unless `sample` is set, the
+completions do not depend on random numbers, only on the place in the whole batch, so that runs on one and on several
+processes see the same. Each process writes the weights that it has, whole, and the main process its log.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_prime import PRIMEConfig, PRIMETrainer
+
+
+def rollout(prompts, trainer):
+    """Ragged completions that depend on the step and the place in the whole batch."""
+    first = trainer.accelerator.process_index * len(prompts)
+    completion_ids, prompt_ids = [], []
+    for i, prompt in enumerate(prompts, start=first):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        generator = torch.Generator().manual_seed(1000 * sum(map(ord, text)) + i)
+        length = int(torch.randint(1, 9, (), generator=generator))
+        completion_ids.append([*torch.randint(3, 44, (length,), generator=generator).tolist(), 1])
+        prompt_ids.append(trainer.processing_class(text).input_ids)
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+
+def make_reward(none_on_rank=None):
+    def reward(completion_ids, **kwargs):
+        rank = int(os.environ.get("RANK", 0))
+        judged = none_on_rank is None or rank != none_on_rank
+        return [float(sum(ids) % 2) if judged else None for ids in completion_ids]
+
+    return reward
+
+
+def full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
+
+
+def gathered(model):
+    """All weights, whole, whatever they are sharded by."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    return {name: full(p) for name, p in model.named_parameters()}
+
+
+def train(settings):
+    folder = Path(settings["output_dir"])
+    lora, model = settings.pop("lora", ""), settings.pop("model", None)
+    reward = make_reward(settings.pop("none_on_rank", None))
+    resume, result = settings.pop("resume", None), settings.pop("result", "result")
+    rollout_func = None if settings.pop("sample", False) else rollout
+    rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}="} for i in range(40)]
+    args = PRIMEConfig(
+        **{
+            "use_cpu": True,
+            "bf16": False,
+            "max_completion_length": 10,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "report_to": [],
+            "learning_rate": 1e-3,
+            "prm_learning_rate": 1e-2,
+            "prm_beta": 0.5,
+            "accuracy_low": 0.0,
+            "accuracy_high": 1.0,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "num_generations": 4,
+            **settings,
+        }
+    )
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    trainer = PRIMETrainer(
+        model=model or build_model(7, scale=4.0),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=build_tokenizer(),
+        peft_config=LoraConfig(**config) if "policy" in lora else None,
+        prm_peft_config=LoraConfig(**config) if "prm" in lora else None,
+        rollout_func=rollout_func,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    rank = trainer.accelerator.process_index
+    prm = trainer.implicit_prm
+    parts = {"policy": trainer.model, "prm": prm.model, "reference": prm.reference}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"{result}_{rank}.pt"
+    )
+    if rank == 0:
+        (folder / f"{result}.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.save_model(str(folder / "final"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for settings in json.loads(Path(sys.argv[1]).read_text()):
+        train(settings)

@@ -1,0 +1,144 @@
+"""Two processes train like one with the doubled batch, by DDP, FSDP2 and DeepSpeed, and agree with each other."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+
+from trl_prime import ImplicitPRM
+
+HERE = Path(__file__).parent
+ZERO = {
+    f"zero{stage}": {
+        "deepspeed": {
+            "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
+    }
+    for stage in (2, 3)
+}
+KINDS = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}},
+    **(ZERO if importlib.util.find_spec("deepspeed") else {}),
+}
+# Completions of one optimizer step on all processes, and settings
+CASES = {
+    "plain": (8, {}),
+    "accumulation": (4, {"gradient_accumulation_steps": 4}),
+    "a row a micro-batch": (8, {"prm_micro_batch_size": 1, "prm_num_epochs": 2}),
+    "split groups": (
+        8,
+        {"num_generations": 8, "prm_update": "before", "prm_loss_type": "dpo", "prm_replay_batches": 1},
+    ),
+    "filter": (8, {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2}),
+    "policy as reference": (8, {"prm_reference": "policy"}),
+    "adapters": (8, {"lora": "policy prm"}),
+    "adapter of the PRM": (8, {"lora": "prm"}),
+}
+
+
+def launch(num_processes, runs, folder):
+    """Train each of the runs, and fail with what the processes said."""
+    path = folder / "runs.json"
+    path.write_text(json.dumps(runs))
+    command = [sys.executable]
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = ["--nproc_per_node", str(num_processes), "--master_port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *options]
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONPATH": str(HERE),
+        "DS_ACCELERATOR": "cpu",
+    }
+    process = subprocess.run(
+        [*command, str(HERE / "distributed_run.py"), str(path)],
+        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, (process.stdout + process.stderr)[-6000:]
+
+
+def results(folder, num_processes, result="result"):
+    return [torch.load(folder / f"{result}_{rank}.pt") for rank in range(num_processes)]
+
+
+def log(folder):
+    """What was logged each step, without what depends on time."""
+    return [entry for entry in json.loads((folder / "result.json").read_text()) if "prm/loss" in entry]
+
+
+def assert_close(first, second, atol):
+    assert first.keys() == second.keys()
+    for part, tensors in first.items():
+        assert tensors.keys() == second[part].keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                tensor, second[part][name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def cases(root, num_processes, **settings):
+    runs = []
+    for name, (num_rows, case) in CASES.items():
+        size = {"per_device_train_batch_size": num_rows // num_processes}
+        runs.append({"output_dir": str(root / name), **size, **case, **settings})
+    return runs
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    root = tmp_path_factory.mktemp("one")
+    launch(1, cases(root, 1), root)
+    return root
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def two_processes(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    unjudged = {"output_dir": str(root / "none on one"), "per_device_train_batch_size": 4, "none_on_rank": 1}
+    launch(2, [*cases(root, 2, **KINDS[request.param]), {**unjudged, **KINDS[request.param]}], root)
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_processes, case):
+    (alone,), (first, second) = results(one_process / case, 1), results(two_processes / case, 2)
+    assert_close(first, second, atol=0)
+    assert_close(first, alone, atol=2e-5)
+    start = dict(build_model(7, scale=4.0).named_parameters())
+    moved = [(tensor - start.get(name, 0)).abs().max() for name, tensor in alone["prm"].items() if name in start]
+    moved += [tensor.abs().max() for name, tensor in alone["prm"].items() if "lora_B" in name]
+    assert max(moved) > 1e-3  # far above the tolerance between the processes: something was trained
+    for metric in ("prm/loss", "prm/pairwise_accuracy", "prm/process_reward", "prm/grad_norm", "filter/pass_rate"):
+        ours, theirs = ([entry[metric] for entry in log(root / case)] for root in (two_processes, one_process))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_a_process_without_judged_rows_does_not_hold_up_the_other(two_processes):
+    first, second = results(two_processes / "none on one", 2)
+    assert_close(first, second, atol=0)
+    assert all(torch.isfinite(tensor).all() for tensors in first.values() for tensor in tensors.values())
+    assert all(entry["filter/judged"] == 0.5 for entry in log(two_processes / "none on one"))
+
+
+@pytest.mark.parametrize("case", ["plain", "adapters"])
+def test_what_several_processes_save_is_whole(two_processes, case):
+    trained = results(two_processes / case, 2)[0]["prm"]
+    prm = ImplicitPRM.from_pretrained(two_processes / case / "final")
+    assert_close({"prm": dict(prm.model.named_parameters())}, {"prm": trained}, atol=1e-6)
