@@ -7,6 +7,7 @@ processes see the same. Each process writes the weights that it has, whole, and 
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -54,11 +55,23 @@ def gathered(model):
     return {name: full(p) for name, p in model.named_parameters()}
 
 
+def kill_at(trainer, method, step):
+    """Let the process be killed where it would call a method of the trainer at some step."""
+    original = getattr(trainer, method)
+
+    def killing(*args, **kwargs):
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(trainer, method, killing)
+
+
 def train(settings):
     folder = Path(settings["output_dir"])
     lora, model = settings.pop("lora", ""), settings.pop("model", None)
     reward = make_reward(settings.pop("none_on_rank", None))
-    resume, result = settings.pop("resume", None), settings.pop("result", "result")
+    resume, killed_at = settings.pop("resume", None), settings.pop("killed_at", None)
     rollout_func = None if settings.pop("sample", False) else rollout
     rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}="} for i in range(40)]
     args = PRIMEConfig(
@@ -92,16 +105,18 @@ def train(settings):
         prm_peft_config=LoraConfig(**config) if "prm" in lora else None,
         rollout_func=rollout_func,
     )
+    if killed_at:
+        kill_at(trainer, *killed_at)
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.accelerator.process_index
     prm = trainer.implicit_prm
     parts = {"policy": trainer.model, "prm": prm.model, "reference": prm.reference}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(
-        {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"{result}_{rank}.pt"
+        {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"result_{rank}.pt"
     )
     if rank == 0:
-        (folder / f"{result}.json").write_text(json.dumps(trainer.state.log_history))
+        (folder / "result.json").write_text(json.dumps(trainer.state.log_history))
     trainer.save_model(str(folder / "final"))
 
 

@@ -126,6 +126,7 @@ PRIVATE_API = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_rng_state": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
     "_compute_loss": ["self", "model", "inputs"],

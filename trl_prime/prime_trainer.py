@@ -14,6 +14,7 @@ import itertools
 import os
 import textwrap
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -165,6 +169,16 @@ class PRIMETrainer(GRPOTrainer):
         # The PRM starts out guessing
         self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
         self._rewards_per_func: torch.Tensor | None = None
+        micro_batches_per_generation = args.steps_per_generation * args.num_iterations
+        if (
+            args.save_strategy == "steps"
+            and args.save_steps * args.gradient_accumulation_steps % micro_batches_per_generation
+        ):
+            logger.warning(
+                f"save_steps={args.save_steps} ends between two generations (one lasts {micro_batches_per_generation} "
+                f"micro-batches, a step has {args.gradient_accumulation_steps}): a run resumed from such a checkpoint generates "
+                "anew and will not repeat the one that was stopped to the bit."
+            )
         # TRL sizes the completions table to one generation batch
         if args.oversample_factor > 1:
             size = int(args.generation_batch_size * args.oversample_factor)
@@ -616,6 +630,11 @@ class PRIMETrainer(GRPOTrainer):
 
     # --- Saving and loading ---
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint:
+            resume_from_checkpoint = _whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         # First, because super pushes the folder at its end
@@ -639,6 +658,11 @@ class PRIMETrainer(GRPOTrainer):
         torch.save(state, self._prm_state_path(output_dir))
         if self._prm_updater is not None:
             self._prm_backend.save_checkpoint(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next: where it is, all that a process has to save is there too
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -675,6 +699,43 @@ class PRIMETrainer(GRPOTrainer):
         else:
             weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
         self._prm_backend.load_weights(weights)
+
+
+def _whole_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
+    """
+    The checkpoint to resume from: the given one, or with True the last in `output_dir` that was saved to its end.
+
+    Raises:
+        ValueError: There is none, or the given one was not saved to its end.
+    """
+
+    def is_whole(folder: str) -> bool:
+        try:
+            TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            return False
+        return True
+
+    if checkpoint is not True:
+        if not is_whole(checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint is '{checkpoint}', which has no readable {TRAINER_STATE_NAME}: it is no checkpoint, "
+                "or the run was stopped while it was saved. Resume from an earlier one, or set it to True to take the last "
+                "whole one."
+            )
+        return checkpoint
+    found = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
+    ]
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if is_whole(str(path)):
+            return str(path)
+        logger.warning(f"'{path}' was not saved to its end; resuming from the one before.")
+    raise ValueError(
+        f"resume_from_checkpoint is True, but there is no whole checkpoint in output_dir='{output_dir}'. Leave it out to start "
+        "from the beginning."
+    )
 
 
 def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: Any, reward_combination: Any) -> None:

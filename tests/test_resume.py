@@ -1,0 +1,105 @@
+"""Runs that are stopped, killed while they save, or misled about their checkpoints."""
+
+import json
+import logging
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import logged, same, weights
+from test_distributed import assert_close, launch, results
+
+from trl_prime import ImplicitPRM
+
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+KILLED_RUN = {**STEPS, "per_device_train_batch_size": 8, "sample": True, "prm_replay_batches": 1}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    launch(1, [{"output_dir": str(root), **KILLED_RUN}], root)
+    return root
+
+
+@pytest.mark.parametrize(
+    "method", ["save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"], ids=lambda name: name
+)
+def test_a_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_run, tmp_path, method):
+    run = {"output_dir": str(tmp_path), **KILLED_RUN}
+    launch(1, [{**run, "killed_at": [method, 4]}], tmp_path, exit_code=-signal.SIGKILL)
+    begun = method != "save_model"
+    assert (tmp_path / "checkpoint-4").exists() is begun
+    launch(1, [{**run, "resume": True}], tmp_path)
+    assert_close(results(tmp_path, 1)[0], results(whole_run, 1)[0], atol=0)
+    steps = [entry["step"] for entry in json.loads((tmp_path / "result.json").read_text()) if "prm/loss" in entry]
+    assert steps == [1, 2, 3, 4]  # two of them from the checkpoint
+
+
+def test_a_file_cut_short_does_not_pass_for_a_checkpoint(train, tmp_path, caplog):
+    train(**STEPS)
+    last = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    last.write_text(last.read_text()[:100])
+    with pytest.raises(ValueError, match="resume_from_checkpoint is .*checkpoint-4"):
+        train(str(last.parent), **STEPS)
+    logging.getLogger("transformers").propagate = True
+    trainer = train(True, **STEPS)
+    assert "checkpoint-4' was not saved to its end" in caplog.text
+    assert len(trainer.outputs) == 2
+
+
+def test_resuming_where_there_is_nothing_to_resume_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="no whole checkpoint in output_dir"):
+        train(True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"save_steps": 2}, False),
+        ({"save_steps": 1, "steps_per_generation": 2}, True),
+        ({"save_steps": 2, "steps_per_generation": 2}, False),
+        ({"save_steps": 2, "num_iterations": 3}, True),
+        ({"save_steps": 3, "num_iterations": 3}, False),
+        ({"save_steps": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 4}, True),
+        ({"save_steps": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}, False),
+    ],
+)
+def test_checkpoints_between_generations_are_warned_of(make_trainer, caplog, settings, warns):
+    logging.getLogger("transformers").propagate = True
+    make_trainer(save_strategy="steps", **settings)
+    assert ("ends between two generations" in caplog.text) is warns
+
+
+def test_within_a_generation_a_resumed_run_still_goes_on(train, tmp_path):
+    settings = {**STEPS, "save_steps": 1, "steps_per_generation": 2}
+    train(**settings)
+    trainer = train(str(tmp_path / "run" / "checkpoint-3"), **settings)
+    assert trainer.state.global_step == 4
+    assert all(torch.isfinite(weight).all() for weight in weights(trainer.implicit_prm.model).values())
+
+
+def test_the_limit_of_checkpoints_counts_those_with_their_prm(train, tmp_path):
+    train(**{**STEPS, "save_steps": 1}, save_total_limit=2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        ImplicitPRM.from_pretrained(path)
+
+
+def test_a_checkpoint_of_weights_alone_has_the_prm_but_is_not_resumed_from(train, tmp_path):
+    trainer = train(**STEPS, save_only_model=True)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert not list(checkpoint.glob("*.pt"))
+    assert same(weights(ImplicitPRM.from_pretrained(checkpoint).model), weights(trainer.implicit_prm.model))
+    with pytest.raises((FileNotFoundError, ValueError), match="save_only_model|optimizer"):
+        train(str(checkpoint), **{**STEPS, "max_steps": 6})
+
+
+def test_a_checkpoint_can_be_moved(train, tmp_path):
+    whole = train(**STEPS)
+    moved = shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "elsewhere" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "run")
+    resumed = train(str(moved), **STEPS)
+    assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
+    assert logged(whole, "prm/loss") == logged(resumed, "prm/loss")
