@@ -44,6 +44,7 @@ CASES = {
     "policy as reference": (8, {"prm_reference": "policy"}),
     "adapters": (8, {"lora": "policy prm"}),
     "adapter of the PRM": (8, {"lora": "prm"}),
+    "from a folder": (8, {"model": "a folder"}),
 }
 
 
@@ -94,36 +95,36 @@ def assert_close(first, second, atol):
             )
 
 
-def cases(root, num_processes, **settings):
+def cases(root, num_processes, model_path, **settings):
     runs = []
     for name, (num_rows, case) in CASES.items():
         size = {"per_device_train_batch_size": num_rows // num_processes}
         runs.append({"output_dir": str(root / name), **size, **case, **settings})
+        if "model" in case:
+            runs[-1]["model"] = model_path
     return runs
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
+def one_process(tmp_path_factory, model_path):
     root = tmp_path_factory.mktemp("one")
-    launch(1, cases(root, 1), root)
+    launch(1, cases(root, 1, model_path), root)
     return root
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def two_processes(request, tmp_path_factory):
+def two_processes(request, tmp_path_factory, model_path):
     root = tmp_path_factory.mktemp(request.param)
     kind = KINDS[request.param]
     small = {"per_device_train_batch_size": 4, **kind}
     stopped = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "sample": True, "prm_replay_batches": 1}
     runs = [
-        *cases(root, 2, **kind),
+        *cases(root, 2, model_path, **kind),
         {"output_dir": str(root / "none on one"), "none_on_rank": 1, **small},
         {"output_dir": str(root / "whole"), **stopped, **small},
         {"output_dir": str(root / "resumed"), "resume": str(root / "whole" / "checkpoint-2"), **stopped, **small},
     ]
-    # DeepSpeed does not forget an earlier run of the same process that shared weights between engines
-    for group in [[run] for run in runs] if request.param == "zero3" else [runs]:
-        launch(2, group, root)
+    launch(2, runs, root)
     return root
 
 

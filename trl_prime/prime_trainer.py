@@ -2,8 +2,9 @@
 
 What of `GRPOTrainer` is overridden: `_calculate_rewards` (keeps the rewards of each function),
 `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has generated and verified),
-`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), and saving and loading. All else,
-generation and the policy loss above all, is TRL's.
+`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` and `_get_grad_norm`
+(nothing that is not finite reaches the optimizer), and saving and loading. All else, generation and the policy loss above
+all, is TRL's.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import math
 import os
-import textwrap
+import shutil
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, load_peft_weights
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel, get_peft_model, load_peft_weights
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -36,9 +41,20 @@ from .advantages import (
     checked_combination,
     process_variance_share,
 )
-from .implicit_prm.backends import make_backend
+from .hub import (
+    PAPER,
+    POLICY_TAGS,
+    create_repo,
+    hub_dataset,
+    policy_section,
+    settings_table,
+    upload,
+    with_ignored_prm,
+    with_section,
+)
+from .implicit_prm.backends import make_backend, unshared
 from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
-from .implicit_prm.model import CONFIG_NAME, ImplicitPRM
+from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card
 from .implicit_prm.scoring import batch_completion_logps
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .prime_config import PRIMEConfig, nearest
@@ -49,8 +65,11 @@ from .process_rewards import (
     reward_positions,
 )
 from .prompt_filter import select_groups
+from .user_functions import checked_reward_func, checked_rollout_func
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from peft import PeftConfig
 
 logger = logging.get_logger(__name__)
@@ -115,20 +134,10 @@ class PRIMETrainer(GRPOTrainer):
             log-probabilities come from the policy.
     """
 
-    _tag_names = ["trl", "prime", "trl-prime"]
+    _tag_names = POLICY_TAGS
     _name = "PRIME"
-    _paper = {
-        "title": "Process Reinforcement through Implicit Rewards",
-        "id": "2502.01456",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{cui2025process,
-                title        = {{Process Reinforcement through Implicit Rewards}},
-                author       = {Ganqu Cui and Lifan Yuan and Zefan Wang and Hanbin Wang and others},
-                year         = 2025,
-                eprint       = {arXiv:2502.01456},
-            }"""),
-    }
+    _paper = PAPER
+    prm_hub_model_id: str | None = None
 
     def __init__(
         self,
@@ -149,6 +158,8 @@ class PRIMETrainer(GRPOTrainer):
             self, model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs
         )
         grpo = dict(list(bound.arguments.items())[1:])
+        if isinstance(prm_model, str) and not os.path.isdir(prm_model):
+            prm_model = downloaded_prm(prm_model) or prm_model
         _check_before_loading(grpo, prm_model, prm_peft_config, reward_combination)
 
         super().__init__(**grpo)
@@ -158,11 +169,19 @@ class PRIMETrainer(GRPOTrainer):
                 f"prm_label is {args.prm_label!r}, but no reward function has that name. "
                 f"{nearest(args.prm_label, ['reward', *self.reward_func_names])}"
             )
+        self.reward_funcs = [
+            func if isinstance(func, torch.nn.Module) else checked_reward_func(func, name)
+            for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        if self.rollout_func is not None:
+            self.rollout_func = checked_rollout_func(self.rollout_func)
         self.reward_combination = reward_combination
-        self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config)
+        self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config, grpo["model"])
         start = grpo["model"] if prm_model is None else prm_model
         if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
             self.implicit_prm.reference_name = start
+        if args.push_to_hub:
+            self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
         self._prm_is_placed = False
         self._prm_updater: PRMUpdater | None = None
@@ -187,7 +206,7 @@ class PRIMETrainer(GRPOTrainer):
             for column in ("rewards", "extra"):
                 self._logs[column].default_factory = lambda: deque(maxlen=size)
 
-    def _build_implicit_prm(self, prm_model: Any, peft_config: PeftConfig | None) -> ImplicitPRM:
+    def _build_implicit_prm(self, prm_model: Any, peft_config: PeftConfig | None, policy_start: Any) -> ImplicitPRM:
         args = self.args
         settings = {
             "beta": args.prm_beta,
@@ -196,6 +215,8 @@ class PRIMETrainer(GRPOTrainer):
         }
         policy = self.accelerator.unwrap_model(self.model)
         frozen_reference = args.prm_reference == "frozen"
+        # Engines of ZeRO-3 fetch and release weights each for itself, so that nothing can be shared between them
+        zero3 = is_deepspeed_zero3_enabled()
         # TRL has seeded each process differently by now: PRM adapters must start alike on all of them, and the policy's
         # random numbers must be those of a run without PRM
         with torch.random.fork_rng():
@@ -213,18 +234,23 @@ class PRIMETrainer(GRPOTrainer):
                     prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
                 else:
                     prm.model.requires_grad_(True)
-            elif prm_model is None:
-                prm = ImplicitPRM.from_policy(policy, self._tokenizer, **build)
+            elif prm_model is None and not (zero3 and isinstance(policy_start, str)):
+                prm = ImplicitPRM.from_policy(unshared(policy) if zero3 else policy, self._tokenizer, **build)
+            elif zero3 and isinstance(prm_model or policy_start, str):
+                # Sharded while it is loaded: no process ever holds all of it
+                model, reference = (self._load_prm(prm_model or policy_start) for _ in range(2))
+                if peft_config is not None:
+                    model = get_peft_model(model.requires_grad_(False), peft_config, autocast_adapter_dtype=False)
+                prm = ImplicitPRM(model, reference if frozen_reference else None, self._tokenizer, **settings)
+                zero3 = False
             else:
-                if isinstance(prm_model, str):
-                    kwargs = dict(args.prm_model_init_kwargs or args.model_init_kwargs or {})
-                    if args.distributed_state.distributed_type != DistributedType.NO:
-                        kwargs["device_map"] = None
-                    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-                    prm_model = create_model_from_path(prm_model, **kwargs)
+                prm_model = self._load_prm(prm_model) if isinstance(prm_model, str) else prm_model
                 prm = ImplicitPRM.from_model(prm_model, self._tokenizer, **build)
+            if zero3 and prm.reference is not None:
+                prm.reference = unshared(prm.reference)
         needed = max(self._tokenizer.get_vocab().values()) + 1
-        rows = prm.model.get_input_embeddings().weight.shape[0]
+        embeddings = prm.model.get_input_embeddings()
+        rows = getattr(embeddings, "num_embeddings", embeddings.weight.shape[0])  # ZeRO-3 shows an empty weight
         if rows < needed:
             raise ValueError(
                 f"The implicit PRM embeds {rows} tokens, but the policy's tokenizer has {needed}: it belongs to another "
@@ -242,6 +268,14 @@ class PRIMETrainer(GRPOTrainer):
         if prm.reference is not None:
             prm.reference.eval()
         return prm
+
+    def _load_prm(self, name: str) -> PreTrainedModel:
+        args = self.args
+        kwargs = dict(args.prm_model_init_kwargs or args.model_init_kwargs or {})
+        if args.distributed_state.distributed_type != DistributedType.NO:
+            kwargs["device_map"] = None
+        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        return create_model_from_path(name, **kwargs)
 
     # --- Oversampling: more prompts in a generation batch, so that enough of them pass the filter ---
 
@@ -277,6 +311,34 @@ class PRIMETrainer(GRPOTrainer):
             micro_batches = self.state.max_steps * args.gradient_accumulation_steps
             num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
             self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        # On all processes alike, and before the backward pass, in which DeepSpeed steps
+        if self.model.training and not self.accelerator.gather(loss.detach().view(1)).isfinite().all():
+            raise FloatingPointError(
+                f"The policy's loss is not finite at step {self.state.global_step}, so this step was not made: its "
+                "log-probabilities or those of the rollouts are broken. Lower learning_rate or max_grad_norm, and resume from "
+                "the last checkpoint."
+            )
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The last thing that Trainer calls before the optimizer's step; the norm is the same on all processes
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None:
+            return grad_norm
+        norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of the policy is {norm} at step {self.state.global_step}, and one step with it would ruin all "
+                "weights. Lower learning_rate or max_grad_norm, and resume from the last checkpoint."
+            )
+        if norm == 0:
+            # No completion had anything to teach: without gradients the optimizer does not follow its momentum either
+            model.zero_grad(set_to_none=True)
+        self._log("filter/skipped_steps", norm == 0)
+        return grad_norm
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -382,7 +444,7 @@ class PRIMETrainer(GRPOTrainer):
                     f"{message} Widen the band, raise oversample_factor or set filter_shortfall='mask' to train on fewer."
                 )
             if num_passed == 0:
-                logger.warning(f"{message} The policy does not learn from this batch.")
+                logger.warning_once(f"{message} Nothing is learnt from such batches (filter/pass_rate is 0).")
         order = torch.cat([passed.nonzero().flatten(), (~passed).nonzero().flatten()])[:size].sort().values
         offsets = torch.arange(self.num_generations, device=order.device)
         return (order[:, None] * self.num_generations + offsets).flatten()
@@ -440,9 +502,11 @@ class PRIMETrainer(GRPOTrainer):
                 ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
         scores = outcome_scores(prm_logps - ref_logps, mask, prm.beta)
-        if not scores.isfinite().all():
+        # On all processes alike: the others would wait for one that has stopped
+        all_scores = self.accelerator.gather(scores)
+        if not all_scores.isfinite().all():
             raise FloatingPointError(
-                f"The implicit PRM gave {scores[~scores.isfinite()][0].item()} for a completion at step "
+                f"The implicit PRM gave {all_scores[~all_scores.isfinite()][0].item()} for a completion at step "
                 f"{self.state.global_step}. Its weights, the reference or the rollouts are broken: look at prm/grad_norm of the "
                 "last steps, lower prm_learning_rate, and resume from the last checkpoint."
             )
@@ -699,6 +763,128 @@ class PRIMETrainer(GRPOTrainer):
         else:
             weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
         self._prm_backend.load_weights(weights)
+
+    # --- The Hub ---
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        super().init_hf_repo(token, private)
+        args = self.args
+        if not self.is_world_process_zero():
+            return
+        if args.prm_hub_model_id is not None:
+            self.prm_hub_model_id = create_repo(
+                args.prm_hub_model_id,
+                token=args.hub_token if token is None else token,
+                private=args.hub_private_repo if private is None else private,
+                revision=args.hub_revision,
+            )
+            if self.prm_hub_model_id == self.hub_model_id:
+                raise ValueError(
+                    f"prm_hub_model_id='{args.prm_hub_model_id}' is the policy's repo too, where one model would overwrite the "
+                    "other. Leave it out to have the PRM in the folder prm/ of that repo, or set hub_model_id."
+                )
+        # Trainer uploads all of output_dir
+        path = Path(args.output_dir, ".gitignore")
+        before = path.read_text() if path.is_file() else ""
+        after = with_ignored_prm(before, self.prm_hub_model_id is not None)
+        if after != before:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(after)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ):
+        # Trainer writes the card anew at every push, and only the last one may be told the data set
+        self._card_dataset = hub_dataset(dataset_name) or getattr(self, "_card_dataset", None)
+        super().create_model_card(model_name, self._card_dataset, tags)
+        if not self.is_world_process_zero():
+            return
+        prm, path = self.implicit_prm, Path(self.args.output_dir, "README.md")
+        policy = self.accelerator.unwrap_model(self.model)
+        section = policy_section(
+            self.args,
+            self.hub_model_id or model_name or path.parent.name,
+            prm_repo_id=self.prm_hub_model_id,
+            revision=self.args.hub_revision,
+            bare_base=isinstance(policy, PeftModel) and getattr(policy.config, "_commit_hash", None) is None,
+            prm_needs_reference=prm.reference is None and prm.reference_name is None,
+        )
+        path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ):
+        self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
+        try:
+            result = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            if self.prm_hub_model_id is not None:
+                self._upload_prm(commit_message, blocking, token, revision)
+        except HfHubHTTPError as error:
+            error.append_to_message(
+                f"\nThe push failed, but policy and PRM are saved in output_dir='{self.args.output_dir}'. Check the access to "
+                "the repo, and push again by `trainer.push_to_hub()`, or by `hf upload` from that folder."
+            )
+            raise
+        return result
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        running = getattr(self, "push_in_progress", None)
+        is_busy = running is not None and not running.is_done()
+        if (
+            not self.is_world_process_zero()
+            or self.args.hub_strategy == HubStrategy.END
+            or (is_busy and not self.args.hub_always_push)
+        ):
+            return
+        # Trainer copies the policy's files out of the checkpoint, which may be deleted while they are uploaded
+        prm_folder = os.path.join(self.args.output_dir, "prm")
+        shutil.copytree(os.path.join(checkpoint_folder, "prm"), prm_folder, dirs_exist_ok=True)
+        known = list(running.jobs) if running is not None else []
+        super()._push_from_checkpoint(checkpoint_folder)
+        if self.prm_hub_model_id is not None:
+            message = f"Training in progress, step {self.state.global_step}"
+            self.push_in_progress.jobs.append(self._upload_prm(message, blocking=False))
+        for job in self.push_in_progress.jobs:
+            if job not in known:
+                job.add_done_callback(_warn_of_failed_push)
+
+    def _upload_prm(
+        self, commit_message: str, blocking: bool, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        """Push the PRM that is saved in `output_dir` to its own repo, with its card."""
+        folder, revision = os.path.join(self.args.output_dir, "prm"), revision or self.args.hub_revision
+        card = saved_prm_card(
+            folder,
+            self.prm_hub_model_id,
+            policy=self.hub_model_id,
+            settings=settings_table(self.args),
+            datasets=self._card_dataset,
+            revision=revision,
+        )
+        card.save(os.path.join(folder, "README.md"))
+        return upload(
+            folder,
+            self.prm_hub_model_id,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision,
+            blocking=blocking,
+        )
+
+
+def _warn_of_failed_push(job: Future) -> None:
+    # Trainer looks at no result of an upload in the background
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning(f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}")
 
 
 def _whole_checkpoint(checkpoint: str | bool, output_dir: str) -> str:

@@ -9,6 +9,9 @@ about the PRM's update is in `updater.py` and the same for all.
 | `DataParallel` | whole on every process, by DDP where there are several | whole |
 | `FullyShard` | FSDP2 | FSDP2 |
 | `ZeRO` | a DeepSpeed engine of its own | sharded by ZeRO-3, else whole |
+
+Adapters on one base share its weights where `DataParallel` or ZeRO below stage 3 is used. FSDP2 and ZeRO-3 shard each of
+the models by itself.
 """
 
 from __future__ import annotations
@@ -36,6 +39,17 @@ def make_backend(prm: ImplicitPRM, accelerator: Accelerator) -> DataParallel:
     """The backend for the way in which `accelerator` distributes the policy."""
     kinds = {DistributedType.FSDP: FullyShard, DistributedType.DEEPSPEED: ZeRO}
     return kinds.get(accelerator.distributed_type, DataParallel)(prm, accelerator)
+
+
+def unshared(model: nn.Module) -> nn.Module:
+    """A copy that shares no weights with the model, whole on every process even if ZeRO-3 shards the model."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        return copy.deepcopy(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        return copy.deepcopy(model)
 
 
 class DataParallel:

@@ -14,20 +14,25 @@ import dataclasses
 import itertools
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import is_offline_mode, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
 
+from ..hub import create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
 from .scoring import batch_completion_logps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from huggingface_hub import CommitInfo, ModelCard
 
 logger = logging.get_logger(__name__)
 
@@ -234,6 +239,10 @@ class ImplicitPRM:
         cls,
         path_or_repo: str | os.PathLike,
         *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
         reference: str | PreTrainedModel | None = None,
         beta: float | None = None,
         step_delimiter: str | None = None,
@@ -242,10 +251,16 @@ class ImplicitPRM:
         **model_init_kwargs: Any,
     ) -> ImplicitPRM:
         """
-        Load a PRM that [`ImplicitPRM.save_pretrained`] wrote, or any causal LM trained as an implicit PRM elsewhere.
+        Load a PRM that [`ImplicitPRM.save_pretrained`] or [`ImplicitPRM.push_to_hub`] wrote, or any causal LM trained as an
+        implicit PRM elsewhere.
 
         Args:
-            path_or_repo (`str`): Folder or Hub id of the PRM, or of a run whose `prm/` folder holds it.
+            path_or_repo (`str`): Folder or Hub id of the PRM, or of a run whose `prm/` folder holds it. Of a run's repo,
+                only that folder is downloaded.
+            subfolder (`str`, *optional*): Where it is in there, such as `"last-checkpoint"`.
+            revision (`str`, *optional*): Branch, tag or commit of the PRM's repo. The reference has its own, which is saved.
+            token (`str` or `bool`, *optional*): Token of the Hub, for the PRM and for its reference.
+            cache_dir (`str`, *optional*): Where downloads are kept, of both.
             reference (`str` or model, *optional*): The reference; needed where the PRM does not name its own.
             beta (`float`, *optional*): Reward scale; defaults to the saved one, 0.05 where none is.
             step_delimiter (`str`, *optional*): Defaults to the saved one, a newline where none is.
@@ -256,10 +271,9 @@ class ImplicitPRM:
         Returns:
             [`ImplicitPRM`]
         """
-        folder = _local_folder(path_or_repo)
-        saved = {}
-        if (folder / CONFIG_NAME).is_file():
-            saved = json.loads((folder / CONFIG_NAME).read_text())
+        hub = {"token": token, "cache_dir": cache_dir}
+        folder, saved = _local_folder(path_or_repo, subfolder, reference is None, revision=revision, **hub)
+        reference_init_kwargs = {**model_init_kwargs, **hub}
         if reference is None:
             reference = saved.get("reference")
             if reference is None:
@@ -267,15 +281,13 @@ class ImplicitPRM:
                     f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
                 )
             reference = str(folder / "reference") if reference == "reference" else reference
-            model_init_kwargs_reference = {**model_init_kwargs, "revision": saved.get("reference_revision") or "main"}
-        else:
-            model_init_kwargs_reference = model_init_kwargs
+            reference_init_kwargs["revision"] = saved.get("reference_revision") or "main"
         # Weights that came with the PRM are saved with it again; an instance may have been changed since it was loaded
         reference_name = None
         if isinstance(reference, str):
             reference_name = None if reference == str(folder / "reference") else reference
             try:
-                reference = AutoModelForCausalLM.from_pretrained(reference, **model_init_kwargs_reference)
+                reference = AutoModelForCausalLM.from_pretrained(reference, **reference_init_kwargs)
             except OSError as error:
                 raise OSError(
                     f"The reference model '{reference}' of the PRM '{path_or_repo}' could not be loaded. Pass `reference`: "
@@ -295,6 +307,68 @@ class ImplicitPRM:
             micro_batch_size=micro_batch_size,
             reference_name=reference_name,
         )
+
+    def portable_reference_name(self) -> str | None:
+        """
+        `reference_name` if it is found on every machine, else `None`, and the reference is saved with its weights.
+
+        It is if the reference was loaded from the Hub by it: its commit is known. Where there are no weights to save, because
+        the reference is the policy of the rollouts, who loads the PRM has to pass `reference`, and a warning says so.
+        """
+        if self.reference is not None:
+            is_on_hub = getattr(self.reference.config, "_commit_hash", None) is not None
+        else:
+            is_on_hub = self.reference_name is not None and not os.path.exists(self.reference_name)
+            if not is_on_hub:
+                logger.warning(
+                    "The PRM has no reference model of its own (prm_reference='policy') and started from a model that is not on "
+                    "the Hub: who loads it from there has to pass `reference`, the model to measure it against."
+                )
+        return self.reference_name if is_on_hub else None
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        commit_message: str = "Upload implicit PRM",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """
+        Push the PRM to the Hub so that [`ImplicitPRM.from_pretrained`] loads it anywhere: as [`ImplicitPRM.save_pretrained`]
+        writes it, with a model card, and with its reference's weights unless that is on the Hub itself.
+
+        Args:
+            repo_id (`str`): The repo, made if needed.
+            subfolder (`str`, *optional*): Where in the repo, `"prm"` for that of its policy; there is no card then.
+            commit_message (`str`): Message of the commit.
+            private (`bool`, *optional*): Visibility of a new repo.
+            token (`str`, *optional*): Token with write permission; the saved one if not given.
+            revision (`str`, *optional*): Branch to push to, made if needed.
+            create_pr (`bool`): Open a pull request instead of pushing.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+        """
+        repo_id = create_repo(repo_id, token=token, private=private, revision=revision)
+        prm = copy.copy(self)
+        prm.reference_name = self.portable_reference_name()
+        with tempfile.TemporaryDirectory() as folder:
+            prm.save_pretrained(folder)
+            if subfolder is None:
+                saved_prm_card(folder, repo_id, revision=revision).save(Path(folder) / "README.md")
+            return upload(
+                folder,
+                repo_id,
+                path_in_repo=subfolder,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def reference_is_saved_in(self, path: str | os.PathLike) -> bool:
         """Whether saving to this folder writes the reference's weights, because no name will find it again."""
@@ -443,11 +517,63 @@ class ImplicitPRM:
         return prompt_ids, [*completion_ids, self.tokenizer.eos_token_id]
 
 
-def _local_folder(path_or_repo: str | os.PathLike) -> Path:
-    """The folder that holds the PRM itself, downloaded if it is on the Hub."""
-    folder = Path(path_or_repo)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> ModelCard:
+    """
+    The card of a saved PRM, see [`~trl_prime.hub.prm_card`].
 
-        folder = Path(snapshot_download(str(path_or_repo)))
-    return folder / "prm" if (folder / "prm" / CONFIG_NAME).is_file() else folder
+    Args:
+        folder (`str`): Where it is saved.
+        repo_id (`str`): The repo that it is going to.
+        **kwargs: `policy`, `settings`, `datasets`, `revision`.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+    """
+    saved = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    return prm_card(
+        repo_id,
+        beta=saved["beta"],
+        is_adapter=saved["adapter"],
+        reference=saved["reference"],
+        reference_revision=saved["reference_revision"],
+        **kwargs,
+    )
+
+
+def downloaded_prm(path_or_repo: str) -> str | None:
+    """The folder of a PRM that was saved or pushed, downloaded if it is on the Hub; `None` if this is any other model."""
+    try:
+        return str(_local_folder(path_or_repo)[0]) if _has(path_or_repo, CONFIG_NAME) else None
+    except OSError:
+        return None  # who loads it as a model says why that fails
+
+
+def _has(path_or_repo: str | os.PathLike, filename: str, **hub: Any) -> bool:
+    found = cached_file(
+        path_or_repo,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        # Without a network a file that was not downloaded before cannot be told from one that does not exist
+        _raise_exceptions_for_connection_errors=not is_offline_mode(),
+        **hub,
+    )
+    return found is not None
+
+
+def _local_folder(
+    path_or_repo: str | os.PathLike, subfolder: str | None = None, with_reference: bool = True, **hub: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the PRM itself, downloaded if it is on the Hub, and its settings, empty if it has none."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    if _has(path_or_repo, f"{prefix}prm/{CONFIG_NAME}", **hub):
+        prefix += "prm/"
+    root = Path(path_or_repo)
+    if not root.is_dir():
+        # The repo of a run holds the policy beside the PRM, and checkpoints of both
+        ignored = [] if prefix else ["last-checkpoint/*", "checkpoint-*"]
+        ignored += [] if with_reference else [f"{prefix}reference/*"]
+        root = Path(
+            snapshot_download(str(path_or_repo), allow_patterns=[f"{prefix}*"], ignore_patterns=ignored, **hub)
+        )
+    settings = root / prefix / CONFIG_NAME
+    return settings.parent, json.loads(settings.read_text()) if settings.is_file() else {}
