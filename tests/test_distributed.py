@@ -98,6 +98,8 @@ def assert_close(first, second, atol):
 def cases(root, num_processes, model_path, **settings):
     runs = []
     for name, (num_rows, case) in CASES.items():
+        if name == "policy as reference" and settings == KINDS.get("zero3"):
+            continue  # which is refused
         size = {"per_device_train_batch_size": num_rows // num_processes}
         runs.append({"output_dir": str(root / name), **size, **case, **settings})
         if "model" in case:
@@ -130,6 +132,8 @@ def two_processes(request, tmp_path_factory, model_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_processes, case):
+    if not (two_processes / case).exists():
+        pytest.skip("refused by PRIMETrainer")
     (alone,), (first, second) = results(one_process / case, 1), results(two_processes / case, 2)
     assert_close(first, second, atol=0)
     assert_close(first, alone, atol=2e-5)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from trl import ScriptArguments
 
 from .prime_config import nearest
@@ -272,7 +273,7 @@ COMMANDS = {"train": train}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `trl-prime`: 0 when all went well, 2 when the command line or the recipe is wrong."""
+    """Entry point of `trl-prime`: 0 when all went well, 2 when the command line or the recipe is wrong, 1 for the Hub."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -287,6 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, NotImplementedError) as error:
         print(f"trl-prime: {error}", file=sys.stderr)
         return 2
+    except HfHubHTTPError as error:
+        print(f"trl-prime: the Hub refused: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model, load_peft_weights
 from torch.distributed.tensor import DTensor
@@ -44,9 +45,11 @@ from .advantages import (
 from .hub import (
     PAPER,
     POLICY_TAGS,
+    cached_commit,
     create_repo,
     hub_dataset,
     policy_section,
+    pushed_gitignore,
     settings_table,
     upload,
     with_ignored_prm,
@@ -138,6 +141,7 @@ class PRIMETrainer(GRPOTrainer):
     _name = "PRIME"
     _paper = PAPER
     prm_hub_model_id: str | None = None
+    _card_dataset: str | None = None
 
     def __init__(
         self,
@@ -180,6 +184,8 @@ class PRIMETrainer(GRPOTrainer):
         start = grpo["model"] if prm_model is None else prm_model
         if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
             self.implicit_prm.reference_name = start
+            kwargs = (args.prm_model_init_kwargs if prm_model is not None else None) or args.model_init_kwargs or {}
+            self.implicit_prm.reference_revision = cached_commit(start, kwargs.get("revision"), kwargs.get("cache_dir"))
         if args.push_to_hub:
             self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
@@ -785,7 +791,7 @@ class PRIMETrainer(GRPOTrainer):
                 )
         # Trainer uploads all of output_dir
         path = Path(args.output_dir, ".gitignore")
-        before = path.read_text() if path.is_file() else ""
+        before = path.read_text() if path.is_file() else pushed_gitignore(self.hub_model_id, token or args.hub_token)
         after = with_ignored_prm(before, self.prm_hub_model_id is not None)
         if after != before:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -798,7 +804,7 @@ class PRIMETrainer(GRPOTrainer):
         tags: str | list[str] | None = None,
     ):
         # Trainer writes the card anew at every push, and only the last one may be told the data set
-        self._card_dataset = hub_dataset(dataset_name) or getattr(self, "_card_dataset", None)
+        self._card_dataset = hub_dataset(dataset_name) or self._card_dataset
         super().create_model_card(model_name, self._card_dataset, tags)
         if not self.is_world_process_zero():
             return
@@ -809,7 +815,7 @@ class PRIMETrainer(GRPOTrainer):
             self.hub_model_id or model_name or path.parent.name,
             prm_repo_id=self.prm_hub_model_id,
             revision=self.args.hub_revision,
-            bare_base=isinstance(policy, PeftModel) and getattr(policy.config, "_commit_hash", None) is None,
+            bare_base=isinstance(policy, PeftModel) and ModelCard.load(path).data.base_model is None,
             prm_needs_reference=prm.reference is None and prm.reference_name is None,
         )
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
@@ -826,12 +832,12 @@ class PRIMETrainer(GRPOTrainer):
         self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         try:
             result = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-            if self.prm_hub_model_id is not None:
+            if self.prm_hub_model_id is not None and self.is_world_process_zero():
                 self._upload_prm(commit_message, blocking, token, revision)
-        except HfHubHTTPError as error:
-            error.append_to_message(
-                f"\nThe push failed, but policy and PRM are saved in output_dir='{self.args.output_dir}'. Check the access to "
-                "the repo, and push again by `trainer.push_to_hub()`, or by `hf upload` from that folder."
+        except (HfHubHTTPError, RuntimeError):
+            logger.error(
+                f"The push failed, but policy and PRM are saved in output_dir='{self.args.output_dir}'. See below for the reason, "
+                "and push again by `trainer.push_to_hub()`, or by `hf upload` from that folder."
             )
             raise
         return result
@@ -845,17 +851,17 @@ class PRIMETrainer(GRPOTrainer):
             or (is_busy and not self.args.hub_always_push)
         ):
             return
+        if is_busy:
+            running.wait_until_done()  # it reads the files that are overwritten next
         # Trainer copies the policy's files out of the checkpoint, which may be deleted while they are uploaded
         prm_folder = os.path.join(self.args.output_dir, "prm")
         shutil.copytree(os.path.join(checkpoint_folder, "prm"), prm_folder, dirs_exist_ok=True)
-        known = list(running.jobs) if running is not None else []
         super()._push_from_checkpoint(checkpoint_folder)
         if self.prm_hub_model_id is not None:
             message = f"Training in progress, step {self.state.global_step}"
             self.push_in_progress.jobs.append(self._upload_prm(message, blocking=False))
         for job in self.push_in_progress.jobs:
-            if job not in known:
-                job.add_done_callback(_warn_of_failed_push)
+            job.add_done_callback(_warn_of_failed_push)
 
     def _upload_prm(
         self, commit_message: str, blocking: bool, token: str | None = None, revision: str | None = None
@@ -930,6 +936,11 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
     if not isinstance(args, PRIMEConfig):
         raise TypeError(
             f"args is a {type(args).__name__}, but PRIMETrainer needs a PRIMEConfig: it has the PRM's settings."
+        )
+    if args.prm_reference == "policy" and args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3:
+        raise NotImplementedError(
+            "prm_reference='policy' does not go with DeepSpeed ZeRO-3, which cannot mix the policy's own forward pass with the "
+            "fused one that TRL trains by. Use prm_reference='frozen', ZeRO-2 or FSDP2."
         )
     if isinstance(grpo.get("processing_class"), ProcessorMixin):
         raise NotImplementedError(

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
 
-from ..hub import create_repo, prm_card, upload
+from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
 from .scoring import batch_completion_logps
 
@@ -123,6 +123,7 @@ class ImplicitPRM:
         micro_batch_size (`int`): Completions of one forward pass.
         reference_name (`str`, *optional*): Folder or Hub id that `reference` was loaded from and still equals: it is then
             saved by this name, else with its weights.
+        reference_revision (`str`, *optional*): Commit on the Hub that it was loaded from.
 
     Raises:
         ValueError: `beta` is not positive, or the vocabularies of model and reference differ.
@@ -138,6 +139,7 @@ class ImplicitPRM:
         step_delimiter: str = "\n",
         micro_batch_size: int = 8,
         reference_name: str | None = None,
+        reference_revision: str | None = None,
     ):
         if beta <= 0:
             raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
@@ -153,6 +155,7 @@ class ImplicitPRM:
         self.step_delimiter = step_delimiter
         self.micro_batch_size = micro_batch_size
         self.reference_name = reference_name
+        self.reference_revision = reference_revision
 
     # --- Building ---
 
@@ -281,9 +284,9 @@ class ImplicitPRM:
                     f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
                 )
             reference = str(folder / "reference") if reference == "reference" else reference
-            reference_init_kwargs["revision"] = saved.get("reference_revision") or "main"
+            reference_init_kwargs["revision"] = saved.get("reference_revision")
         # Weights that came with the PRM are saved with it again; an instance may have been changed since it was loaded
-        reference_name = None
+        reference_name = reference_revision = None
         if isinstance(reference, str):
             reference_name = None if reference == str(folder / "reference") else reference
             try:
@@ -293,6 +296,9 @@ class ImplicitPRM:
                     f"The reference model '{reference}' of the PRM '{path_or_repo}' could not be loaded. Pass `reference`: "
                     "the model that the PRM started from."
                 ) from error
+            reference_revision = reference_name and cached_commit(
+                reference_name, reference_init_kwargs.get("revision"), cache_dir
+            )
         if saved.get("adapter"):
             base = share_parameters(reference)
             model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=trainable)
@@ -306,6 +312,7 @@ class ImplicitPRM:
             step_delimiter=saved.get("step_delimiter", "\n") if step_delimiter is None else step_delimiter,
             micro_batch_size=micro_batch_size,
             reference_name=reference_name,
+            reference_revision=reference_revision,
         )
 
     def portable_reference_name(self) -> str | None:
@@ -315,16 +322,14 @@ class ImplicitPRM:
         It is if the reference was loaded from the Hub by it: its commit is known. Where there are no weights to save, because
         the reference is the policy of the rollouts, who loads the PRM has to pass `reference`, and a warning says so.
         """
-        if self.reference is not None:
-            is_on_hub = getattr(self.reference.config, "_commit_hash", None) is not None
-        else:
-            is_on_hub = self.reference_name is not None and not os.path.exists(self.reference_name)
-            if not is_on_hub:
-                logger.warning(
-                    "The PRM has no reference model of its own (prm_reference='policy') and started from a model that is not on "
-                    "the Hub: who loads it from there has to pass `reference`, the model to measure it against."
-                )
-        return self.reference_name if is_on_hub else None
+        if self.reference_revision is not None:
+            return self.reference_name
+        if self.reference is None:
+            logger.warning(
+                "The PRM has no reference model of its own (prm_reference='policy') and started from a model that is not on the "
+                "Hub: who loads it from there has to pass `reference`, the model to measure it against."
+            )
+        return None
 
     def push_to_hub(
         self,
@@ -399,12 +404,11 @@ class ImplicitPRM:
         # Not in the folder itself: Trainer would take an adapter there for one of the policy
         self.model.save_pretrained(path / "adapter" if is_adapter else path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
-        reference_name, revision = self.reference_name, None
+        reference_name, revision = self.reference_name, self.reference_revision
         if self.reference is not None:
-            revision = getattr(self.reference.config, "_commit_hash", None)
             if self.reference_is_saved_in(path):
                 self.reference.save_pretrained(path / "reference", state_dict=reference_weights)
-                reference_name = "reference"
+                reference_name, revision = "reference", None
             elif os.path.isdir(reference_name):
                 reference_name = os.path.abspath(reference_name)
         settings = {

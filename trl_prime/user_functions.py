@@ -1,0 +1,116 @@
+"""The functions that a user passes to the trainer, with errors that name them and say what was wrong with their result.
+
+Covered: reward functions, plain and async; rollout functions. Not covered: a function that never returns. It can do so
+for good reasons, so a limit of time is its own affair: the verifiers in `rewards/` have one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def checked_reward_func(func: Callable, name: str) -> Callable:
+    """
+    A reward function whose errors name it.
+
+    Args:
+        func (`Callable`): Reward function in TRL's form, plain or async.
+        name (`str`): Its name, which metrics have too.
+
+    Returns:
+        `Callable`: The same function. What it raises is raised on, with a note. It returns `list[float | None]`.
+
+    Raises:
+        TypeError: When called, if the result is no list, or has an entry that is neither a number nor None.
+        ValueError: When called, if the result has another length than the completions.
+    """
+
+    def checked(rewards: Any, completions: list) -> list[float | None]:
+        if isinstance(rewards, (str, dict)) or not isinstance(rewards, Iterable):
+            raise TypeError(
+                f"The reward function '{name}' returned {rewards!r:.100}; return a list with one number per completion."
+            )
+        rewards = list(rewards)
+        if len(rewards) != len(completions):
+            raise ValueError(
+                f"The reward function '{name}' returned {len(rewards)} rewards for {len(completions)} completions; return "
+                "one per completion, None for one that it cannot judge."
+            )
+        return [number(reward, i) for i, reward in enumerate(rewards)]
+
+    def number(reward: Any, i: int) -> float | None:
+        try:
+            if not isinstance(reward, str):
+                return None if reward is None else float(reward)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        raise TypeError(
+            f"The reward function '{name}' returned {reward!r:.100} for completion {i}; return a number, or None for a "
+            "completion that it cannot judge."
+        )
+
+    @contextlib.contextmanager
+    def naming() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            note = f"This was raised in the reward function '{name}'."
+            if hasattr(error, "add_note"):
+                error.add_note(note)
+            else:  # Python 3.10
+                logger.error(note)
+            raise
+
+    if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__):
+
+        @functools.wraps(func)
+        async def wrapper(**kwargs: Any) -> list[float | None]:
+            with naming():
+                rewards = await func(**kwargs)
+            return checked(rewards, kwargs["completions"])
+    else:
+
+        @functools.wraps(func)
+        def wrapper(**kwargs: Any) -> list[float | None]:
+            with naming():
+                rewards = func(**kwargs)
+            return checked(rewards, kwargs["completions"])
+
+    return wrapper
+
+
+def checked_rollout_func(func: Callable) -> Callable:
+    """
+    A rollout function that is told when a completion has no token: TRL looks at the last token of each.
+
+    Args:
+        func (`Callable`): Rollout function in TRL's form.
+
+    Returns:
+        `Callable`: The same function.
+
+    Raises:
+        ValueError: When called, if a completion is empty.
+    """
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        output = func(*args, **kwargs)
+        lengths = [len(ids) for ids in output.get("completion_ids", [])]
+        if 0 in lengths:
+            raise ValueError(
+                f"The rollout function '{getattr(func, '__name__', type(func).__name__)}' returned no tokens for completion "
+                f"{lengths.index(0)} ({lengths.count(0)} of {len(lengths)} are empty). End every completion with the "
+                "tokenizer's eos token."
+            )
+        return output
+
+    return wrapper
