@@ -237,6 +237,7 @@ _CLEANING = [
 ]
 # A decimal is equal within Math-Verify's six places, and four digits
 _ABSOLUTE_TOLERANCE, _RELATIVE_TOLERANCE = Fraction(1, 2 * 10**6), Fraction(1, 10**4)
+_SEQUENCE = re.compile(r"([(\[]|\\\{)([^()\[\]]*)([)\]]|\\\})")
 _PLAIN_NUMBER = re.compile(
     r"([-+]?)(?:(\d{1,64}(?:\.\d{0,64})?|\.\d{1,64})"
     r"|\\frac\{(-?\d{1,64})\}\{(-?\d{1,64})\}|(-?\d{1,64})/(\d{1,64}))"
@@ -266,7 +267,8 @@ def clean(text: str) -> str:
 
 def quick_verdict(answer: str, gold: str) -> bool | None:
     """
-    The verdict where comparing text is enough: the same text after `clean`, or two plain decimals or fractions.
+    The verdict where comparing text is enough: the same text after `clean`, two plain decimals or fractions, or two tuples,
+    intervals or sets of them.
 
     Args:
         answer (`str`): The answer as written.
@@ -278,13 +280,30 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
     answer, gold = clean(answer), clean(gold)
     if _without_spaces(answer) == _without_spaces(gold) != "":
         return True
-    first, second = _plain_number(answer), _plain_number(gold)
-    if first is None or second is None:
+    first, second = _plain_numbers(answer), _plain_numbers(gold)
+    if first is None or second is None or first[0] != second[0]:
         return None
-    if "." not in answer + gold:
-        return first == second
-    tolerance = min(_ABSOLUTE_TOLERANCE, _RELATIVE_TOLERANCE * max(abs(first), abs(second)))
-    return abs(first - second) <= tolerance
+    (brackets, numbers), (_, gold_numbers) = first, second
+    if brackets == r"\{\}":
+        numbers, gold_numbers = sorted(numbers), sorted(gold_numbers)
+    if len(numbers) != len(gold_numbers):
+        return None if brackets == r"\{\}" else False  # a set may name an element twice
+    is_decimal = "." in answer + gold
+    return all(
+        abs(number - gold_number) <= min(_ABSOLUTE_TOLERANCE, _RELATIVE_TOLERANCE * max(abs(number), abs(gold_number)))
+        if is_decimal
+        else number == gold_number
+        for number, gold_number in zip(numbers, gold_numbers, strict=True)
+    )
+
+
+def _plain_numbers(text: str) -> tuple[str, list[Fraction]] | None:
+    """The brackets of a sequence of plain numbers and the numbers; of one number alone, no brackets."""
+    match = _SEQUENCE.fullmatch(text)
+    numbers = [_plain_number(item) for item in (match[2].split(",") if match else [text])]
+    if None in numbers or (match and len(numbers) < 2):
+        return None
+    return (match[1] + match[3] if match else "", numbers)
 
 
 def _plain_number(text: str) -> Fraction | None:
