@@ -129,6 +129,9 @@ PRIVATE_API = {
     "_save_rng_state": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_finish_current_push": ["self"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_compute_loss": ["self", "model", "inputs"],
 }
 

@@ -71,8 +71,6 @@ from .prompt_filter import select_groups
 from .user_functions import checked_reward_func, checked_rollout_func
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from peft import PeftConfig
 
 logger = logging.get_logger(__name__)
@@ -185,7 +183,9 @@ class PRIMETrainer(GRPOTrainer):
         if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
             self.implicit_prm.reference_name = start
             kwargs = (args.prm_model_init_kwargs if prm_model is not None else None) or args.model_init_kwargs or {}
-            self.implicit_prm.reference_revision = cached_commit(start, kwargs.get("revision"), kwargs.get("cache_dir"))
+            self.implicit_prm.reference_revision = cached_commit(
+                start, kwargs.get("revision"), kwargs.get("cache_dir")
+            )
         if args.push_to_hub:
             self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
@@ -772,9 +772,9 @@ class PRIMETrainer(GRPOTrainer):
 
     # --- The Hub ---
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        super().init_hf_repo(token, private)
-        args = self.args
+    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
+        super().init_hf_repo(token, **kwargs)
+        args, private = self.args, kwargs.get("private")
         if not self.is_world_process_zero():
             return
         if args.prm_hub_model_id is not None:
@@ -826,12 +826,11 @@ class PRIMETrainer(GRPOTrainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        private: bool | None = None,
         **kwargs: Any,
     ):
         self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         try:
-            result = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            result = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
             if self.prm_hub_model_id is not None and self.is_world_process_zero():
                 self._upload_prm(commit_message, blocking, token, revision)
         except (HfHubHTTPError, RuntimeError):
@@ -851,8 +850,7 @@ class PRIMETrainer(GRPOTrainer):
             or (is_busy and not self.args.hub_always_push)
         ):
             return
-        if is_busy:
-            running.wait_until_done()  # it reads the files that are overwritten next
+        self._finish_current_push()  # it reads the files that are overwritten next
         # Trainer copies the policy's files out of the checkpoint, which may be deleted while they are uploaded
         prm_folder = os.path.join(self.args.output_dir, "prm")
         shutil.copytree(os.path.join(checkpoint_folder, "prm"), prm_folder, dirs_exist_ok=True)
@@ -860,8 +858,16 @@ class PRIMETrainer(GRPOTrainer):
         if self.prm_hub_model_id is not None:
             message = f"Training in progress, step {self.state.global_step}"
             self.push_in_progress.jobs.append(self._upload_prm(message, blocking=False))
-        for job in self.push_in_progress.jobs:
-            job.add_done_callback(_warn_of_failed_push)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        # Trainer looks at no result of an upload in the background
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if job.exception() is not None:
+                logger.warning(
+                    f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}"
+                )
+        self.push_in_progress = None
 
     def _upload_prm(
         self, commit_message: str, blocking: bool, token: str | None = None, revision: str | None = None
@@ -885,12 +891,6 @@ class PRIMETrainer(GRPOTrainer):
             revision=revision,
             blocking=blocking,
         )
-
-
-def _warn_of_failed_push(job: Future) -> None:
-    # Trainer looks at no result of an upload in the background
-    if not job.cancelled() and job.exception() is not None:
-        logger.warning(f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}")
 
 
 def _whole_checkpoint(checkpoint: str | bool, output_dir: str) -> str:

@@ -1,0 +1,480 @@
+"""Pushing to the Hub and loading from it, over HTTP against a server on this machine; see `hub_server.py`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers.utils.hub
+from conftest import build_model, same, weights
+from hub_server import HubServer
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from test_cli import _train_flags
+from test_implicit_prm import lora, make_trained
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import generate_model_card
+
+from trl_prime import ImplicitPRM, PRIMEConfig
+from trl_prime.cli import main
+from trl_prime.hub import PAPER, SETTINGS, policy_section, with_ignored_prm, with_section
+from trl_prime.implicit_prm import model as prm_module
+
+# No blanks: of a Qwen2 model AutoTokenizer makes a Qwen2 tokenizer, which writes them otherwise than that of these tests
+PROMPTS, COMPLETIONS = ["1+1=", "whatistwoandtwo", "3="], ["two", "first:second=2", ""]
+DTYPE = {"dtype": torch.float32}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, model_path):
+    """The server, with a model `me/base`; the libraries of this process are its clients, logged in as `me`."""
+    server = HubServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    caches = iter(range(100))
+
+    def clean_cache():
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{next(caches)}"))
+        server.requests.clear()
+
+    server.clean_cache = clean_cache
+    clean_cache()
+    huggingface_hub.create_repo("me/base")
+    files = {path.name: path.read_bytes() for path in Path(model_path).iterdir()}
+    server.commit("me/base", "main", "model", files)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def rewards(prm):
+    return [result.token_rewards for result in prm.score(PROMPTS, COMPLETIONS)]
+
+
+def equal(first, second):
+    return all(torch.equal(*pair) for pair in zip(rewards(first), rewards(second), strict=True))
+
+
+def trained(trainer):
+    """The trainer, its PRM and policy moved far enough from the start to tell."""
+    for model in (trainer.implicit_prm.model, trainer.model):
+        make_trained(model) if isinstance(model, PeftModel) else None
+    with torch.no_grad():
+        for parameter in trainer.implicit_prm.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.2)
+    assert max(tensor.abs().max() for tensor in rewards(trainer.implicit_prm)) > 1e-3
+    return trainer
+
+
+def downloaded(hub, repo):
+    prefix = f"/{repo}/resolve/"
+    return {
+        path.removeprefix(prefix).split("/", 1)[1]
+        for method, path, _ in hub.requests
+        if method == "GET" and path.startswith(prefix)
+    }
+
+
+def snippets(card):
+    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+
+def texts(files):
+    return {path: content.decode() for path, content in files.items() if not path.endswith((".safetensors", ".bin"))}
+
+
+# --- Round trips ---
+
+
+@pytest.mark.parametrize("own_repo", [False, True], ids=["inside", "own repo"])
+@pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full prm", "lora prm"])
+@pytest.mark.parametrize("policy_peft", [None, lora()], ids=["full policy", "lora policy"])
+def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft, own_repo):
+    trainer = train(
+        model="me/base",
+        peft_config=policy_peft,
+        prm_peft_config=prm_peft,
+        max_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/run",
+        prm_hub_model_id="me/run-prm" if own_repo else None,
+    )
+    assert hub.messages("me/run") == ["initial commit"]  # hub_strategy is "every_save", but nothing was saved
+    trained(trainer).push_to_hub(dataset_name="me/problems")
+
+    files = hub.files("me/run")
+    prm_repo, prm_files = "me/run", {path[4:]: content for path, content in files.items() if path.startswith("prm/")}
+    if own_repo:
+        assert not prm_files
+        prm_repo, prm_files = "me/run-prm", hub.files("me/run-prm")
+    assert "implicit_prm.json" in prm_files and "reference/config.json" not in prm_files
+    assert ("adapter/adapter_config.json" in prm_files) is (prm_peft is not None)
+    settings = json.loads(prm_files["implicit_prm.json"])
+    base_commit = hub.repos["me/base"]["branches"]["main"][-1]["oid"]
+    assert (settings["reference"], settings["reference_revision"]) == ("me/base", base_commit)
+    assert not [path for path, text in texts({**files, **prm_files}).items() if str(tmp_path) in text]
+
+    # The reference stays what it was when its repo moves on
+    hub.commit("me/base", "main", "changed", {**hub.files("me/base"), "config.json": b"{}"})
+    hub.clean_cache()
+    prm = ImplicitPRM.from_pretrained(prm_repo, **DTYPE)
+    assert equal(prm, trainer.implicit_prm)
+    assert prm.beta == 0.5 and prm.reference_name == "me/base"
+    assert not {path for path in downloaded(hub, "me/run") if not path.startswith("prm/")}
+
+    hub.commit("me/base", "main", "changed back", hub.repos["me/base"]["branches"]["main"][1]["files"])
+    hub.clean_cache()
+    policy = AutoModelForCausalLM.from_pretrained("me/run", **DTYPE)
+    expected = {
+        name: tensor for name, tensor in weights(trainer.model).items() if policy_peft is None or "lora_" in name
+    }
+    loaded = {name.replace("base_model.model.", ""): tensor for name, tensor in weights(policy).items()}
+    assert all(torch.equal(loaded[name.replace("base_model.model.", "")], expected[name]) for name in expected)
+
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "me/base" and card.data.datasets == "me/problems"
+    assert {"trl", "prime", "trl-prime", "generated_from_trainer"} <= set(card.data.tags)
+    assert f'ImplicitPRM.from_pretrained("{prm_repo}")' in card.text and PAPER["citation"] in card.text
+    assert "| `prm_beta` | 0.5 |" in card.text
+    if own_repo:
+        card = ModelCard(prm_files["README.md"].decode())
+        assert card.data.base_model == "me/base" and card.data.library_name == "trl-prime"
+        assert card.data.datasets == "me/problems" and "process-reward-model" in card.data.tags
+        assert "log-odds" in card.text and "beta = 0.5" in card.text and PAPER["citation"] in card.text
+        assert f"[me/base](https://huggingface.co/me/base) at commit `{base_commit}`" in card.text
+        assert "[me/run](https://huggingface.co/me/run)" in card.text and "| `prm_loss_type` | ce |" in card.text
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("own_repo", [False, True], ids=["inside", "own repo"])
+def test_every_strategy_pushes_the_prm_with_the_policy(hub, train, strategy, own_repo):
+    trainer = train(
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/run",
+        prm_hub_model_id="me/run-prm" if own_repo else None,
+        hub_strategy=strategy,
+        hub_always_push=True,
+    )
+    messages = hub.messages("me/run-prm" if own_repo else "me/run")
+    assert [f"Training in progress, step {step}" in messages for step in (1, 2)] == [True, True]
+    files = hub.files("me/run")
+    assert ("prm/implicit_prm.json" in files) is not own_repo and "README.md" in files
+    hub.clean_cache()
+    assert equal(ImplicitPRM.from_pretrained("me/run-prm" if own_repo else "me/run"), trainer.implicit_prm)
+    checkpoint = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
+    folders = {path.split("/")[0] for path in files if "checkpoint" in path}
+    assert folders == ({"checkpoint-1", checkpoint} if strategy == "all_checkpoints" else {checkpoint} - {None})
+    if checkpoint:
+        # Whole, so that it can be resumed from
+        assert {f"{checkpoint}/prm_state_0.pt", f"{checkpoint}/optimizer.pt"} <= set(files)
+        hub.clean_cache()
+        assert equal(ImplicitPRM.from_pretrained("me/run", subfolder=checkpoint), trainer.implicit_prm)
+        assert all(path.startswith(f"{checkpoint}/prm/") for path in downloaded(hub, "me/run"))
+
+
+def test_the_end_strategy_pushes_when_the_model_is_saved(hub, train):
+    trainer = train(save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/run", hub_strategy="end")
+    assert hub.messages("me/run") == ["initial commit"]
+    trainer.save_model()
+    assert hub.messages("me/run") == ["initial commit", "Model save"]
+    assert equal(ImplicitPRM.from_pretrained("me/run"), trainer.implicit_prm)
+
+
+def test_a_busy_push_is_not_followed_by_another_unless_asked(hub, train, monkeypatch):
+    monkeypatch.setattr(transformers.utils.hub.PushInProgress, "is_done", lambda self: False)
+    train(save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
+    for repo in ("me/run", "me/prm"):
+        assert hub.messages(repo) == ["initial commit", "Training in progress, step 1"]
+
+
+def test_hub_settings_are_for_both_repos(hub, train, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    settings = {"hub_token": "hf_me", "hub_private_repo": True, "hub_revision": "second"}
+    huggingface_hub.create_repo("me/run", token="hf_me", private=True)
+    huggingface_hub.create_branch("me/run", branch="second", token="hf_me")
+    trainer = train(push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm", **settings)
+    trainer.push_to_hub()
+    assert all(hub.repos[repo]["private"] for repo in ("me/run", "me/prm"))
+    assert all(user == "me" for _, path, user in hub.requests if "/me/" in path)
+    for repo in ("me/run", "me/prm"):
+        assert hub.messages(repo)[-1] == "initial commit" and hub.messages(repo, "second")[-1] == "End of training"
+    hub.clean_cache()
+    prm = ImplicitPRM.from_pretrained("me/prm", revision="second", token="hf_me")
+    assert equal(prm, trainer.implicit_prm)
+    with pytest.raises((OSError, HfHubHTTPError), match="me/prm"):
+        ImplicitPRM.from_pretrained("me/prm", revision="second", token="hf_other")
+    assert (
+        'ImplicitPRM.from_pretrained("me/prm", revision="second")'
+        in hub.files("me/prm", "second")["README.md"].decode()
+    )
+
+
+# --- The reference ---
+
+
+@pytest.mark.parametrize("start", ["folder", "instance"])
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+def test_a_reference_that_is_not_on_the_hub_goes_along(hub, train, model_path, start, peft):
+    model = model_path if start == "folder" else build_model(7, scale=4.0)
+    trainer = train(
+        model=model, peft_config=peft, prm_peft_config=peft, max_steps=1, push_to_hub=True, hub_model_id="me/run"
+    )
+    trained(trainer).push_to_hub()
+    files = hub.files("me/run")
+    assert json.loads(files["prm/implicit_prm.json"])["reference"] == "reference"
+    assert "prm/reference/model.safetensors" in files
+    hub.clean_cache()
+    prm = ImplicitPRM.from_pretrained("me/run", **DTYPE)
+    assert equal(prm, trainer.implicit_prm)
+    # Given another one, that which came along is not downloaded
+    hub.clean_cache()
+    ImplicitPRM.from_pretrained("me/run", reference="me/base")
+    assert not [path for path in downloaded(hub, "me/run") if "reference" in path]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model is None and "None" not in card.text
+    assert ("path/to/the/base/model" in card.text) is (peft is not None)
+
+
+def test_without_a_reference_of_its_own_the_loader_has_to_name_one(hub, train, model_path, caplog):
+    transformers.utils.logging.enable_propagation()
+    trainer = train(model=model_path, prm_reference="policy", max_steps=1, push_to_hub=True, hub_model_id="me/run")
+    transformers.utils.logging.disable_propagation()
+    assert "has to pass `reference`" in caplog.text
+    trainer.push_to_hub()
+    assert json.loads(hub.files("me/run")["prm/implicit_prm.json"])["reference"] is None
+    assert 'ImplicitPRM.from_pretrained("me/run", reference=' in hub.files("me/run")["README.md"].decode()
+    with pytest.raises(ValueError, match="Pass `reference`"):
+        ImplicitPRM.from_pretrained("me/run")
+    ImplicitPRM.from_pretrained("me/run", reference="me/base")
+
+
+# --- The PRM by itself ---
+
+
+@pytest.mark.parametrize("subfolder", [None, "prm"])
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+def test_a_prm_pushes_itself(hub, tokenizer, model_path, subfolder, peft):
+    start = AutoModelForCausalLM.from_pretrained(model_path)
+    prm = ImplicitPRM.from_model(start, tokenizer, peft_config=peft, beta=0.25, reference_name=model_path)
+    make_trained(prm.model) if peft else prm.model.lm_head.weight.data.mul_(1.5)
+    info = prm.push_to_hub("prm", subfolder=subfolder, private=True, commit_message="mine", revision="v1")
+    assert info.oid == hub.repos["me/prm"]["branches"]["v1"][-1]["oid"] and hub.repos["me/prm"]["private"]
+    assert hub.messages("me/prm", "v1")[-1] == "mine" and prm.reference_name == model_path
+    hub.clean_cache()
+    loaded = ImplicitPRM.from_pretrained("me/prm", revision="v1")
+    assert equal(loaded, prm) and loaded.beta == 0.25
+    card = hub.files("me/prm", "v1").get("README.md", b"").decode()
+    assert bool(card) is (subfolder is None)
+    if card:
+        assert "in the folder `reference/` of this repo" in card and ModelCard(card).data.base_model is None
+        assert ("an adapter of its reference" in card) is (peft is not None)
+    # Nothing has changed: no commit
+    prm.push_to_hub("me/prm", subfolder=subfolder, revision="v1")
+    assert hub.messages("me/prm", "v1")[-1] == "mine"
+
+
+def test_a_downloaded_prm_works_offline(hub, train, monkeypatch):
+    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
+    trainer.push_to_hub()
+    ImplicitPRM.from_pretrained("me/prm")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
+    with pytest.raises(OSError, match="cached snapshot"):
+        ImplicitPRM.from_pretrained("me/run")
+
+
+@pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])
+def test_a_pushed_prm_is_trained_on_with_its_own_reference(hub, train, tokenizer, peft):
+    prm = ImplicitPRM.from_model(build_model(3), tokenizer, peft_config=peft)
+    make_trained(prm.model) if peft else prm.model.lm_head.weight.data.mul_(1.5)
+    prm.push_to_hub("me/prm")
+    trainer = train(prm_model="me/prm", max_steps=1, prm_learning_rate=0.0)
+    assert same(weights(trainer.implicit_prm.reference), weights(prm.reference))
+    assert prm_module.downloaded_prm("me/base") is None
+
+
+def test_a_model_of_the_hub_that_is_no_saved_prm(hub):
+    with pytest.raises(ValueError, match=r"'me/base' does not name its reference model"):
+        ImplicitPRM.from_pretrained("me/base")
+    assert ImplicitPRM.from_pretrained("me/base", reference="me/base").beta == 0.05
+    with pytest.raises(OSError, match="me/nothing"):
+        ImplicitPRM.from_pretrained("me/nothing")
+    with pytest.raises(OSError, match="no/such/folder"):
+        ImplicitPRM.from_pretrained("no/such/folder")
+
+
+# --- Cards ---
+
+
+def test_the_section_is_written_once_and_its_settings_are_the_configs(make_config):
+    args = make_config(prm_beta=0.125, advantage_estimator="grpo")
+    card = generate_model_card("me/base", "run", "me/run", None, ["prime"], None, None, "PRIME", PAPER["citation"])
+    section = policy_section(args, "me/run")
+    once = with_section(str(card), section)
+    assert with_section(once, section) == once
+    other = with_section(once, policy_section(args, "me/run", prm_repo_id="me/prm", revision="v1"))
+    assert other.count("## PRIME\n") == 1 and 'ImplicitPRM.from_pretrained("me/prm", revision="v1")' in other
+    assert other.index("## PRIME\n") < other.index("## Citations") and other.index("## Quick start") < other.index(
+        "## PRIME"
+    )
+    assert ModelCard(other).data.to_dict() == card.data.to_dict()
+    for name in SETTINGS:
+        assert f"| `{name}` | {getattr(args, name)} |" in once
+    assert with_section("# Mine\n", section).startswith("# Mine\n\n<!-- trl-prime -->")
+
+
+def test_a_card_keeps_its_data_set_and_leaves_a_local_one_out(hub, train, tmp_path):
+    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
+    trainer.push_to_hub(dataset_name="me/problems", tags="mine")
+    trainer.push_to_hub(dataset_name=str(tmp_path))
+    for repo in ("me/run", "me/prm"):
+        card = ModelCard(hub.files(repo)["README.md"].decode())
+        assert card.data.datasets == "me/problems" and str(tmp_path) not in str(card)
+    assert str(ModelCard(hub.files("me/run")["README.md"].decode())).count("## PRIME\n") == 1
+
+
+# --- Two repos ---
+
+
+def test_a_repo_changes_from_own_prm_repo_to_prm_inside(hub, train, tmp_path):
+    settings = {"max_steps": 1, "push_to_hub": True, "hub_model_id": "me/run"}
+    train(prm_hub_model_id="me/prm", **settings).push_to_hub()
+    assert hub.files("me/run")[".gitignore"] == b"/prm/\n" and "prm/config.json" not in hub.files("me/run")
+    (tmp_path / "run" / ".gitignore").unlink()  # as from another machine
+    train(**settings).push_to_hub()
+    assert hub.files("me/run")[".gitignore"] == b"" and "prm/config.json" in hub.files("me/run")
+    assert with_ignored_prm("*.log\n/prm/", True) == "*.log\n/prm/\n" and with_ignored_prm("*.log", False) == "*.log\n"
+
+
+def test_the_repos_must_differ(hub, make_trainer, make_config):
+    with pytest.raises(ValueError, match=r"prm_hub_model_id and hub_model_id are both 'me/run'"):
+        make_config(hub_model_id="me/run", prm_hub_model_id="me/run")
+    with pytest.raises(ValueError, match=r"prm_hub_model_id is 'me/run/prm', which is no name of a repo"):
+        make_config(prm_hub_model_id="me/run/prm")
+    with pytest.raises(ValueError, match=r"prm_hub_model_id='me/run' is the policy's repo too"):
+        make_trainer(push_to_hub=True, prm_hub_model_id="me/run")  # output_dir is called run
+    assert "prm_hub_model_id" in PRIMEConfig.__doc__
+
+
+# --- What goes wrong ---
+
+
+def test_no_right_to_the_prms_repo_is_known_before_training(hub, make_trainer):
+    with pytest.raises(HfHubHTTPError, match="403"):
+        make_trainer(push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="other/prm")
+
+
+@pytest.mark.parametrize(("repo", "status"), [("me/run", 500), ("me/prm", 403)])
+def test_a_failing_push_leaves_all_on_disk_and_can_be_repeated(hub, train, tmp_path, caplog, repo, status):
+    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
+    hub.faults.append(("POST", f"/api/models/{repo}/commit/", status))
+    transformers.utils.logging.enable_propagation()
+    with pytest.raises(HfHubHTTPError, match=str(status)):
+        trainer.push_to_hub()
+    transformers.utils.logging.disable_propagation()
+    assert f"policy and PRM are saved in output_dir='{tmp_path / 'run'}'" in caplog.text
+    assert equal(ImplicitPRM.from_pretrained(tmp_path / "run"), trainer.implicit_prm)
+    assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), weights(trainer.model))
+    hub.faults.clear()
+    trainer.push_to_hub()
+    assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
+
+
+def test_a_failing_push_of_a_checkpoint_does_not_end_training(hub, train, tmp_path, caplog):
+    hub.faults.append(("POST", "/api/models/me/(run|prm)/commit/", 500))
+    transformers.utils.logging.enable_propagation()
+    trainer = train(
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/run",
+        prm_hub_model_id="me/prm",
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+    )
+    transformers.utils.logging.disable_propagation()
+    assert trainer.state.global_step == 2
+    assert caplog.text.count("A push to the Hub failed") == 6  # policy, checkpoint and PRM, twice
+    for step in (1, 2):
+        ImplicitPRM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    hub.faults.clear()
+    trainer.push_to_hub()
+    assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
+
+
+def test_only_the_main_process_talks_to_the_hub(hub, train, monkeypatch):
+    trainer = train(
+        max_steps=1, save_strategy="no", push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm"
+    )
+    hub.requests.clear()
+    monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
+    trainer.push_to_hub()
+    trainer.init_hf_repo()
+    trainer._push_from_checkpoint("no-such-folder")
+    assert not hub.requests
+
+
+# --- The command line, and the cards' code as a reader runs it ---
+
+
+def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path):
+    rows = [{"question": f"{i} plus 1", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(16)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "push_to_hub": "true",
+        "hub_model_id": "me/run",
+        "prm_hub_model_id": "me/prm",
+        "use_peft": "true",
+        "prm_use_peft": "true",
+        "lora_target_modules": "all-linear",
+        "system_prompt": "count",  # as the reward function wants it
+        "prompt_suffix": "give the number",
+        "max_steps": 1,
+    }
+    assert main(_train_flags(tmp_path, "me/base", data, **settings)) == 0
+    cards = {repo: hub.files(repo)["README.md"].decode() for repo in ("me/run", "me/prm")}
+    assert ModelCard(cards["me/run"]).data.datasets is None and hub.messages("me/run")[-1] == "End of training"
+
+    code = [snippet for card in cards.values() for snippet in snippets(card)]
+    assert len(code) == 4  # TRL's quick start, the policy, and the PRM on both cards
+    (tmp_path / "reader.py").write_text("\n\n".join(code))
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "elsewhere"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    environment.pop("HF_TOKEN")
+    result = subprocess.run(
+        [sys.executable, "reader.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("chance of a right outcome: ") == 2
+
+
+def test_the_command_line_says_what_the_hub_refused(hub, tmp_path, model_path, capsys):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "1 plus 1", "answer": "#### 2"}) + "\n")
+    flags = _train_flags(tmp_path, model_path, tmp_path / "data.jsonl", push_to_hub="true", hub_model_id="other/run")
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert "trl-prime: the Hub refused: " in error and "403" in error
