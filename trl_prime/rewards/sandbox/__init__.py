@@ -73,6 +73,6 @@ def _make(kind: str, packages: tuple[str, ...]) -> LocalSandbox | RemoteSandbox:
     raise SandboxUnavailable(
         f"Model-written code cannot be run safely on this machine (sandbox={kind!r}): {'; '.join(problems)}. Install "
         "bubblewrap (`apt install bubblewrap` or `pip install trl-prime[code]`) and allow unprivileged user namespaces "
-        "(in a container: `--security-opt seccomp=unconfined` or `--cap-add SYS_ADMIN`), or name a remote sandbox "
+        "(in a container: `--privileged`, or as root `--cap-add SYS_ADMIN --security-opt apparmor=unconfined`), or name a remote sandbox "
         "(`sandbox='http://host:8080'`, Sandbox Fusion), or, where there is nothing to lose, `sandbox='none'`."
     )

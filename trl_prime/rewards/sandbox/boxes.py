@@ -18,6 +18,13 @@ from pathlib import Path
 _INSIDE = Path(__file__).parent / "inside"
 _RUNNER = "/runner"
 _PACKAGES = "/packages"
+# Programs and libraries, but neither the rest of /usr nor of /etc, where data may lie
+_SYSTEM = (
+    "/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/share/zoneinfo", "/bin",
+    "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime",
+)  # fmt: skip
+# Not /dev/zero, a mapping of which is memory that no limit counts, and no terminals, by which neighbours could talk
+_DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def interpreter() -> str:
@@ -26,16 +33,16 @@ def interpreter() -> str:
 
 
 def _view(packages: tuple[str, ...]) -> dict:
-    """What of the machine is seen inside: read-only paths, folders emptied within them, links, and packages."""
-    paths = ["/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache", "/etc/localtime"]
-    library = os.path.join(sys.base_prefix, "lib")
-    if not library.startswith("/usr/"):
-        paths += [library, interpreter()]
+    """What of the machine is seen inside: read-only paths, folders emptied within them, links, packages and devices."""
+    prefix = os.path.realpath(sys.base_prefix)
+    paths = [*_SYSTEM, f"{prefix}/lib", f"{prefix}/{sys.platlibdir}", interpreter()]
     read_only, links = [], {}
     for path in paths:
-        if path != interpreter() and os.path.islink(path) and os.path.dirname(path) == "/":
+        if path in read_only or any(path.startswith(seen + "/") for seen in read_only) or not os.path.exists(path):
+            continue
+        if path in _SYSTEM and os.path.islink(path):
             links[path] = os.readlink(path)
-        elif os.path.exists(path):
+        else:
             read_only.append(path)
     # What is installed beside the standard library may hold data, the tests' answers among it
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
@@ -54,7 +61,7 @@ def _view(packages: tuple[str, ...]) -> dict:
     for package in packages:
         for source in _package_folders(package):
             shown[f"{_PACKAGES}/{source.name}"] = str(source)
-    return {"read_only": read_only, "links": links, "empty": empty, "packages": shown}
+    return {"read_only": read_only, "links": links, "empty": empty, "packages": shown, "devices": _DEVICES}
 
 
 def _package_folders(package: str) -> list[Path]:
@@ -98,11 +105,11 @@ def bubblewrap_command(control_fd: int, packages: tuple[str, ...], scratch: str)
     view = _view(packages)
     options = [
         "--unshare-pid",
+        "--as-pid-1",  # the end of the zygote is the end of all
         "--unshare-net",
         "--unshare-ipc",
         "--unshare-uts",
         "--unshare-cgroup-try",
-        "--clearenv",
     ]
     if os.getuid() == 0:
         # As root no user namespace is needed, and none could give up root's own user number; the zygote changes it
@@ -120,8 +127,10 @@ def bubblewrap_command(control_fd: int, packages: tuple[str, ...], scratch: str)
         options += ["--tmpfs", path, "--remount-ro", path]
     for target, source in view["packages"].items():
         options += ["--ro-bind", source, target]
-    options += ["--ro-bind", str(_INSIDE), _RUNNER, "--dev", "/dev", "--proc", "/proc", "--dir", "/tmp"]
-    options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
+    options += ["--ro-bind", str(_INSIDE), _RUNNER, "--proc", "/proc", "--dir", "/tmp", "--dir", "/dev/shm"]
+    for device in view["devices"]:
+        options += ["--dev-bind", device, device]
+    options += ["--remount-ro", "/", "--chdir", "/"]
     bwrap = find_bubblewrap()
     assert bwrap is not None
     return [bwrap, *options, "--", *_zygote(control_fd, _RUNNER, True, _PACKAGES)]

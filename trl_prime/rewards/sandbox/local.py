@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,18 @@ from typing import Any
 from .boxes import BOXES
 from .inside import wire
 from .limits import Limits, Result, SandboxUnavailable
+from .messages import checked_answer, checked_verdict, read_message
+
+_sandboxes: weakref.WeakSet[LocalSandbox] = weakref.WeakSet()
+
+
+def _unlock() -> None:
+    # A thread that held the lock at the fork is not there to release it
+    for sandbox in _sandboxes:
+        sandbox._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 class LocalSandbox:
@@ -43,6 +56,7 @@ class LocalSandbox:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen | None = None
         self._owner = os.getpid()
+        _sandboxes.add(self)
         if box == "none":
             warnings.warn(
                 "sandbox='none': model-written code runs with all rights of this process. It can read your files and "
@@ -76,10 +90,11 @@ class LocalSandbox:
             stdin_file = ours.enter_context(open(in_write, "wb", buffering=0))
             lifeline = ours.enter_context(self._start("script", source, limits, [in_read, out_write, err_write]))
             theirs.close()
-            stdout, stderr, flooded = _communicate(lifeline, stdin_file, out_read, err_read, stdin.encode(), limits)
-            if flooded:
-                return Result(stdout, stderr, None, "output")
-            report = _report(lifeline, limits)
+            data = stdin.encode(errors="surrogatepass")
+            stdout, stderr = _communicate(lifeline, stdin_file, out_read, err_read, data, limits)
+            if len(stdout) > limits.output_bytes:
+                return Result(stdout[: limits.output_bytes], stderr, None, "output")
+            report = self._report(lifeline, limits.wall_seconds)
         return Result(stdout, stderr, report["exit"], report["reason"])
 
     def call(
@@ -106,36 +121,40 @@ class LocalSandbox:
         requests = iter(calls)
         remaining = len(calls)
         while remaining:
-            with self._serve(source, limits, max(0.0, deadline - time.monotonic())) as peer:
+            with self._serve(source, limits, max(0.0, deadline - time.monotonic())) as (peer, lifeline):
                 try:
                     hello = peer.receive(min(deadline, time.monotonic() + limits.wall_seconds))
                 except (TimeoutError, EOFError) as error:
+                    self._hang_up(lifeline)
                     hello = {"error": ["Error", str(error)]}
                 if not isinstance(hello, dict) or "names" not in hello:
-                    yield from [hello] * remaining
+                    yield from [checked_answer(hello)] * remaining
                     return
                 for arguments in requests:
                     remaining -= 1
-                    peer.send(["solve", name, [wire.encode(argument) for argument in arguments], {}])
+                    call_deadline = min(deadline, time.monotonic() + limits.wall_seconds)
+                    peer.send(["solve", name, [wire.encode(argument) for argument in arguments], {}], call_deadline)
                     try:
-                        yield peer.receive(min(deadline, time.monotonic() + limits.wall_seconds))
+                        answer = checked_answer(peer.receive(call_deadline))
                     except (TimeoutError, EOFError) as error:
+                        self._hang_up(lifeline)
                         yield {"error": ["Error", str(error)]}
                         break  # this process is of no more use; the next call gets a new one
+                    yield answer
             if time.monotonic() > deadline:
                 yield from [{"error": ["Error", "time limit"]}] * remaining
                 return
 
     @contextlib.contextmanager
-    def _serve(self, source: str, limits: Limits, total_seconds: float) -> Iterator[Peer]:
+    def _serve(self, source: str, limits: Limits, total_seconds: float) -> Iterator[tuple[Peer, socket.socket]]:
         ours, theirs = socket.socketpair()
         with ours, theirs, open(os.devnull, "r+b") as null:
             fds = [null.fileno()] * 3 + [theirs.fileno()]
-            with self._start("serve", "", replace(limits, wall_seconds=total_seconds + 1), fds):
+            with self._start("serve", "", replace(limits, wall_seconds=total_seconds + 1), fds) as lifeline:
                 theirs.close()
                 peer = Peer(ours, limits.output_bytes)
-                peer.send(source)
-                yield peer
+                peer.send(source, time.monotonic() + total_seconds)
+                yield peer, lifeline
 
     def examine(
         self, source: str, tests: dict[str, Any], limits: Limits, total_seconds: float
@@ -162,19 +181,28 @@ class LocalSandbox:
         with ours, theirs, to_solution, to_tests, open(os.devnull, "r+b") as null:
             streams = [null.fileno()] * 3
             with (
-                self._start("serve", "", whole, [*streams, to_tests.fileno()]),
-                self._start("examine", "", whole, [*streams, theirs.fileno(), to_solution.fileno()]),
+                self._start("serve", "", whole, [*streams, to_tests.fileno()]) as solution_lifeline,
+                self._start("examine", "", whole, [*streams, theirs.fileno(), to_solution.fileno()]) as lifeline,
             ):
                 for end in (theirs, to_solution, to_tests):
                     end.close()
                 examiner = Peer(ours, limits.output_bytes)
-                examiner.send([source, tests])
+                examiner.send([source, tests], deadline)
+                solution_ended = False
                 for _ in tests["asserts"]:
                     try:
-                        yield examiner.receive(min(deadline, time.monotonic() + limits.wall_seconds))
+                        message = examiner.receive(min(deadline, time.monotonic() + limits.wall_seconds))
                     except (TimeoutError, EOFError) as error:
+                        self._hang_up(lifeline)
+                        if not solution_ended:
+                            self._hang_up(solution_lifeline)
                         yield {"passed": False, "error": str(error)}
                         return
+                    verdict = checked_verdict(message)
+                    if not verdict["passed"] and not solution_ended and _is_readable(solution_lifeline):
+                        self._report(solution_lifeline, 0)  # it has ended, and not from outside
+                        solution_ended = True
+                    yield verdict
 
     def close(self) -> None:
         """End the sandbox and every program in it."""
@@ -198,8 +226,9 @@ class LocalSandbox:
         self._end()
         self._owner = os.getpid()
         self._scratch = tempfile.mkdtemp(prefix="trl-prime-sandbox-")
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(10)
         with theirs:
             self._process = subprocess.Popen(
                 BOXES[self.box](theirs.fileno(), self.packages, self._scratch),
@@ -216,6 +245,7 @@ class LocalSandbox:
     def _end(self) -> None:
         if self._control is None:
             return
+        _end_connection(self._control, self._owner)
         self._control.close()
         self._control = None
         if self._owner == os.getpid():
@@ -229,8 +259,11 @@ class LocalSandbox:
 
     def _said(self) -> str:
         """What the box said of itself, for an error."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace").strip()[-500:] or "it said nothing"
+        try:
+            said = os.pread(self._log.fileno(), 1 << 16, 0)
+        except (OSError, ValueError):
+            said = b""  # another thread has ended it
+        return said.decode(errors="replace").strip()[-500:] or "it said nothing"
 
     @contextlib.contextmanager
     def _start(self, mode: str, source: str, limits: Limits, fds: list[int]) -> Iterator[socket.socket]:
@@ -255,11 +288,14 @@ class LocalSandbox:
             for attempt in range(3):
                 lifeline, theirs = socket.socketpair()
                 stack.enter_context(lifeline)
+                stack.callback(_end_connection, lifeline, os.getpid())
                 lifeline.settimeout(10)
                 try:
                     with theirs:
                         self._send([theirs.fileno(), *fds])
                     lifeline.sendall(len(data).to_bytes(4, "big") + data)
+                    if not lifeline.recv(1):
+                        raise OSError("it was ended from outside")
                     break
                 except OSError as error:  # the zygote died, or could not fork
                     lifeline.close()
@@ -269,11 +305,35 @@ class LocalSandbox:
                         ) from error
             yield lifeline
 
+    def _report(self, lifeline: socket.socket, seconds: float) -> dict[str, Any]:
+        """What the supervisor says of a program's end, which is to come within `seconds`, on a busy machine a bit later."""
+        lifeline.settimeout(seconds + 30)
+        data = b""
+        with contextlib.suppress(OSError):
+            while part := lifeline.recv(1 << 12):
+                data += part
+        report = json.loads(data.partition(b"\n")[0] or b"{}")
+        if "exit" not in report:
+            problem = report.get("setup", "it was ended from outside")
+            raise SandboxUnavailable(f"The sandbox {self.box!r} could not run a program ({problem}): {self._said()}")
+        return report
+
+    def _hang_up(self, lifeline: socket.socket) -> None:
+        """End a program that has failed us, and see that it, not the sandbox, is to blame."""
+        with contextlib.suppress(OSError):
+            lifeline.shutdown(socket.SHUT_WR)
+        self._report(lifeline, 0)
+
     def _send(self, fds: list[int]) -> None:
         with self._lock:
-            if self._control is None or self._owner != os.getpid() or self._process.poll() is not None:
+            # The zygote says nothing on its socket, so what is to be read there is its end
+            if self._control is None or self._owner != os.getpid() or _is_readable(self._control):
                 self._begin()
-            socket.send_fds(self._control, [b"start"], fds)
+            try:
+                socket.send_fds(self._control, [b"start"], fds)
+            except OSError:
+                self._end()  # it is of no more use; the next attempt starts another
+                raise
 
 
 class Peer:
@@ -290,9 +350,9 @@ class Peer:
         self._max_bytes = max_bytes
         self._received = bytearray()
 
-    def send(self, message: Any, timeout: float = 10.0) -> None:
-        """Send a message. A peer that has ended is noticed at the next `receive`."""
-        self._connection.settimeout(timeout)
+    def send(self, message: Any, deadline: float) -> None:
+        """Send a message. A peer that has ended, or does not take it in time, is noticed at the next `receive`."""
+        self._connection.settimeout(max(1e-3, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
@@ -324,67 +384,82 @@ class Peer:
             self._received += part
         line = bytes(self._received[:end])
         del self._received[: end + 1]
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EOFError("the program sent no message") from error
+        return read_message(line)
 
 
 def _communicate(
     lifeline: socket.socket, stdin: Any, stdout: int, stderr: int, data: bytes, limits: Limits
-) -> tuple[bytes, bytes, bool]:
-    """Feed a program and read its output until both streams end; whether it wrote too much. Closes `stdin`."""
-    os.set_blocking(stdin.fileno(), False)
-    poll = select.poll()
+) -> tuple[bytes, bytes]:
+    """
+    Feed a program and read its output until it has ended, has closed its streams or has written more than it may. Closes
+    `stdin`.
+    """
     outputs = {stdout: bytearray(), stderr: bytearray()}
+    open_streams = set(outputs)
+    poll = select.poll()
+    # The end of the streams is not waited for: a process that was forked from this one may hold a copy of their other ends
+    poll.register(lifeline, select.POLLIN)
+    for fd in (stdin.fileno(), *outputs):
+        os.set_blocking(fd, False)
     for fd in outputs:
         poll.register(fd, select.POLLIN)
     if data:
         poll.register(stdin, select.POLLOUT)
     else:
         stdin.close()
+
+    def read(fd: int) -> int:
+        try:
+            part = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return 0
+        outputs[fd] += part
+        if not part:
+            poll.unregister(fd)
+            open_streams.discard(fd)
+        elif fd == stderr:
+            del outputs[fd][: -(1 << 12)]
+        return len(part)
+
     view = memoryview(data)
-    open_streams = set(outputs)
-    # The supervisor ends the program in time, and with it the streams; the grace is for a busy machine
+    # The supervisor ends the program in time; the grace is for a busy machine
     deadline = time.monotonic() + limits.wall_seconds + 30
-    while open_streams:
+    ended = False
+    while open_streams and not ended and len(outputs[stdout]) <= limits.output_bytes:
         ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         if not ready:
             raise SandboxUnavailable("The sandbox did not end a program in time.")
         for fd, _ in ready:
-            if fd in outputs:
-                part = os.read(fd, 1 << 16)
-                outputs[fd] += part
-                if not part:
+            if fd == lifeline.fileno():
+                ended = True
+            elif fd in outputs:
+                read(fd)
+            else:
+                try:
+                    view = view[stdin.write(view) or 0 :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    view = view[:0]  # it does not read its input
+                if not view:
                     poll.unregister(fd)
-                    open_streams.discard(fd)
-                elif fd == stderr:
-                    del outputs[fd][: -(1 << 12)]
-                elif len(outputs[fd]) > limits.output_bytes:
-                    return bytes(outputs[stdout]), bytes(outputs[stderr]), True
-                continue
-            try:
-                view = view[stdin.write(view) or 0 :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                view = view[:0]  # it does not read its input
-            if not view:
-                poll.unregister(fd)
-                stdin.close()
-    return bytes(outputs[stdout]), bytes(outputs[stderr]), False
+                    stdin.close()
+    if ended:
+        for fd in tuple(open_streams):  # what it left in the pipes, 64 KB each, or more where it made them larger
+            for _ in range(64):
+                if not read(fd):
+                    break
+    return bytes(outputs[stdout]), bytes(outputs[stderr])
 
 
-def _report(lifeline: socket.socket, limits: Limits) -> dict[str, Any]:
-    """What the supervisor says of the program's end."""
-    lifeline.settimeout(limits.wall_seconds + 30)
-    data = b""
-    with contextlib.suppress(OSError):
-        while part := lifeline.recv(1 << 12):
-            data += part
-    report = json.loads(data.partition(b"\n")[0] or b"{}")
-    if "exit" not in report:
-        raise SandboxUnavailable(
-            f"The sandbox could not run a program: {report.get('setup', 'it was ended from outside')}"
-        )
-    return report
+def _is_readable(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _end_connection(connection: socket.socket, owner: int) -> None:
+    # Closing would not end it while a process that was forked from this one has a copy; and such a copy must not end it
+    if owner == os.getpid():
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)

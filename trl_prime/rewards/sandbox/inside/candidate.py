@@ -54,7 +54,7 @@ for _module, _names in (
 def open_streams() -> None:
     """Text streams over descriptors 0 to 2 as they are now, not as they were when the interpreter started."""
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        stream = open(fd, mode, encoding="utf-8", errors="surrogateescape", closefd=False)
+        stream = open(fd, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -186,6 +186,7 @@ class _Functions:
     repr = staticmethod(repr)
     float = staticmethod(float)
     hash = staticmethod(hash)
+    setattr = staticmethod(setattr)
 
 
 def _describe(error: BaseException) -> list[str]:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,13 +20,13 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-_ANY_NAMESPACE = 0x7E020000 | 0x80  # the flags above and CLONE_NEWTIME
+_ANY_NAMESPACE = 0x7E020000  # all of them; CLONE_NEWTIME is none of clone's, whose low byte is the exit signal
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 
 def _check(result: int, what: str) -> None:
@@ -44,6 +45,24 @@ def set_dumpable(on: bool) -> None:
     _check(_libc.prctl(_PR_SET_DUMPABLE, int(on), 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
 
 
+def die_with_parent() -> None:
+    """Be killed when the parent process ends, however it ends."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def die_first() -> None:
+    """Be what the kernel ends when the machine is out of memory, before anything else."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor that is readable when the process has ended (`os.pidfd_open` is missing from many builds of Python)."""
+    fd = _libc.syscall(_PIDFD_OPEN, pid, 0)
+    _check(min(fd, 0), "pidfd_open")
+    return fd
+
+
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """`mount(2)`."""
     arguments = [os.fsencode(value) if value is not None else None for value in (source, target, kind)]
@@ -53,7 +72,10 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 def pivot_root(new_root: str) -> None:
     """Make `new_root`, a mount point, the root folder and forget the old one."""
     os.chdir(new_root)
-    number = _SYSTEM_CALLS[platform.machine()]["pivot_root"]
+    machine = platform.machine()
+    if machine not in _SYSTEM_CALLS:
+        raise OSError(_ENOSYS, f"the sandbox is not written for {machine}")
+    number = _SYSTEM_CALLS[machine]["pivot_root"]
     _check(_libc.syscall(number, b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
@@ -85,7 +107,7 @@ def set_limits(memory_bytes: int, cpu_seconds: int, file_bytes: int, processes: 
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NPROC, processes),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # no core dump at all; 0 would still start a collector that reads from a pipe
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
@@ -108,26 +130,52 @@ def drop_privileges() -> None:
 # parts of the kernel that no solution needs and that have been the way out of sandboxes.
 _SYSTEM_CALLS = {
     "x86_64": {
-        "socket": 41, "shmget": 29, "semget": 64, "msgget": 68, "ptrace": 101, "personality": 135, "pivot_root": 155,
-        "chroot": 161, "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "reboot": 169, "init_module": 175,
-        "quotactl": 179, "mq_open": 240, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
-        "unshare": 272, "perf_event_open": 298, "fanotify_init": 300, "name_to_handle_at": 303,
-        "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
-        "finit_module": 313, "memfd_create": 319, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
-        "clone": 56, "clone3": 435,
+        "shmget": 29, "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50, "semget": 64, "msgget": 68,
+        "ptrace": 101, "syslog": 103, "personality": 135, "modify_ldt": 154, "pivot_root": 155, "chroot": 161,
+        "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "iopl": 172,
+        "ioperm": 173, "init_module": 175, "delete_module": 176, "quotactl": 179, "io_setup": 206,
+        "lookup_dcookie": 212, "mq_open": 240, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
+        "inotify_init": 253, "unshare": 272, "vmsplice": 278, "accept4": 288, "inotify_init1": 294,
+        "perf_event_open": 298, "fanotify_init": 300, "name_to_handle_at": 303, "open_by_handle_at": 304,
+        "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "finit_module": 313,
+        "memfd_create": 319, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
     },
     "aarch64": {
-        "socket": 198, "shmget": 194, "semget": 190, "msgget": 186, "ptrace": 117, "personality": 92, "pivot_root": 41,
-        "chroot": 51, "acct": 89, "mount": 40, "umount2": 39, "swapon": 224, "reboot": 142, "init_module": 105,
-        "quotactl": 60, "mq_open": 180, "kexec_load": 104, "add_key": 217, "request_key": 218, "keyctl": 219,
-        "unshare": 97, "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264,
+        "shmget": 194, "socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "semget": 190,
+        "msgget": 186, "ptrace": 117, "syslog": 116, "personality": 92, "pivot_root": 41, "chroot": 51, "acct": 89,
+        "mount": 40, "umount2": 39, "swapon": 224, "swapoff": 225, "reboot": 142, "init_module": 105,
+        "delete_module": 106, "quotactl": 60, "io_setup": 0, "lookup_dcookie": 18, "mq_open": 180, "kexec_load": 104,
+        "add_key": 217, "request_key": 218, "keyctl": 219, "unshare": 97, "vmsplice": 75, "accept4": 242,
+        "inotify_init1": 26, "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264,
         "open_by_handle_at": 265, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
         "finit_module": 273, "memfd_create": 279, "kexec_file_load": 294, "bpf": 280, "userfaultfd": 282,
-        "clone": 220, "clone3": 435,
     },
 }  # fmt: skip
-# The same numbers on every architecture: io_uring, pidfd_getfd, the new mount interface, memfd_secret, landlock is let be
-_NEW_SYSTEM_CALLS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
+# The same numbers on every architecture
+_NEW_SYSTEM_CALLS = {
+    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
+    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_getfd": 438, "mount_setattr": 442,
+    "quotactl_fd": 443, "memfd_secret": 447, "statmount": 457, "listmount": 458, "open_tree_attr": 467, "listns": 470,
+}  # fmt: skip
+_PIDFD_OPEN, _CLONE3 = 434, 435
+# System calls allowed with some arguments: (number of the argument, mask, value, whether the masked argument must be, or
+# must not be, the value)
+_ANY, _RLIMIT_CORE = 0xFFFFFFFF, 4
+_ARGUMENTS = {
+    "clone": [(0, _ANY_NAMESPACE, 0, True)],
+    # Of sockets only pairs of connected streams (AF_UNIX, SOCK_STREAM, two flags): one for datagrams can be given an
+    # address, and neighbours share the network namespace
+    "socketpair": [(0, _ANY, 1, True), (1, _ANY & ~0x80800, 1, True)],
+    # Memory that is shared and of no file outlives the process that filled it, and counts for nobody who did not touch it
+    "mmap": [(3, 0x21, 0x21, False)],
+    # A limit of 1 is the only one that keeps a crash from the machine's collector of core dumps
+    "setrlimit": [(0, _ANY, _RLIMIT_CORE, False)],
+    "prlimit64": [(1, _ANY, _RLIMIT_CORE, False)],
+}
+_ARGUMENT_CALLS = {
+    "x86_64": {"mmap": 9, "socketpair": 53, "clone": 56, "setrlimit": 160, "prlimit64": 302},
+    "aarch64": {"mmap": 222, "socketpair": 199, "clone": 220, "setrlimit": 164, "prlimit64": 261},
+}
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _EPERM, _ENOSYS = 1, 38
@@ -138,9 +186,8 @@ def _filter_program() -> bytes:
     machine = platform.machine()
     if machine not in _SYSTEM_CALLS:
         raise OSError(_ENOSYS, f"the system-call filter is not written for {machine}")
-    load, jump_equal, jump_at_least, jump_any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, conjunction, jump_equal, jump_at_least, answer = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050000 | _EPERM, 0x00050000 | _ENOSYS
-    calls = _SYSTEM_CALLS[machine]
     code: list[tuple[int, int, int, int]] = [
         (load, 0, 0, 4),
         (jump_equal, 1, 0, _AUDIT_ARCHITECTURE[machine]),
@@ -148,16 +195,19 @@ def _filter_program() -> bytes:
         (load, 0, 0, 0),
         (jump_at_least, 0, 1, 0x40000000),  # the x32 interface has a second number for every call
         (answer, 0, 0, deny),
-        (jump_equal, 0, 1, calls["clone3"]),  # its flags lie in memory; the C library falls back to clone
+        (jump_equal, 0, 1, _CLONE3),  # its flags lie in memory; the C library falls back to clone
         (answer, 0, 0, missing),
-        (jump_equal, 0, 4, calls["clone"]),
-        (load, 0, 0, 16),
-        (jump_any_bit, 0, 1, _ANY_NAMESPACE & ~0x80),  # below 0x100 clone's flags hold the exit signal
-        (answer, 0, 0, deny),
-        (answer, 0, 0, allow),
     ]
-    for number in [*(n for name, n in calls.items() if name not in ("clone", "clone3")), *_NEW_SYSTEM_CALLS]:
+    for number in [*_SYSTEM_CALLS[machine].values(), *_NEW_SYSTEM_CALLS.values()]:
         code += [(jump_equal, 0, 1, number), (answer, 0, 0, deny)]
+    for name, number in _ARGUMENT_CALLS[machine].items():
+        block = []
+        for index, mask, value, wanted in _ARGUMENTS[name]:
+            # The lower half of the argument, which is all that these calls look at
+            block += [(load, 0, 0, 16 + 8 * index), (conjunction, 0, 0, mask)]
+            block += [(jump_equal, *((1, 0) if wanted else (0, 1)), value), (answer, 0, 0, deny)]
+        block.append((answer, 0, 0, allow))
+        code += [(jump_equal, 0, len(block), number), *block]
     code.append((answer, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 

@@ -1,7 +1,10 @@
 """Calls and tests in one program with standard input and output, for sandboxes that offer no more than that.
 
-The solution runs in a child process that is forked before the tests are read; they come by standard input, which the
-child never has, and this process forbids tracing. A sandbox that runs programs as root does not keep that promise.
+    nursery -> solution, one process or several in turn
+    this process: reads the tests, talks to the solution, prints the answers
+
+Solutions are forked by the nursery, which was forked before the tests were read; they come by standard input, which
+neither of them has, and this process forbids tracing. A sandbox that runs programs as root does not keep that promise.
 """
 
 import json
@@ -10,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import candidate
@@ -18,75 +22,104 @@ import isolation
 import wire
 
 
+class OutOfTime(BaseException):
+    """The time limit: not an `Exception`, which tests may catch."""
+
+
 def main() -> None:
     """Read `{"nonce": str, "solution": str, "kind": "call" | "examine", ...}`; print the nonce and a list of answers."""
-    pid, connection = _start_candidate()
+    nursery = _start_nursery()
     isolation.set_dumpable(False)
     request = json.load(sys.stdin)
-    answers: list[Any] = []
     signal.signal(signal.SIGALRM, _out_of_time)
     output = os.dup(1)
-    try:
-        if request["kind"] == "call":
-            _call(request, answers, pid, connection)
-        else:
-            for verdict in _examine(request, connection):
-                answers.append(verdict)
-    except TimeoutError:
-        pass
-    os.write(output, b"\n" + json.dumps([request["nonce"], answers]).encode() + b"\n")
+    answers = list({"call": _call, "examine": _examine}[request["kind"]](request, nursery))
+    os.write(output, b"\n")
+    data = memoryview(json.dumps([request["nonce"], answers]).encode() + b"\n")
+    while data:
+        data = data[os.write(output, data) :]
     os._exit(0)
 
 
 def _out_of_time(*_: Any) -> None:
-    raise TimeoutError("time limit")
+    raise OutOfTime("time limit")
 
 
-def _start_candidate() -> tuple[int, socket.socket]:
+def _set_alarm(request: dict[str, Any], deadline: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, min(request["test_seconds"], deadline - time.monotonic())))
+
+
+def _start_nursery() -> socket.socket:
+    """A process that forks a solution's process for every socket it is sent, and answers with its number."""
     ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
+    if os.fork() == 0:
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        os.dup2(theirs.fileno(), 3)
-        os.closerange(4, 4096)
-        candidate.serve(3)
-        os._exit(0)
+        ours.close()
+        while True:
+            message, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+            if not message:
+                os._exit(0)
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(fds[0], 3)
+                os.closerange(4, 4096)
+                candidate.serve(3)
+                os._exit(0)
+            os.close(fds[0])
+            theirs.sendall(pid.to_bytes(4, "big"))
     theirs.close()
-    return pid, ours
+    return ours
 
 
-def _examine(request: dict[str, Any], connection: socket.socket) -> Any:
+def _start_candidate(nursery: socket.socket) -> tuple[int, wire.Channel]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(nursery, [b"s"], [theirs.fileno()])
+    return int.from_bytes(nursery.recv(4), "big"), wire.Channel(ours.detach())
+
+
+def _examine(request: dict[str, Any], nursery: socket.socket) -> Iterator[dict[str, Any]]:
     deadline = time.monotonic() + request["total_seconds"]
-    verdicts = examiner.examine(wire.Channel(connection.fileno()), request["solution"], request["tests"])
-    while True:
-        signal.setitimer(signal.ITIMER_REAL, max(0.01, min(request["test_seconds"], deadline - time.monotonic())))
-        verdict = next(verdicts, None)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if verdict is None:
-            return
-        yield verdict
-
-
-def _call(request: dict[str, Any], answers: list[Any], pid: int, connection: socket.socket) -> None:
-    deadline = time.monotonic() + request["total_seconds"]
-    channel = None
-    for arguments in request["calls"]:
-        if channel is None:
-            channel = wire.Channel(connection.fileno())
-            channel.send(request["solution"])
-            channel.receive()
-        signal.setitimer(signal.ITIMER_REAL, max(0.01, min(request["test_seconds"], deadline - time.monotonic())))
+    _, channel = _start_candidate(nursery)
+    verdicts = examiner.examine(channel, request["solution"], request["tests"])
+    for _ in request["tests"]["asserts"]:
+        _set_alarm(request, deadline)
         try:
+            verdict = next(verdicts)
+        except (OutOfTime, StopIteration) as error:
+            verdict = {"passed": False, "error": str(error)}
+        finally:
+            # An alarm that a test has swallowed is over as well, and what came after it is not worth knowing
+            in_time = signal.setitimer(signal.ITIMER_REAL, 0)[0] > 0
+        yield verdict if in_time else {"passed": False, "error": "time limit"}
+        if not in_time:
+            return
+
+
+def _call(request: dict[str, Any], nursery: socket.socket) -> Iterator[dict[str, Any]]:
+    deadline = time.monotonic() + request["total_seconds"]
+    pid, channel = 0, None
+    for arguments in request["calls"]:
+        try:
+            _set_alarm(request, deadline)
+            if channel is None:
+                pid, channel = _start_candidate(nursery)
+                channel.send(request["solution"])
+                hello = channel.receive()
+                if not isinstance(hello, dict) or "names" not in hello:
+                    yield from [hello] * len(request["calls"])
+                    return
             channel.send(["solve", request["name"], arguments, {}])
-            answers.append(channel.receive())
-        except (TimeoutError, OSError, EOFError, ValueError) as error:
-            answers.append({"error": ["Error", str(error)]})
-            os.kill(pid, signal.SIGKILL)
-            pid, connection = _start_candidate()
-            channel = None
+            answer = channel.receive()
+        except (OutOfTime, OSError, EOFError, ValueError) as error:
+            answer = {"error": ["Error", str(error)]}
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+            pid, channel = 0, None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        yield answer
         if time.monotonic() > deadline:
             return

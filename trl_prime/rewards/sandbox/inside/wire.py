@@ -5,6 +5,7 @@ plain data (or a handle, where it asked for handles), never an object with behav
 arrive as their base: a `Counter` as a dict, a named tuple as a tuple, a NumPy scalar as a number.
 """
 
+import io
 import json
 import math
 from collections import deque
@@ -62,8 +63,9 @@ def encode(value: Any, refer: Callable[[Any], Any] | None = None) -> Any:
         return {"Fraction": [encode(value.numerator), encode(value.denominator)]}
     if isinstance(value, Decimal):
         return {"Decimal": str(value)}
-    if isinstance(value, (datetime, date, time)):  # a datetime is a date: its own type comes first
-        return {type(value).__name__: value.isoformat()}
+    for kind in (datetime, date, time):  # a datetime is a date, so it comes first
+        if isinstance(value, kind):
+            return {kind.__name__: kind.isoformat(value)}
     if isinstance(value, timedelta):
         return {"timedelta": [value.days, value.seconds, value.microseconds]}
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
@@ -86,12 +88,12 @@ def decode(form: Any, resolve: Callable[[Any], Any] | None = None) -> Any:
     """
     if form is None or isinstance(form, (bool, int, float, str)):
         return form
-    if isinstance(form, list):
-        return [decode(item, resolve) for item in form]
-    if not isinstance(form, dict) or len(form) != 1:
-        raise ValueError("not a value")
-    ((tag, body),) = form.items()
     try:
+        if isinstance(form, list):
+            return [decode(item, resolve) for item in form]
+        if not isinstance(form, dict) or len(form) != 1:
+            raise ValueError("not a value")
+        ((tag, body),) = form.items()
         if tag in _CONTAINERS:
             return _CONTAINERS[tag](decode(item, resolve) for item in body)
         if tag == "dict":
@@ -107,7 +109,10 @@ def decode(form: Any, resolve: Callable[[Any], Any] | None = None) -> Any:
         if tag == "range":
             return range(*map(decode, body))
         if tag == "Fraction":
-            return Fraction(*map(decode, body))
+            numerator, denominator = map(decode, body)
+            if not isinstance(numerator, int) or not isinstance(denominator, int):
+                raise TypeError("a fraction is of integers")  # of text, "1e999999999" is written out
+            return Fraction(numerator, denominator)
         if tag == "Decimal":
             return Decimal(body)
         if tag in ("datetime", "date", "time"):
@@ -116,7 +121,7 @@ def decode(form: Any, resolve: Callable[[Any], Any] | None = None) -> Any:
             return timedelta(*body)
         if tag == "handle" and resolve is not None:
             return resolve(body)
-    except (TypeError, KeyError, ArithmeticError) as error:
+    except (TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not a value: {error}") from error
     raise ValueError(f"not a value: tag {tag!r}")
 
@@ -125,8 +130,8 @@ class Channel:
     """Messages, one JSON line each, over a file descriptor; bounded, so that a flood ends in an error."""
 
     def __init__(self, fd: int, max_bytes: int = 1 << 26):
-        self._reader = open(fd, "rb", closefd=False)
-        self._writer = open(fd, "wb", buffering=0, closefd=False)
+        self._reader = io.BufferedReader(io.FileIO(fd, "rb", closefd=False))
+        self._writer = io.FileIO(fd, "wb", closefd=False)
         self._max_bytes = max_bytes
 
     def send(self, message: Any) -> None:
@@ -146,4 +151,7 @@ class Channel:
         line = self._reader.readline(self._max_bytes)
         if not line.endswith(b"\n"):
             raise EOFError("the other side has ended")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error

@@ -12,6 +12,7 @@ zygote, which ends when its control socket closes.
 Not covered: covert channels through timing and load, and bugs of the kernel beyond the system-call filter.
 """
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -65,26 +66,30 @@ def supervise(fds: list[int], boxed: bool) -> Callable[[], None]:
     lifeline = socket.socket(fileno=fds[0])
     try:
         job = _read_job(lifeline)
+        lifeline.sendall(b".")  # from here on it is known to be this program that fails
+        isolation.set_dumpable(True)  # or the files of /proc/self belong to root
+        isolation.die_first()
         if boxed:
-            isolation.set_dumpable(True)  # or the files of /proc/self belong to root
             uid, gid = os.getuid(), os.getgid()
             isolation.unshare(isolation.CLONE_NEWUSER | isolation.CLONE_NEWPID)
             isolation.map_user(uid, gid)
-            isolation.set_dumpable(False)
+        isolation.set_dumpable(False)
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
+            isolation.die_with_parent()
             # Out of the way of the descriptors that the program gets
             lifeline = socket.socket(fileno=fcntl.fcntl(lifeline.detach(), fcntl.F_DUPFD_CLOEXEC, 60))
-            _enter(job, fds[1:], boxed)
+            _enter(job, fds[1:], lifeline.fileno(), boxed)
             lifeline.close()
             return _program(job)
+        process = isolation.pidfd_open(pid)
     except BaseException as error:
         _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
         os._exit(1)
     for fd in fds[1:]:
         os.close(fd)
-    reason = _watch(pid, lifeline, job, started)
+    reason = _watch(pid, process, lifeline, job, started)
     if not boxed:
         _kill_group(pid)
     _, status, usage = os.wait4(pid, 0)
@@ -112,15 +117,12 @@ def _read_job(lifeline: socket.socket) -> dict:
 
 
 def _send(lifeline: socket.socket, report: dict) -> None:
-    try:
+    with contextlib.suppress(OSError):  # nobody may wait for it any more
         lifeline.sendall(json.dumps(report).encode() + b"\n")
-    except OSError:
-        pass  # nobody waits for it any more
 
 
-def _watch(pid: int, lifeline: socket.socket, job: dict, started: float) -> str | None:
+def _watch(pid: int, process: int, lifeline: socket.socket, job: dict, started: float) -> str | None:
     """Wait for the program's end, the caller's hanging up, the time limit or the memory limit; the reason of a kill."""
-    process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(lifeline, select.POLLIN)
@@ -138,7 +140,6 @@ def _watch(pid: int, lifeline: socket.socket, job: dict, started: float) -> str 
         if reason:
             os.kill(pid, signal.SIGKILL)  # the init of a PID namespace takes all its processes along
             break
-    os.close(process)
     return reason
 
 
@@ -148,12 +149,15 @@ def _resident_bytes(root: int) -> int:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
+                state, parent, size = _stat(f"/proc/{name}/stat")
+                if state == b"Z":  # its first thread has ended; others may live on, and the memory with them
+                    size = max(
+                        _stat(f"/proc/{name}/task/{thread}/stat")[2] for thread in os.listdir(f"/proc/{name}/task")
+                    )
+            except (OSError, ValueError):
                 continue  # ended meanwhile
-            parents[int(name)] = int(fields[1])
-            pages[int(name)] = int(fields[21])
+            parents[int(name)] = parent
+            pages[int(name)] = size
     total = 0
     for pid in parents:
         ancestor = pid
@@ -164,26 +168,46 @@ def _resident_bytes(root: int) -> int:
     return total * os.sysconf("SC_PAGESIZE")
 
 
+def _stat(path: str) -> tuple[bytes, int, int]:
+    """State, parent and resident pages of a process or thread."""
+    with open(path, "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return fields[0], int(fields[1]), int(fields[21])
+
+
+def _threads_of_user() -> int:
+    """Threads of all processes of this user."""
+    count = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{name}/task"))
+        except OSError:
+            continue  # ended meanwhile
+    return count
+
+
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
-    except OSError:
-        pass
 
 
-def _enter(job: dict, fds: list[int], boxed: bool) -> None:
-    """Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..."""
+def _enter(job: dict, fds: list[int], lifeline: int, boxed: bool) -> None:
+    """Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..., beside the lifeline its only ones."""
     os.setsid()
     for target, fd in enumerate(fds):
         # They are numbered from 4 up and in order, so a copy never overwrites one still needed
         os.dup2(fd, target)
-    os.closerange(len(fds), 60)
+    os.closerange(len(fds), lifeline)
+    os.closerange(lifeline + 1, os.sysconf("SC_OPEN_MAX"))
     if boxed:
         isolation.private_filesystem(job["scratch_bytes"])
         os.chdir("/tmp")
     else:
         os.chdir(job["scratch"])
-    isolation.set_limits(job["memory_bytes"], job["cpu_seconds"], job["scratch_bytes"], job["processes"])
+    # The limit of processes counts those of the user namespace: the supervisor too, and without a box all of the user's
+    others = 1 if boxed else _threads_of_user()
+    isolation.set_limits(job["memory_bytes"], job["cpu_seconds"], job["scratch_bytes"], job["processes"] + others)
     if boxed:
         isolation.set_dumpable(True)
         isolation.drop_privileges()
