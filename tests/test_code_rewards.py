@@ -176,6 +176,15 @@ def test_humaneval_problems(verdict):
     assert verdict(block(right.replace("4", "3")), CHECK)[0] == 0.0
 
 
+def test_tests_that_call_the_function_by_its_own_name(verdict):
+    """The prompt has defined it too, without a body."""
+    tests = {
+        **CHECK,
+        "test": "def check(candidate):\n    assert tuple(candidate([1])) == tuple(quadruple([1])) == (4,)\n",
+    }
+    assert verdict(block("def quadruple(xs):\n    return [4 * x for x in xs]"), tests) == (1.0, "passed")
+
+
 def test_a_completion_may_go_on_where_the_prompt_ends(verdict):
     assert verdict("    return [double(double(x)) for x in xs]\n", CHECK)[0] == 1.0
     assert verdict("    return [double(x) for x in xs]\n", CHECK)[0] == 0.0

@@ -211,7 +211,9 @@ def _namespace(remote: _Remote, tests: dict[str, Any]) -> dict[str, Any]:
         raise CandidateError(f"the solution does not load: {': '.join(hello['error'])}")
     namespace: dict[str, Any] = {"__name__": "__test__"}
     exec(compile(tests["setup"], "<setup>", "exec", dont_inherit=True), namespace)
-    namespace = _toolbox(_names_of(hello), tests) | namespace
+    # Into the dictionary itself: it is what functions of the setup look names up in
+    for name, value in _toolbox(_names_of(hello), tests).items():
+        namespace.setdefault(name, value)
     for name in _names_of(hello):
         if name not in namespace:
             namespace[name] = Handle(remote, name)
