@@ -332,8 +332,8 @@ def until_step(step, first, then):
 )
 def test_while_no_group_passes_neither_model_follows_its_momentum(train, model_path, tmp_path, caplog, settings):
     logging.getLogger("trl_prime").propagate = True
-    # Settings that make a message of their own: each is given once
-    settings = {**settings, "model": model_path, "accuracy_low": 0.2, "accuracy_high": 0.8 + len(settings) / 100}
+    logging.Logger.warning_once.cache_clear()  # other runs in this process may have said the same
+    settings = {**settings, "model": model_path, "accuracy_low": 0.2, "accuracy_high": 0.8}
     trainer = train(
         reward_funcs=until_step(2, MIXED, (0.0,)), max_steps=7, learning_rate=1e-2, **CHECKPOINTS, **settings
     )

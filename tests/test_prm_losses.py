@@ -297,6 +297,14 @@ def test_point_13_ties_count_one_half_whatever_the_order(k):
         assert absolute_accuracy(torch.zeros(4), torch.tensor(labels)) == 0.5
 
 
+def test_rounding_between_equal_models_ranks_nothing():
+    labels, rounding = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1e-6, -2e-6, -3e-6, 4e-6])
+    assert pairwise_accuracy(rounding, labels, 4) == absolute_accuracy(rounding, labels) == 0.5
+    # What a model has learnt, little as it may be, is told from that
+    learnt = torch.tensor([1e-4, -2e-4, 4e-4, -3e-4])
+    assert pairwise_accuracy(learnt, labels, 4) == absolute_accuracy(learnt, labels) == 1.0
+
+
 def test_point_13_uniform_groups_are_left_out():
     scores, labels = torch.tensor([3.0, 1.0, 5.0, 4.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     assert pairwise_accuracy(scores, labels, 2) == 1.0

@@ -146,7 +146,9 @@ def test_a_gradient_that_is_not_finite_is_left_out(setup):
 
 def test_optimizer_weight_decay_reaches_matrices_only(setup):
     prm, updater = setup(prm_weight_decay=0.1)
-    decays = {id(p): group["weight_decay"] for group in updater.backend.optimizer.param_groups for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"] for group in updater.backend.optimizer.param_groups for p in group["params"]
+    }
     assert len(decays) == len(list(prm.model.parameters()))
     for name, parameter in prm.model.named_parameters():
         assert decays[id(parameter)] == (0.0 if "norm" in name or "bias" in name else 0.1), name

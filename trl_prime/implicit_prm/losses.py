@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 LOSS_TYPES = ("ce", "dpo", "bon_acc", "bon_rm")
+# Log-odds within which scores count as equal. A PRM that still equals its reference differs from it by rounding, which
+# depends on the machine and on how rows share a batch, and must not decide who wins.
+TIE = 1e-5
 
 
 def outcome_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
@@ -152,13 +155,13 @@ def pairwise_wins(scores: torch.Tensor, labels: torch.Tensor, num_generations: i
         num_generations (`int`): K.
 
     Returns:
-        `tuple[float, int]`: wins, of which a tie is one half, and pairs.
+        `tuple[float, int]`: wins, of which a tie (scores within `TIE` of each other) is one half, and pairs.
     """
     scores, labels = scores.view(-1, num_generations), labels.view(-1, num_generations)
     better = labels[:, :, None] > labels[:, None, :]
     margin = scores[:, :, None] - scores[:, None, :]
     better &= ~margin.isnan()
-    wins = (margin > 0).double() + 0.5 * (margin == 0).double()
+    wins = (margin > TIE).double() + 0.5 * (margin.abs() <= TIE).double()
     return wins[better].sum().item(), int(better.sum())
 
 
@@ -178,7 +181,7 @@ def pairwise_accuracy(scores: torch.Tensor, labels: torch.Tensor, num_generation
 
 def absolute_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    How often `sigmoid(q) > 1/2` agrees with `label > 1/2`; a score of exactly zero counts one half.
+    How often `sigmoid(q) > 1/2` agrees with `label > 1/2`; a score within `TIE` of zero counts one half.
 
     Args:
         scores (`torch.Tensor`): `(B,)` scores q.
@@ -190,4 +193,4 @@ def absolute_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     judged = ~labels.isnan() & ~scores.isnan()
     scores, right = scores[judged], labels[judged] > 0.5
     agrees = ((scores > 0) == right).double()
-    return torch.where(scores == 0, 0.5, agrees).mean().item()
+    return torch.where(scores.abs() <= TIE, 0.5, agrees).mean().item()
