@@ -8,7 +8,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from trl_prime import ImplicitPRM
-from trl_prime.cli import main, parse_train_arguments
+from trl_prime.cli import main
+from trl_prime.commands.train import parse_train_arguments
 from trl_prime.data.running_sums import running_sum_reward
 from trl_prime.rewards import load_object, load_reward_func
 
