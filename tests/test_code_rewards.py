@@ -1,8 +1,13 @@
 """The outcome reward of code: tests of every kind, run in the sandbox."""
 
 import json
+import os
+import time
 
+import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trl_prime.rewards.code_rewards import CodeReward, code_reward, read_tests
 from trl_prime.rewards.completions import completion_text
@@ -305,3 +310,80 @@ def test_texts_of_completions():
         completion_text([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]) == "a"
     )
     assert completion_text([{"role": "assistant", "content": None}]) == completion_text([]) == ""
+
+
+# Junk
+
+FUZZ_CASES = int(os.environ.get("TRL_PRIME_FUZZ_CASES", 256))
+FUZZ_BATCH = 32
+PYTHON = r"""
+def class return if else for while in lambda import from as try except finally raise yield await async with pass break
+del global nonlocal match case print input open exec eval exit quit int str list range len add sys os builtins __import__
+__builtins__ __class__ __dict__ None True False self a b x n 0 1 -1 1e309 10**9 '' 'a' f'{x}' b'a' ... ( ) [ ] { } : , . =
+== += -> := * ** @ # \ ; ``` ```python ~~~ sys.exit(0) os._exit(0) os.kill(0,9) [0]*10**9 while\tTrue: raise\tSystemExit
+sys.stdout.close() print(9) print(int(input())**2) a+b
+"""
+PYTHON = st.sampled_from(
+    [*(word.replace("\\t", " ") for word in PYTHON.split()), "\n", "\n    ", "\n        ", "\0", "\ud800", "é"]
+)
+LINES = st.lists(st.lists(PYTHON, min_size=1, max_size=8).map(" ".join), min_size=1, max_size=6).map("\n".join)
+SOURCES = st.one_of(
+    LINES,
+    LINES.map(lambda body: "def add(a, b):\n    " + body.replace("\n", "\n    ")),
+    LINES.map(lambda body: body + "\nprint(int(input()) ** 2)"),
+    st.text(max_size=60),
+)
+TESTS = st.one_of(
+    st.sampled_from([STDIN, CALLS, ASSERTS, CHECK, {}, None, "", "{", [], [1], {"inputs": [1], "outputs": []}]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["inputs", "outputs", "fn_name", "asserts", "test"]), inner, max_size=4)
+        ),
+        max_leaves=6,
+    ),
+)
+
+
+def _processes():
+    """Living processes that this one has started, and they."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def _settled(most=None):
+    """How many there are when programs that have just ended are gone: the warm sandboxes."""
+    deadline, counts = time.monotonic() + 20, []
+    while time.monotonic() < deadline:
+        counts.append(len(_processes()))
+        if counts[-1] == most or (most is None and counts[-10:] == [counts[-1]] * 10):
+            break
+        time.sleep(0.05)
+    return counts[-1]
+
+
+@pytest.fixture(scope="module")
+def fuzzed(sandbox):
+    control = [block(ADD)] * 2, [CALLS, ASSERTS]
+    assert code_reward(*control) == [1.0, 1.0]
+    idle = _settled()
+    yield CodeReward(test_seconds=0.5, total_seconds=1.0, memory_mb=256)
+    assert code_reward(*control) == [1.0, 1.0]
+    assert _settled(idle) == idle
+
+
+@settings(
+    max_examples=max(FUZZ_CASES // FUZZ_BATCH, 1),
+    deadline=None,
+    derandomize="TRL_PRIME_FUZZ_CASES" not in os.environ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.lists(st.tuples(SOURCES, TESTS, st.booleans()), min_size=FUZZ_BATCH, max_size=FUZZ_BATCH))
+def test_junk_is_judged_without_an_exception_or_a_hang(fuzzed, cases):
+    completions = [block(source) if fenced else source for source, _, fenced in cases]
+    start = time.monotonic()
+    rewards = fuzzed(completions, [tests for _, tests, _ in cases])
+    assert len(rewards) == FUZZ_BATCH and set(rewards) <= {0.0, 1.0, None}
+    assert time.monotonic() - start < 3 * FUZZ_BATCH + 30

@@ -16,7 +16,7 @@ from trl_prime.rewards import math_rewards
 from trl_prime.rewards.answers import MAX_ANSWER_LENGTH
 from trl_prime.rewards.math_rewards import MathReward, math_reward
 
-FUZZ_EXAMPLES = 40  # batches
+FUZZ_CASES = int(os.environ.get("TRL_PRIME_FUZZ_CASES", 320))
 FUZZ_BATCH = 8
 
 # Run for ever
@@ -228,9 +228,9 @@ def fuzzed():
 
 
 @settings(
-    max_examples=FUZZ_EXAMPLES,
+    max_examples=max(FUZZ_CASES // FUZZ_BATCH, 1),
     deadline=None,
-    derandomize=True,
+    derandomize="TRL_PRIME_FUZZ_CASES" not in os.environ,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
