@@ -154,7 +154,7 @@ def test_digits_beyond_pythons_limit_and_deep_nesting_in_the_gold_answer(reward)
 def test_each_distinct_pair_is_judged_once(monkeypatch):
     reward = MathReward()
     jobs = []
-    monkeypatch.setattr(reward.pool, "map", lambda batch: jobs.extend(batch) or original(batch))
+    monkeypatch.setattr(reward.pool, "map", lambda batch, keys: jobs.extend(batch) or original(batch, keys))
     original = type(reward.pool).map.__get__(reward.pool)
     completions = [boxed("x+1")] * 6 + [boxed("x+2")] * 2 + [boxed("7")] * 4
     assert reward(completions, ["1+x"] * 8 + ["7", "8", "x", "x"]) == [1.0] * 6 + [0.0] * 2 + [1.0, 0.0, 0.0, 0.0]

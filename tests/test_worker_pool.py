@@ -105,6 +105,17 @@ def test_results_are_in_the_order_of_the_jobs(pool):
     assert pool.map([]) == []
 
 
+def test_jobs_with_one_key_share_a_worker(pool):
+    keys = [number % 10 for number in range(100)]
+    pids = [result.value for result in pool.map([("pid",)] * 100, keys)]
+    assert all(len({pid for pid, other in zip(pids, keys, strict=True) if other == key}) == 1 for key in range(10))
+    # Also when one of them takes the worker down
+    jobs = [("echo", 1), ("die",), ("echo", 2), ("echo", 3)]
+    assert pool.map(jobs, ["a", "a", "a", "b"]) == [JobResult(1), JobResult(failure="crash"), *echoes(2, 3)]
+    with pytest.raises(ValueError, match="zip"):
+        pool.map(jobs, ["a"])
+
+
 def test_workers_start_with_the_first_call_and_stay(pool):
     assert pool.worker_pids == []
     pool.map([("pid",)])

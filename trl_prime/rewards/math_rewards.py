@@ -125,7 +125,8 @@ class MathReward:
             elif (verdict := quick_verdict(answer, gold)) is not None:
                 rewards[answer, gold] = float(verdict)
         hard = [pair for pair in pairs if pair not in rewards]
-        results = self.pool.map(hard)
+        # By gold answer: a worker reads the one of a group once
+        results = self.pool.map(hard, keys=[gold for _, gold in hard])
         failed_golds = []
         for pair, result in zip(hard, results, strict=True):
             rewards[pair] = None if result.value is None else float(result.value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -115,12 +116,14 @@ class WorkerPool:
         self._reset()
         _POOLS.add(self)
 
-    def map(self, jobs: Sequence[Sequence]) -> list[JobResult]:
+    def map(self, jobs: Sequence[Sequence], keys: Sequence[Hashable] | None = None) -> list[JobResult]:
         """
         Call the function once per job. Calls of several threads are served in the order they come.
 
         Args:
             jobs (`Sequence[Sequence]`): The positional arguments of each call, of types that JSON has.
+            keys (`Sequence`, *optional*): One for each job. Jobs with the same key go to the same worker one after the
+                other, for a function that caches what they have in common.
 
         Returns:
             `list[JobResult]`: in the order of the jobs.
@@ -128,16 +131,18 @@ class WorkerPool:
         Raises:
             RuntimeError: A worker could not be started, or the pool was closed.
         """
-        frames = [json.dumps(list(job)).encode() for job in jobs]
         futures: list[Future] = []
+        bundles: dict[Hashable, list[tuple[Future, bytes]]] = {}
+        for key, job in zip(range(len(jobs)) if keys is None else keys, jobs, strict=True):
+            futures.append(Future())
+            bundles.setdefault(key, []).append((futures[-1], json.dumps(list(job)).encode()))
         try:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("The pool was closed; make a new one.")
-                for frame in frames:
-                    futures.append(Future())
-                    self._queue.put((futures[-1], frame))
-                while len(self._threads) < min(self.num_workers, len(frames)):
+                for bundle in bundles.values():
+                    self._queue.put(bundle)
+                while len(self._threads) < min(self.num_workers, len(bundles)):
                     # A daemon, so that an interrupted parent does not wait for a job that hangs
                     thread = threading.Thread(target=self._serve_queue, args=(self._queue,), daemon=True)
                     self._threads.append(thread)
@@ -187,8 +192,7 @@ class WorkerPool:
     def _serve_queue(self, jobs: queue.SimpleQueue) -> None:
         """One thread per worker: it starts the worker, hands it one job at a time, and kills it when a job is overdue."""
         worker = None
-        while (item := jobs.get()) is not None:
-            future, frame = item
+        for future, frame in itertools.chain.from_iterable(iter(jobs.get, None)):
             if not future.set_running_or_notify_cancel():
                 continue
             try:
