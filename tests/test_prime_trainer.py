@@ -57,10 +57,12 @@ class Recorder:
 
 @pytest.fixture
 def record(make_trainer):
-    def run(reward_func=parity_reward, **kwargs):
+    def run(reward_func=parity_reward, extra_reward_funcs=(), **kwargs):
         recorder = Recorder(reward_func)
         trainer = make_trainer(
-            reward_funcs=recorder.reward, reward_combination=recorder.hook, **{"process_reward_norm": "none", **kwargs}
+            reward_funcs=[recorder.reward, *extra_reward_funcs],
+            reward_combination=recorder.hook,
+            **{"process_reward_norm": "none", **kwargs},
         )
         recorder.trainer = trainer
         trainer.train()
@@ -74,9 +76,9 @@ def updates(monkeypatch):
     """The batches that the PRM is updated on."""
     seen, update = [], module.PRMUpdater.update
 
-    def recorded(self, batch):
+    def recorded(self, batch, *logps):
         seen.append(batch)
-        return update(self, batch)
+        return update(self, batch, *logps)
 
     monkeypatch.setattr(module.PRMUpdater, "update", recorded)
     return seen
@@ -163,16 +165,17 @@ def test_other_internals_of_trl_are_as_expected(make_trainer):
 # --- One PRM state per batch, and when it moves ---
 
 
+@pytest.mark.parametrize(("loss_type", "replay"), [("dpo", 2), ("ce", 0), ("ce", 2)])
 @pytest.mark.parametrize("mode", UPDATE_MODES)
-def test_all_scores_of_a_batch_come_from_one_prm(record, random_prm, mode):
+def test_all_scores_of_a_batch_come_from_one_prm(record, random_prm, mode, loss_type, replay):
     """Fault 6: before the update in every mode but "before", whatever micro-batches, epochs and replay do."""
     recorder = record(
         prm_model=random_prm(),
         prm_update=mode,
-        prm_loss_type="dpo",
+        prm_loss_type=loss_type,
         prm_micro_batch_size=3,
         prm_num_epochs=3,
-        prm_replay_batches=2,
+        prm_replay_batches=replay,
         max_steps=3,
     )
     reference = recorder.trainer.implicit_prm.reference
@@ -186,6 +189,52 @@ def test_all_scores_of_a_batch_come_from_one_prm(record, random_prm, mode):
         gap = (slow_process_rewards(other, reference, output) - expected).abs().max()
         assert gap == 0 if mode == "none" else gap > 1e-3
     assert same(weights(reference), weights(random_prm().reference))
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({}, 1),  # single forward: the scores come out of the update
+        ({"prm_update": "reverse", "prm_num_epochs": 2}, 2),
+        ({"prm_update": "before"}, 2),
+        ({"prm_update": "none"}, 1),
+        ({"prm_loss_type": "dpo"}, 2),
+        # The first batch has no other before it and is scored by its update; the second is scored, and both are trained on
+        ({"prm_replay_batches": 1}, 1.5),
+        ({"dropout": 0.1}, 2),
+    ],
+    ids=str,
+)
+def test_passes_of_a_step(make_trainer, settings, passes):
+    """How often each completion goes through PRM and reference: what a step costs beside GRPO."""
+    prm_model = build_model()
+    prm_model.model.layers[0].self_attn.attention_dropout = settings.pop("dropout", 0.0)
+    trainer = make_trainer(
+        prm_model=prm_model, reward_funcs=row_rewards(MIXED), prm_micro_batch_size=4, max_steps=2, **settings
+    )
+    rows, prm = {"prm": 0, "reference": 0}, trainer.implicit_prm
+    for name, model in (("prm", prm.model), ("reference", prm.reference)):
+        model.model.embed_tokens.register_forward_hook(
+            lambda _, args, output, name=name: rows.update({name: rows[name] + len(args[0])})
+        )
+    trainer.train()
+    replayed = settings.get("prm_replay_batches", 0)
+    assert rows == {"prm": 2 * 8 * passes + 8 * replayed, "reference": 2 * 8}
+
+
+def test_a_completion_whose_outcome_is_known_and_whose_label_is_not_is_scored(record, random_prm):
+    labels = (None, *MIXED[1:])
+    recorder = record(
+        prm_model=random_prm(),
+        reward_weights=[1.0, 1.0],
+        prm_label="correct",
+        max_steps=1,
+        extra_reward_funcs=[row_rewards(labels, "correct")],
+    )
+    prm, rewards = recorder.trainer.implicit_prm, recorder.rewards[0]
+    assert not rewards.outcome_rewards.isnan().any() and recorder.trainer.outputs[0]["advantages"][0].any()
+    expected = slow_process_rewards(recorder.before[0], prm.reference, recorder.trainer.outputs[0])
+    torch.testing.assert_close(rewards.process_rewards, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
@@ -752,7 +801,7 @@ def test_metrics_are_in_range_and_averaged(train, random_prm):
     single = metrics(train(prm_model=random_prm(), **settings))
     double = metrics(train(prm_model=random_prm(), logging_steps=2, **settings))
     assert len(single) == 4 and len(double) == 2
-    shares = ("prm/pairwise_accuracy", "prm/pairwise_accuracy_after_update", "prm/accuracy", "prm/trust")
+    shares = ("prm/pairwise_accuracy", "prm/accuracy", "prm/trust")
     shares += ("filter/pass_rate", "filter/judged", "filter/trained", "advantage/process_share")
     others = ("prm/loss", "prm/grad_norm", "prm/learning_rate", "prm/process_reward", "prm/skipped_steps")
     for entry in single:

@@ -380,11 +380,15 @@ class PRIMETrainer(GRPOTrainer):
         trains = trains[rows]
 
         # Implicit PRM: score with one state, update, advantages
-        batch, prm_logps, scores = self._score(output, labels, trains)
+        batch = self._prm_batch(output, labels, trains)
+        prm_logps, scores = self._score_and_update(batch)
         wins, pairs = pairwise_wins(scores, labels, self.num_generations)
         self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))
-        prm_logps = self._update_prm(batch, prm_logps, labels)
+        if self.args.prm_update == "before":
+            prm_logps = self._prm_logps(batch)
+            updated = pairwise_accuracy(self._scores(batch, prm_logps), labels, self.num_generations)
+            self._log("prm/pairwise_accuracy_after_update", updated)
         trust = self._update_trust(wins, pairs)
         advantages, process_rewards = self._advantages(
             output, batch, prm_logps, outcomes, trains, rewards_per_func[rows], rows, num_rows, trust
@@ -491,35 +495,55 @@ class PRIMETrainer(GRPOTrainer):
                 selected[key] = value[:, :completion_len]
         return selected
 
-    def _score(
-        self, output: dict[str, Any], labels: torch.Tensor, trains: torch.Tensor
-    ) -> tuple[PRMBatch, torch.Tensor, torch.Tensor]:
-        """The PRM's batch of this process, its `(B, T)` log-probabilities, and the `(B,)` scores of all processes."""
+    def _prm_batch(self, output: dict[str, Any], labels: torch.Tensor, trains: torch.Tensor) -> PRMBatch:
+        """This process's rows as the PRM sees them, with the reference's log-probabilities."""
         prm, local = self.implicit_prm, self._local(trains)
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         # Rows that do not train are not scored either
         chosen = {"rows": local, "num_passes": self._num_passes(local)}
         with self.accelerator.autocast():
-            prm_logps = prm.log_probs(*inputs, **chosen)
             if prm.reference is not None:
                 ref_logps = prm.reference_log_probs(*inputs, **chosen)
             else:
                 policy = self.accelerator.unwrap_model(self.model)
                 ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
-        scores = outcome_scores(prm_logps - ref_logps, mask, prm.beta)
+        # A completion without tokens has no score to be compared with
+        return PRMBatch(*inputs, mask, ref_logps, self._local(labels).masked_fill(~mask.any(1), torch.nan))
+
+    def _score_and_update(self, batch: PRMBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The PRM's `(B, T)` log-probabilities and all processes' scores from before its update, which is made here."""
+        updater = self._prm_updater
+        if updater is not None and updater.can_score:
+            # Single forward: the passes of the update give the scores, but for rows that it does not train on
+            prm_logps = self._prm_logps(batch, batch.labels.isnan())
+            self._update_prm(batch, prm_logps)
+            return prm_logps, self._scores(batch, prm_logps)
+        prm_logps = self._prm_logps(batch)
+        scores = self._scores(batch, prm_logps)
+        if updater is not None:
+            batch.scores = self._local(scores).nan_to_num()
+            self._update_prm(batch)
+        return prm_logps, scores
+
+    def _prm_logps(self, batch: PRMBatch, among: torch.Tensor | bool = True) -> torch.Tensor:
+        """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
+        rows = batch.reward_mask.any(1) & among
+        with self.accelerator.autocast():
+            return self.implicit_prm.log_probs(*batch.inputs, rows=rows, num_passes=self._num_passes(rows))
+
+    def _scores(self, batch: PRMBatch, prm_logps: torch.Tensor) -> torch.Tensor:
+        """`(B,)` scores of the completions of all processes; NaN where there was nothing to score."""
+        scores = outcome_scores(prm_logps - batch.ref_logps, batch.reward_mask, self.implicit_prm.beta)
         # On all processes alike: the others would wait for one that has stopped
-        all_scores = self.accelerator.gather(scores)
+        all_scores, scored = self.accelerator.gather(scores), self.accelerator.gather(batch.reward_mask.any(1))
         if not all_scores.isfinite().all():
             raise FloatingPointError(
                 f"The implicit PRM gave {all_scores[~all_scores.isfinite()][0].item()} for a completion at step "
                 f"{self.state.global_step}. Its weights, the reference or the rollouts are broken: look at prm/grad_norm of the "
                 "last steps, lower prm_learning_rate, and resume from the last checkpoint."
             )
-        # A completion without tokens has no score to be compared with
-        local_labels = self._local(labels).masked_fill(~mask.any(1), torch.nan)
-        batch = PRMBatch(*inputs, mask, ref_logps, local_labels, scores)
-        return batch, prm_logps, self._gather_scores(scores, mask.any(1))
+        return all_scores.masked_fill(~scored, torch.nan)
 
     def _num_passes(self, rows: torch.Tensor) -> int:
         """Forward passes for the rows of the process that has the most of them, where weights are sharded."""
@@ -528,28 +552,10 @@ class PRIMETrainer(GRPOTrainer):
         num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
         return -(-num_rows // self.implicit_prm.micro_batch_size)
 
-    def _gather_scores(self, scores: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(scores.masked_fill(~scored, torch.nan))
-
-    def _update_prm(self, batch: PRMBatch, prm_logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Train the PRM on the batch; the `(B, T)` log-probabilities that process rewards are made of."""
-        if self._prm_updater is None:
-            return prm_logps
-        for name, value in self._prm_updater.update(batch).items():
+    def _update_prm(self, batch: PRMBatch, logps: torch.Tensor | None = None) -> None:
+        for name, value in self._prm_updater.update(batch, logps).items():
             self._log(f"prm/{name}", value)
         self._log("prm/skipped_steps", self._prm_updater.skipped_steps)
-        local = batch.reward_mask.any(1)
-        before = self.args.prm_update == "before"
-        if not before:
-            # One micro-batch of whole groups tells how much the update has taught, at the cost of one forward pass
-            num_groups = max(self.args.prm_micro_batch_size // self.num_generations, 1)
-            local = local & (local.cumsum(0) <= num_groups * self.num_generations)
-        with self.accelerator.autocast():
-            updated_logps = self.implicit_prm.log_probs(*batch.inputs, rows=local, num_passes=self._num_passes(local))
-        scores = outcome_scores(updated_logps - batch.ref_logps, batch.reward_mask, self.implicit_prm.beta)
-        scores = self._gather_scores(scores, local)
-        self._log("prm/pairwise_accuracy_after_update", pairwise_accuracy(scores, labels, self.num_generations))
-        return updated_logps if before else prm_logps
 
     def _update_trust(self, wins: float, pairs: int) -> float:
         """Weight of the process rewards: how much better than chance the PRM ranks rollouts that it was not trained on."""
@@ -648,7 +654,9 @@ class PRIMETrainer(GRPOTrainer):
     def _evaluate_prm(self, output: dict[str, Any], outcomes: torch.Tensor, labels: torch.Tensor) -> None:
         """Score held-out completions; nothing is trained."""
         judged = ~labels.isnan()
-        batch, prm_logps, scores = self._score(output, labels, judged)
+        batch = self._prm_batch(output, labels, judged)
+        prm_logps = self._prm_logps(batch)
+        scores = self._scores(batch, prm_logps)
         if self.num_generations_eval > 1:
             self._log("prm/pairwise_accuracy", pairwise_accuracy(scores, labels, self.num_generations_eval))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))

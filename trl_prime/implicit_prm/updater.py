@@ -40,7 +40,8 @@ class PRMBatch:
         reward_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token.
         ref_logps (`torch.Tensor`): `(B, T)` reference log-probabilities, computed once however often the batch is used.
         labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN rows are not trained on.
-        scores (`torch.Tensor`): `(B,)` scores q of the PRM as it was before it saw the batch.
+        scores (`torch.Tensor`, *optional*): `(B,)` scores q of the PRM as it was before it saw the batch. None where they
+            come out of the first update (see [`PRMUpdater.can_score`]).
     """
 
     prompt_ids: torch.Tensor
@@ -50,7 +51,7 @@ class PRMBatch:
     reward_mask: torch.Tensor
     ref_logps: torch.Tensor
     labels: torch.Tensor
-    scores: torch.Tensor
+    scores: torch.Tensor | None = None
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -94,12 +95,23 @@ class PRMUpdater:
             num_training_steps=num_rollout_batches * args.prm_num_epochs * (1 + args.prm_replay_batches),
         )
 
-    def update(self, batch: PRMBatch) -> dict[str, float]:
+    @property
+    def can_score(self) -> bool:
+        """
+        Whether the next update's own forward passes give the log-probabilities of the PRM as it is now: all gradients of a
+        step are taken before it moves. A pass of its own is needed for losses that compare scores, where a replayed batch
+        is trained on first, and with dropout.
+        """
+        return self.args.prm_loss_type == "ce" and not self.replay and not _has_dropout(self.prm.model)
+
+    def update(self, batch: PRMBatch, logps: torch.Tensor | None = None) -> dict[str, float]:
         """
         Train on a rollout batch and on those kept for replay, oldest first.
 
         Args:
             batch ([`PRMBatch`]): The rollouts.
+            logps (`torch.Tensor`, *optional*): `(B, T)`, where the PRM's log-probabilities of the first step are written, in
+                the rows that it trains on.
 
         Returns:
             `dict[str, float]`: `loss` and `grad_norm`, means over the optimizer steps (NaN where there was none), and the
@@ -111,14 +123,15 @@ class PRMUpdater:
             for replayed in [*self.replay, batch]:
                 # The scores taken before the update are still those of the present PRM at the very first step
                 fresh = replayed is batch and not results and self.args.prm_update != "before"
-                results.append(self._step(replayed, keep_scores=fresh or self.args.prm_update == "reverse"))
+                keep_scores = fresh or self.args.prm_update == "reverse"
+                results.append(self._step(replayed, keep_scores, None if results else logps))
         if self.replay.maxlen:
             self.replay.append(batch)
         results = [result for result in results if result is not None]
         loss, grad_norm = torch.tensor(results).mean(0).tolist() if results else (float("nan"), float("nan"))
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _step(self, batch: PRMBatch, keep_scores: bool) -> tuple[float, float] | None:
+    def _step(self, batch: PRMBatch, keep_scores: bool, seen_logps: torch.Tensor | None) -> tuple[float, float] | None:
         """One optimizer step on the mean loss over the rows that count on all processes; loss and gradient norm."""
         args = self.args
         peer_scores = peer_labels = None
@@ -159,6 +172,8 @@ class PRMUpdater:
                 )
                 loss = losses.sum() * (0.0 if chunk is None else 1.0 / total)
                 self.backend.backward(loss)
+            if seen_logps is not None and chunk is not None:
+                seen_logps[chunk] = logps.detach()
             loss_sum += loss.detach()
 
         # The same on all processes: gradients are exchanged before they are measured
@@ -199,9 +214,25 @@ class PRMUpdater:
         self.replay.clear()
         for fields in state["replay"]:
             self.replay.append(
-                PRMBatch(**{name: tensor.to(self.accelerator.device) for name, tensor in fields.items()})
+                PRMBatch(
+                    **{
+                        name: tensor.to(self.accelerator.device)
+                        for name, tensor in fields.items()
+                        if tensor is not None
+                    }
+                )
             )
         self.skipped_steps = state["skipped_steps"]
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a training pass differs from an evaluation pass by chance: dropout as a module or as a rate of attention."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "dropout" in name or "jitter" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
+    )
 
 
 def _make_optimizer(model: torch.nn.Module, args: PRIMEConfig) -> torch.optim.Optimizer:
