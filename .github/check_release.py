@@ -21,7 +21,9 @@ def problems(tag: str, root: Path) -> list[str]:
     version = re.search(r'^version = "(.*)"$', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
     found = []
     if tag != f"v{version}":
-        found.append(f"The tag is {tag}, but pyproject.toml has version {version}. Tag v{version}, or change the version.")
+        found.append(
+            f"The tag is {tag}, but pyproject.toml has version {version}. Tag v{version}, or change the version."
+        )
     changelog = (root / "CHANGELOG.md").read_text()
     section = re.search(rf"^## {re.escape(version)}\b.*?\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     if section is None or not section[1].strip():

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import GRPOTrainer
 
 import trl_prime
 from trl_prime.cli import COMMANDS, main
@@ -24,7 +27,9 @@ from trl_prime.prime_config import PRIMEConfig
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
+)
 
 
 def blocks(page, language):
@@ -119,6 +124,17 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
                 assert (ROOT / word).exists(), word
 
 
+def test_names_in_the_text_exist():
+    """Settings, metrics, functions and columns that pages name are fields, or occur in the package, the recipes or TRL."""
+    files = [*(ROOT / "trl_prime").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
+    files.append(Path(inspect.getfile(GRPOTrainer)))
+    known = fields("train") | {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    for page in PAGES:
+        text = re.sub(r"\$`.*?`\$", "", FENCE.sub("", page.read_text()), flags=re.DOTALL)  # formulas
+        named = set(re.findall(r"`([a-z]+_\w+)(?:: [^`]*|\(.*?\))?`", text)) - {"stand_ins"}
+        assert named <= known, (page.name, named - known)
+
+
 def test_every_command_that_is_named_exists_and_every_command_is_named():
     # Templates and workflows name commands too
     pages = [*PAGES, *(ROOT / ".github").rglob("*.*")]
@@ -166,6 +182,12 @@ def documented(page):
         members = re.search(r"members: \[(.*?)\]", options)
         paths |= {f"{path}.{member}" for member in members[1].split(", ")} if members else set()
     return paths
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_line_turns_into_a_heading_by_chance(page):
+    # "#12" at the start of a wrapped line is one to MkDocs, and text to GitHub
+    assert re.findall(r"^#+[^#\s].*$", FENCE.sub("", page.read_text()), re.MULTILINE) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -66,7 +66,9 @@ def test_templates_are_what_github_reads():
         assert form["name"] and form["description"]
         ids = [element["id"] for element in form["body"] if element["type"] != "markdown"]
         assert len(ids) == len(set(ids))
-        assert all(element["attributes"].get("label") or element["attributes"].get("value") for element in form["body"])
+        assert all(
+            element["attributes"].get("label") or element["attributes"].get("value") for element in form["body"]
+        )
     assert "trl-prime env" in (GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text()
 
 
