@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 import trl_prime
 from trl_prime.cli import COMMANDS, main
 from trl_prime.prime_config import PRIMEConfig
+from trl_prime.rewards.registry import trl_rewards
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -128,7 +129,8 @@ def test_names_in_the_text_exist():
     """Settings, metrics, functions and columns that pages name are fields, or occur in the package, the recipes or TRL."""
     files = [*(ROOT / "trl_prime").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
     files.append(Path(inspect.getfile(GRPOTrainer)))
-    known = fields("train") | {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    known = fields("train") | set(trl_rewards())
+    known |= {word for path in files for word in re.findall(r"\w+", path.read_text())}
     for page in PAGES:
         text = re.sub(r"\$`.*?`\$", "", FENCE.sub("", page.read_text()), flags=re.DOTALL)  # formulas
         named = set(re.findall(r"`([a-z]+_\w+)(?:: [^`]*|\(.*?\))?`", text)) - {"stand_ins"}
