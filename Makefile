@@ -33,7 +33,7 @@ test: install
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# Material prints the same notice about MkDocs 2 at every build
+# Without the notice that Material ends in May 2027; Zensical, which follows it, reads the same mkdocs.yml
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
 

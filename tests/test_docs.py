@@ -56,9 +56,8 @@ def stand_ins(tmp_path, monkeypatch, model_path):
     `from_pretrained` and `load_dataset` look first, and a `PRIMEConfig` whose runs are short.
     """
     monkeypatch.chdir(tmp_path)
-    for model in ("Qwen/Qwen2.5-0.5B-Instruct",):
-        Path(model).parent.mkdir(exist_ok=True)
-        os.symlink(model_path, model)
+    Path("Qwen").mkdir()
+    os.symlink(model_path, "Qwen/Qwen2.5-0.5B-Instruct")
     data = Path("trl-lib/DeepMath-103K")
     data.mkdir(parents=True)
     rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "solution": str(2 * i)} for i in range(8)]

@@ -1,6 +1,6 @@
 """A Griffe extension: docstrings in the style of TRL and transformers become Google's, which mkdocstrings reads.
 
-Types lose their backticks (the page has its own type column), defaults come from the signature, `[`Name`]` becomes a link
+Types lose their backticks (the page has its own form for them), defaults come from the signature, `[`Name`]` becomes a link
 where the site has that name, and `> Heading` within parameters starts a section of its own.
 """
 
