@@ -1,20 +1,27 @@
-# Two commands: `make quickstart` and `make test`. Both make their own virtual environment first.
+# `make quickstart` and `make test`; `make lint` and `make docs` for those who change something. All make their own virtual
+# environment first.
 PYTHON ?= python3
 # Installed before the project, so that its dependencies do not pull another build of torch. On a GPU machine set it to
 # the build for your CUDA, for instance TORCH="torch".
 TORCH ?= torch==2.13.0
+# Another TRL than the newest that is supported, for instance TRL="trl==1.12.*"; for a new environment only.
+TRL ?=
 VENV ?= .venv
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet $(if $(TRL),"$(TRL)") --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 quickstart: install
@@ -26,5 +33,9 @@ test: install
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+# Without the notice that Material ends in May 2027; Zensical, which follows it, reads the same mkdocs.yml
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

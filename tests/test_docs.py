@@ -1,0 +1,238 @@
+"""README and docs: their code runs, their recipes and commands exist, their links lead somewhere, and they name everything."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import GRPOTrainer
+
+import trl_prime
+from trl_prime.cli import COMMANDS, main
+from trl_prime.prime_config import PRIMEConfig
+from trl_prime.rewards.registry import trl_rewards
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
+)
+
+
+def blocks(page, language):
+    """The fenced blocks of a language, in order."""
+    return [textwrap.dedent(m["code"]) for m in FENCE.finditer(page.read_text()) if m["language"] == language]
+
+
+def name(page):
+    return page.name
+
+
+def pages_with(language):
+    return [page for page in PAGES if blocks(page, language)]
+
+
+# --- Python ---
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch, model_path):
+    """
+    A folder to run in where the names of models and data sets on the Hub are those of tiny local ones, which is where
+    `from_pretrained` and `load_dataset` look first, and a `PRIMEConfig` whose runs are short.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen").mkdir()
+    os.symlink(model_path, "Qwen/Qwen2.5-0.5B-Instruct")
+    data = Path("trl-lib/DeepMath-103K")
+    data.mkdir(parents=True)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "solution": str(2 * i)} for i in range(8)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def short_config(*args, **kwargs):
+        short = {"max_completion_length": 4, "max_steps": 1, "gradient_accumulation_steps": 1}
+        quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        return PRIMEConfig(*args, **{**kwargs, **short, **quiet})
+
+    monkeypatch.setattr(trl_prime, "PRIMEConfig", short_config, raising=False)
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+def test_python_blocks_run_in_order(page, stand_ins):
+    namespace = {"__name__": "__main__"}
+    for i, code in enumerate(blocks(page, "python")):
+        exec(compile(code, f"{page.name}, block {i + 1}", "exec"), namespace)
+
+
+# --- Recipes and commands ---
+
+
+@cache
+def fields(command):
+    """The fields of a command, by its help."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--(\w+)", shown.getvalue()))
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
+def test_recipes_set_fields_that_exist(page):
+    for code in blocks(page, "yaml"):
+        recipe = yaml.safe_load(code)
+        assert set(recipe) <= fields("train"), set(recipe) - fields("train")
+
+
+def shell_commands(page):
+    """The words of each command in a page's shell blocks."""
+    for code in blocks(page, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=name)
+def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in shell_commands(page):
+        if words[0] == "make":
+            assert all(word in targets for word in words[1:] if "=" not in word), words
+        # `trl-prime`, or what accelerate and torchrun start in its place
+        start = words.index("trl_prime.cli") if "trl_prime.cli" in words else 0
+        if words[start] in ("trl-prime", "trl_prime.cli"):
+            command, *flags = words[start + 1 :]
+            assert command in COMMANDS, words
+            given = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
+            assert given - {"config", "help"} <= fields(command), words
+        for word in words:
+            if word.startswith(("recipes/", "benchmarks/", "docs/", "tests/")):
+                assert (ROOT / word).exists(), word
+
+
+def test_names_in_the_text_exist():
+    """Settings, metrics, functions and columns that pages name are fields, or occur in the package, the recipes or TRL."""
+    files = [*(ROOT / "trl_prime").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
+    files.append(Path(inspect.getfile(GRPOTrainer)))
+    known = fields("train") | set(trl_rewards())
+    known |= {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    for page in PAGES:
+        text = re.sub(r"\$`.*?`\$", "", FENCE.sub("", page.read_text()), flags=re.DOTALL)  # formulas
+        named = set(re.findall(r"`([a-z]+_\w+)(?:: [^`]*|\(.*?\))?`", text)) - {"stand_ins"}
+        assert named <= known, (page.name, named - known)
+
+
+def test_every_command_that_is_named_exists_and_every_command_is_named():
+    # Templates and workflows name commands too
+    pages = [*PAGES, *(ROOT / ".github").rglob("*.*")]
+    named = set(re.findall(r"`(?:HF_HUB_OFFLINE=1 )?trl-prime (\w+)", "".join(page.read_text() for page in pages)))
+    assert named == set(COMMANDS)
+
+
+# --- What the docs have to name ---
+
+
+def test_every_setting_is_described_and_named():
+    docs = "".join(page.read_text() for page in DOCS)
+    own = {field.name for field in dataclasses.fields(PRIMEConfig)} - {
+        field.name for field in dataclasses.fields(PRIMEConfig.__mro__[1])
+    }
+    assert "prm_beta" in own
+    for setting in own:
+        assert f"{setting} (`" in PRIMEConfig.__doc__, setting
+        assert f"`{setting}`" in docs, setting
+
+
+def test_every_metric_is_in_the_docs():
+    sources = "".join(path.read_text() for path in (ROOT / "trl_prime").rglob("*.py"))
+    metrics = set(re.findall(r"(?:_log|log_metric)\(\s*\"([\w/]+)\"", sources))
+    metrics |= {"prm/loss", "prm/grad_norm", "prm/learning_rate"}  # by the names that the updater gives
+    assert "filter/pass_rate" in metrics and "math_reward/undecided" in metrics
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    assert {metric for metric in metrics if f"`{metric}`" not in settings} == set()
+
+
+# --- Links ---
+
+
+def anchor(heading):
+    """The anchor of a heading, as GitHub and MkDocs make it."""
+    text = re.sub(r"[`*]|\]\(.*?\)|\[", "", heading).lower()
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text).strip())
+
+
+def documented(page):
+    """Dotted paths that a page of the API reference documents, which are anchors too."""
+    text = page.read_text()
+    paths = set(re.findall(r"^::: ([\w.]+)", text, re.MULTILINE))
+    for path, options in re.findall(r"^::: ([\w.]+)\n((?:    .*\n)+)", text, re.MULTILINE):
+        members = re.search(r"members: \[(.*?)\]", options)
+        paths |= {f"{path}.{member}" for member in members[1].split(", ")} if members else set()
+    return paths
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_line_turns_into_a_heading_by_chance(page):
+    # "#12" at the start of a wrapped line is one to MkDocs, and text to GitHub
+    assert re.findall(r"^#+[^#\s].*$", FENCE.sub("", page.read_text()), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_within_the_project_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        file, _, fragment = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if fragment and linked.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", linked.read_text()), re.MULTILINE)
+            assert fragment in {*map(anchor, headings), *documented(linked)}, target
+
+
+def test_what_the_api_reference_documents_exists():
+    for path in documented(ROOT / "docs" / "api.md"):
+        parts = path.split(".")
+        for i in range(len(parts), 0, -1):
+            with contextlib.suppress(ModuleNotFoundError):
+                found = importlib.import_module(".".join(parts[:i]))
+                break
+        for part in parts[i:]:
+            found = getattr(found, part)
+        assert found.__doc__, path
+
+
+def test_every_page_is_in_the_navigation():
+    # Other tags than those of data name Python objects
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
+    navigation = re.findall(r"[\w-]+\.md", json.dumps(config["nav"]))
+    assert sorted(navigation) == sorted(page.name for page in DOCS)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mkdocstrings_handlers"), reason="needs trl-prime[docs]")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    concepts = (tmp_path / "concepts" / "index.html").read_text()
+    assert concepts.count("<math") > 20 and "```math" not in concepts and "$`" not in concepts
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert "*optional*" not in api and "[`" not in api
+    # No script, style or font from elsewhere
+    pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://(?!localhost)[^>]*>", pages)
