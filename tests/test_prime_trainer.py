@@ -830,6 +830,18 @@ def test_metrics_say_what_they_mean(record, random_prm):
     assert entry["prm/loss"] == pytest.approx(loss.item(), rel=1e-3)
 
 
+def test_accuracy_after_the_update_is_that_of_the_last_epoch(record, random_prm):
+    """Of its pass, in which all steps but the last one are made: what a run with an epoch less ends with."""
+    settings = {"prm_model": random_prm(), "prm_learning_rate": 1e-2, "max_steps": 1, "rollout_func": fixed_rollouts()}
+    shorter = record(row_rewards(MIXED), prm_num_epochs=2, **settings)
+    settings["prm_model"] = random_prm()
+    entry = metrics(record(row_rewards(MIXED), prm_num_epochs=3, **settings).trainer)[0]
+    rewards = slow_process_rewards(shorter.after[0], random_prm().reference, shorter.trainer.outputs[0])
+    expected = pairwise_accuracy(rewards.sum(1), torch.tensor(MIXED), 4)
+    assert entry["prm/pairwise_accuracy_after_update"] == pytest.approx(expected) != entry["prm/pairwise_accuracy"]
+    assert "prm/pairwise_accuracy_after_update" not in metrics(record(max_steps=1).trainer)[0]
+
+
 def test_completions_table(record):
     recorder = record(row_rewards([None, *MIXED[1:]]), log_completions=True, max_steps=1)
     output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]

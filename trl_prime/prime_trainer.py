@@ -381,13 +381,14 @@ class PRIMETrainer(GRPOTrainer):
 
         # Implicit PRM: score with one state, update, advantages
         batch = self._prm_batch(output, labels, trains)
-        prm_logps, scores = self._score_and_update(batch)
+        prm_logps, updated_logps, scores = self._score_and_update(batch)
         wins, pairs = pairwise_wins(scores, labels, self.num_generations)
         self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
         self._log("prm/accuracy", absolute_accuracy(scores, labels))
         if self.args.prm_update == "before":
-            prm_logps = self._prm_logps(batch)
-            updated = pairwise_accuracy(self._scores(batch, prm_logps), labels, self.num_generations)
+            prm_logps = updated_logps = self._prm_logps(batch)
+        if updated_logps is not None:
+            updated = pairwise_accuracy(self._scores(batch, updated_logps), labels, self.num_generations)
             self._log("prm/pairwise_accuracy_after_update", updated)
         trust = self._update_trust(wins, pairs)
         advantages, process_rewards = self._advantages(
@@ -511,20 +512,25 @@ class PRIMETrainer(GRPOTrainer):
         # A completion without tokens has no score to be compared with
         return PRMBatch(*inputs, mask, ref_logps, self._local(labels).masked_fill(~mask.any(1), torch.nan))
 
-    def _score_and_update(self, batch: PRMBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The PRM's `(B, T)` log-probabilities and all processes' scores from before its update, which is made here."""
+    def _score_and_update(self, batch: PRMBatch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        Update the PRM. Its `(B, T)` log-probabilities from before, those that its last epoch saw if it had several, and all
+        processes' scores from before.
+        """
         updater = self._prm_updater
-        if updater is not None and updater.can_score:
-            # Single forward: the passes of the update give the scores, but for rows that it does not train on
-            prm_logps = self._prm_logps(batch, batch.labels.isnan())
-            self._update_prm(batch, prm_logps)
-            return prm_logps, self._scores(batch, prm_logps)
-        prm_logps = self._prm_logps(batch)
-        scores = self._scores(batch, prm_logps)
-        if updater is not None:
+        # Single forward: the passes of the update give the scores, but for rows that it does not train on
+        single = updater is not None and updater.can_score
+        prm_logps = self._prm_logps(batch, batch.labels.isnan() if single else True)
+        scores = None if single else self._scores(batch, prm_logps)
+        if updater is None:
+            return prm_logps, None, scores
+        if not single:
             batch.scores = self._local(scores).nan_to_num()
-            self._update_prm(batch)
-        return prm_logps, scores
+        last_logps = torch.zeros_like(prm_logps) if self.args.prm_num_epochs > 1 else None
+        for name, value in updater.update(batch, prm_logps if single else None, last_logps).items():
+            self._log(f"prm/{name}", value)
+        self._log("prm/skipped_steps", updater.skipped_steps)
+        return prm_logps, last_logps, self._scores(batch, prm_logps) if single else scores
 
     def _prm_logps(self, batch: PRMBatch, among: torch.Tensor | bool = True) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
@@ -551,11 +557,6 @@ class PRIMETrainer(GRPOTrainer):
             return 0
         num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
         return -(-num_rows // self.implicit_prm.micro_batch_size)
-
-    def _update_prm(self, batch: PRMBatch, logps: torch.Tensor | None = None) -> None:
-        for name, value in self._prm_updater.update(batch, logps).items():
-            self._log(f"prm/{name}", value)
-        self._log("prm/skipped_steps", self._prm_updater.skipped_steps)
 
     def _update_trust(self, wins: float, pairs: int) -> float:
         """Weight of the process rewards: how much better than chance the PRM ranks rollouts that it was not trained on."""

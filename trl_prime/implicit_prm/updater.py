@@ -104,27 +104,34 @@ class PRMUpdater:
         """
         return self.args.prm_loss_type == "ce" and not self.replay and not _has_dropout(self.prm.model)
 
-    def update(self, batch: PRMBatch, logps: torch.Tensor | None = None) -> dict[str, float]:
+    def update(
+        self, batch: PRMBatch, first_logps: torch.Tensor | None = None, last_logps: torch.Tensor | None = None
+    ) -> dict[str, float]:
         """
         Train on a rollout batch and on those kept for replay, oldest first.
 
         Args:
             batch ([`PRMBatch`]): The rollouts.
-            logps (`torch.Tensor`, *optional*): `(B, T)`, where the PRM's log-probabilities of the first step are written, in
-                the rows that it trains on.
+            first_logps, last_logps (`torch.Tensor`, *optional*): `(B, T)`, where the log-probabilities that the first and the
+                last step see are written, in the rows that they train on.
 
         Returns:
             `dict[str, float]`: `loss` and `grad_norm`, means over the optimizer steps (NaN where there was none), and the
             `learning_rate` of the first step.
         """
         learning_rate = self.scheduler.get_last_lr()[0]
-        results = []
+        results, num_steps = [], self.args.prm_num_epochs * (1 + len(self.replay))
         for _ in range(self.args.prm_num_epochs):
             for replayed in [*self.replay, batch]:
                 # The scores taken before the update are still those of the present PRM at the very first step
                 fresh = replayed is batch and not results and self.args.prm_update != "before"
                 keep_scores = fresh or self.args.prm_update == "reverse"
-                results.append(self._step(replayed, keep_scores, None if results else logps))
+                seen_logps = None
+                if not results:
+                    seen_logps = first_logps
+                elif len(results) == num_steps - 1:
+                    seen_logps = last_logps
+                results.append(self._step(replayed, keep_scores, seen_logps))
         if self.replay.maxlen:
             self.replay.append(batch)
         results = [result for result in results if result is not None]
