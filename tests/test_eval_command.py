@@ -4,11 +4,14 @@ import json
 
 import pytest
 from conftest import build_model
+from datasets import Dataset
 
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
 from trl_prime.evaluation.benchmarks import BENCHMARKS
-from trl_prime.evaluation.run import SampleTable, summarize_samples
+from trl_prime.evaluation.resumable import ResumableRows
+from trl_prime.evaluation.run import SampleTable, sample_problems, summarize_samples
+from trl_prime.evaluation.sampling import Sample, sample_seed
 
 SETTINGS = {"dtype": "float32", "max_new_tokens": 8, "num_samples": 4, "batch_size": 8}
 
@@ -109,6 +112,32 @@ def test_a_resumed_run_equals_an_unbroken_one(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "load_policy", fail)
     summary, again = evaluate(output="broken", k=[3])
     assert again == unbroken and list(summary["metrics"]) == ["greedy", "pass@3", "avg@4", "maj@4"]
+
+
+def test_what_is_left_is_sampled_in_whole_batches_by_the_seeds_of_its_samples(tmp_path):
+    asked = []
+
+    def sampler(prompts, seeds):
+        asked.append((list(prompts), list(seeds)))
+        return [Sample(prompt, 1, False) for prompt in prompts]
+
+    dataset = Dataset.from_dict({"prompt": list("abcd")})
+    rows = ResumableRows(tmp_path / "rows.jsonl", {})
+    # A whole batch of five was written, and two rows of the second
+    rows.append({"problem": i // 3, "reward": 0.0} for i in range(7))
+    settings = {"num_samples": 2, "greedy": True, "seed": 9, "batch_size": 5}
+    found = sample_problems(
+        dataset, lambda: sampler, lambda completions, **_: [1.0] * len(completions), rows, **settings
+    )
+    order = [(p, s) for p in range(4) for s in (None, 0, 1)]
+    batches = [order[5:10], order[10:12]]
+    assert [prompts for prompts, _ in asked] == [["abcd"[p] for p, _ in batch] for batch in batches]
+    assert [seeds for _, seeds in asked] == [
+        [None if s is None else sample_seed(9, p, s) for p, s in batch] for batch in batches
+    ]
+    assert [(row["problem"], row["sample"], row["completion"]) for row in found[5:]] == [
+        (p, s, "abcd"[p]) for p, s in order[5:]
+    ]
 
 
 def test_a_changed_setting_is_refused_and_can_be_overwritten(evaluate, problems, capsys):
@@ -257,8 +286,6 @@ def test_undecided_samples_count_as_wrong():
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmarks_name_known_formats(name):
     """Rows as the Hub's data sets have them are adapted; where a data set is can only be checked on the Hub."""
-    from datasets import Dataset
-
     from trl_prime.data.adapters import adapt_dataset
     from trl_prime.rewards.registry import parse_call
     from trl_prime.rewards.router import row_kind
@@ -285,8 +312,6 @@ def test_benchmarks_name_known_formats(name):
 
 
 def test_leetcode_problems_are_judged_as_calls():
-    from datasets import Dataset
-
     from trl_prime.data.adapters import adapt_dataset
     from trl_prime.rewards import code_reward
 
