@@ -255,6 +255,9 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, caps
     ):
         evaluate(expected=2, **settings)
         assert words in capsys.readouterr().err, settings
+    problems.write_text(json.dumps({"prompt": "x", "target": 1}) + "\n")
+    evaluate(expected=2, benchmark=None, reward_func="verifier")
+    assert "No row says which verifier" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     evaluate(expected=2)
     assert "one process" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """Samples by their own seeds, and rows that survive an interruption."""
 
 import json
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,12 @@ def test_an_adapter_is_loaded_with_its_base(adapter_path, model_path):
 
         expected = AutoPeftModelForCausalLM.from_pretrained(adapter_path, dtype="float32")(ids).logits
     assert torch.allclose(adapted, expected, atol=1e-3) and not torch.allclose(adapted, base, atol=0.1)
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(adapter_path, tmp_path, model_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(adapter_path) / name, tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == load_tokenizer(model_path).chat_template
 
 
 @pytest.fixture

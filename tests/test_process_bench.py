@@ -90,6 +90,10 @@ def test_rewards_of_given_steps_are_sums_over_their_tokens(random_prm):
         [r.sum().item() for r in s.token_rewards.split(n)] for s, n in zip(scored, ([10, 6, 5], [5]), strict=True)
     ]
     assert rewards[0] == pytest.approx(expected[0], abs=1e-5) and rewards[1] == pytest.approx(expected[1], abs=1e-5)
+    lines = prm.score(prompts[:1], ["one\nis 1\nso 3\ndone"])[0].token_rewards.split([9, 5, 5])
+    assert score_steps(prm, prompts[:1], steps[:1], "\n")[0] == pytest.approx(
+        [r.sum().item() for r in lines], abs=1e-5
+    )
     assert sum(rewards[0]) == pytest.approx(scored[0].reward, abs=1e-5)
 
 

@@ -49,6 +49,7 @@ class EvalArguments:
         vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Of the vLLM engine.
         prm_name_or_path (`str`, *optional*): A trained PRM.
         prm_revision, prm_reference (`str`, *optional*): Its revision; its reference model, where it does not name its own.
+        step_separator (`str`): ProcessBench: what joins the steps.
         threshold (`float`, *optional*): ProcessBench: a step with a lower reward is called wrong.
         calibration_fraction (`float`): ProcessBench: share of the rows that the threshold is chosen on, where none is given.
         output_dir (`str`, *optional*): Defaults to `eval/MODEL/BENCHMARK`.
@@ -140,6 +141,12 @@ class EvalArguments:
     prm_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the PRM on the Hub."})
     prm_reference: str | None = field(
         default=None, metadata={"help": "Reference model of the PRM, where it does not name its own."}
+    )
+    step_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "processbench: what joins the steps. Defaults to a blank line, as in the benchmark's solutions."
+        },
     )
     threshold: float | None = field(
         default=None, metadata={"help": "processbench: a step with a lower reward is called wrong."}
@@ -266,9 +273,19 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
     from ..evaluation.run import score_process_bench, summarize_process_bench
     from ..evaluation.tables import print_process_bench
 
-    settings = {**_prm_settings(args), "problems": digest(dataset[:])}
+    settings = {
+        **_prm_settings(args),
+        "step_separator": args.step_separator,
+        "problems": digest(dataset[:]),
+    }
     rows = ResumableRows(_output_dir(args) / "step_rewards.jsonl", settings, args.overwrite)
-    step_rewards = score_process_bench(dataset, lambda: _load_prm(args), rows, args.batch_size or 32)
+    step_rewards = score_process_bench(
+        dataset,
+        lambda: _load_prm(args),
+        rows,
+        separator=args.step_separator,
+        batch_size=args.batch_size or 32,
+    )
     summary = summarize_process_bench(
         step_rewards,
         dataset["label"][:],
@@ -321,6 +338,10 @@ def _load_verifier(spec: str, dataset: Any) -> Callable:
             return load_reward_func(spec)
         columns = [name for name in ("ability", "data_source", "solution", "tests") if name in dataset.column_names]
         kinds = {row_kind(**row) for row in dataset.select_columns(columns)}
+        if not kinds - {None}:
+            raise ValueError(
+                "No row says which verifier is to judge it. Give dataset_format, or reward_func: math, code or another one."
+            )
         return VerifierReward(**{kind: {} for kind in ("math", "code") if kind in kinds})
     except (ImportError, SandboxUnavailable) as error:
         raise ValueError(str(error)) from error

@@ -70,7 +70,7 @@ def best_of_n(scores: np.ndarray, correct: np.ndarray, size: int) -> np.ndarray:
     return correct @ chance
 
 
-def draws(n: int, size: int, max_subsets: int = 2048, seed: int = 0) -> np.ndarray:
+def draws(n: int, size: int, max_subsets: int = 512, seed: int = 0) -> np.ndarray:
     """
     Subsets of N of n samples: all of them where there are at most `max_subsets`, else that many random ones.
 

@@ -117,10 +117,12 @@ def step_auc(step_rewards: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     return first_error_auc([torch.tensor(rewards, dtype=torch.float64) for rewards in step_rewards], truth)
 
 
-def score_steps(prm: ImplicitPRM, prompts: Sequence[Any], steps: Sequence[Sequence[str]]) -> list[list[float]]:
+def score_steps(
+    prm: ImplicitPRM, prompts: Sequence[Any], steps: Sequence[Sequence[str]], separator: str = "\n\n"
+) -> list[list[float]]:
     """
-    The PRM's reward of each given step: the sum over the tokens that begin in it. Steps are joined by blank lines, which
-    belong to the step before; the end-of-sequence token belongs to the last step.
+    The PRM's reward of each given step: the sum over the tokens that begin in it. A separator belongs to the step before
+    it, the end-of-sequence token to the last step.
 
     The PRM's own step delimiter does not count here, because the steps of ProcessBench hold newlines.
 
@@ -128,11 +130,12 @@ def score_steps(prm: ImplicitPRM, prompts: Sequence[Any], steps: Sequence[Sequen
         prm ([`~trl_prime.ImplicitPRM`]): The PRM. Its tokenizer has to be a fast one, which knows where in the text a token is.
         prompts (`list`): R prompts, text or messages.
         steps (`list[list[str]]`): The steps of R solutions.
+        separator (`str`): What joins the steps: what stood between them when they were written.
 
     Returns:
         `list[list[float]]`: R lists of rewards.
     """
-    texts = [[*(f"{step}\n\n" for step in row[:-1]), row[-1]] for row in steps]
+    texts = [[*(step + separator for step in row[:-1]), row[-1]] for row in steps]
     completions = ["".join(row) for row in texts]
     result = []
     for scored, row, completion in zip(prm.score(prompts, completions), texts, completions, strict=True):

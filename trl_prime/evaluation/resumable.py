@@ -89,8 +89,8 @@ def digest(value: Any) -> str:
 
 def model_version(name_or_path: str, revision: str | None = None) -> str | None:
     """
-    What tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's files, or the
-    commit on the Hub that is in the cache, None where that is not known yet.
+    What tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's weights, or the
+    commit on the Hub.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -98,10 +98,17 @@ def model_version(name_or_path: str, revision: str | None = None) -> str | None:
         # Not the checkpoints beside a run's last state
         files = [file for file in files if not file.relative_to(folder).parts[0].startswith("checkpoint-")]
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import cached_file
 
-    for filename in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(name_or_path, filename, revision=revision)
-        if isinstance(found, str):
+    for filename in ("config.json", "adapter_config.json", "implicit_prm.json"):
+        # Downloaded if need be: without it, a first run and its continuation would not know the same
+        found = cached_file(
+            name_or_path,
+            filename,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
             return Path(found).parent.name
     return None

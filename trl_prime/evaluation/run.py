@@ -254,7 +254,7 @@ def summarize_best_of_n(samples: SampleTable, scores: Sequence[dict[str, Any]], 
 
 
 def score_process_bench(
-    dataset: Dataset, make_prm: Callable[[], ImplicitPRM], rows: ResumableRows, batch_size: int
+    dataset: Dataset, make_prm: Callable[[], ImplicitPRM], rows: ResumableRows, *, separator: str, batch_size: int
 ) -> list[list[float]]:
     """
     The PRM's reward of each step of each solution, from where `rows` ends.
@@ -263,6 +263,7 @@ def score_process_bench(
         dataset ([`~datasets.Dataset`]): Solutions in the format `process_bench`.
         make_prm (`Callable`): Loads the PRM; called only if something is left to do.
         rows ([`~trl_prime.evaluation.resumable.ResumableRows`]): Where the step rewards go.
+        separator (`str`): What joins the steps.
         batch_size (`int`): Solutions at a time.
 
     Returns:
@@ -276,7 +277,7 @@ def score_process_bench(
             prompts = batch["prompt"]
             if prm.tokenizer.chat_template is None:
                 prompts = list(map(completion_text, prompts))
-            rewards = score_steps(prm, prompts, batch["steps"])
+            rewards = score_steps(prm, prompts, batch["steps"], separator)
             rows.append(
                 {"label": label, "step_rewards": values} for label, values in zip(batch["label"], rewards, strict=True)
             )

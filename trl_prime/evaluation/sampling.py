@@ -212,7 +212,13 @@ class VLLMSampler:
 
 
 def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy or of a LoRA adapter."""
+    """The tokenizer of a policy or of a LoRA adapter, which has its base model's if it brings none."""
+    adapter = adapter_folder(model_name_or_path, revision)
+    if adapter is not None and _cached(model_name_or_path, "tokenizer_config.json", revision) is None:
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(adapter)
+        model_name_or_path, revision = config.base_model_name_or_path, config.revision
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision)
     tokenizer.pad_token_id = _pad_token_id(tokenizer)
     return tokenizer
@@ -245,18 +251,22 @@ def load_policy(
 
 def adapter_folder(model_name_or_path: str, revision: str | None = None) -> Path | None:
     """The local folder of a LoRA adapter, downloaded if it is on the Hub; None if it is a whole model."""
-    found = cached_file(
-        model_name_or_path,
-        "adapter_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    found = _cached(model_name_or_path, "adapter_config.json", revision)
     if found is None or Path(model_name_or_path).is_dir():
         return None if found is None else Path(found).parent
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=["adapter_*"]))
+
+
+def _cached(name_or_path: str, filename: str, revision: str | None) -> str | None:
+    return cached_file(
+        name_or_path,
+        filename,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

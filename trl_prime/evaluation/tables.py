@@ -65,7 +65,9 @@ def print_process_bench(summary: Mapping[str, Any], title: str) -> None:
     console = Console()
     console.print(title, style="bold", soft_wrap=True)
     console.print(table)
-    console.print(f"{summary['num_solutions']} solutions; threshold {summary['threshold']:.4g}{chosen}.", soft_wrap=True)
+    console.print(
+        f"{summary['num_solutions']} solutions; threshold {summary['threshold']:.4g}{chosen}.", soft_wrap=True
+    )
 
 
 def _cells(value: Mapping[str, float]) -> tuple[str, str]:
