@@ -195,5 +195,8 @@ def test_a_model_that_was_trained_on_is_another_version(tmp_path):
     (tmp_path / "samples.jsonl").write_text("")
     assert model_version(tmp_path) == first
     build_model(1).save_pretrained(tmp_path)
-    assert model_version(tmp_path) != first
+    second = model_version(tmp_path)
+    assert second != first
+    (tmp_path / "implicit_prm.json").write_text("{}")
+    assert model_version(tmp_path) not in (first, second)
     assert model_version("nobody/no-model") is None

@@ -8,6 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+# Files of a model's folder that its completions or scores depend on, beside the weights
+_MODEL_SETTINGS = {
+    "adapter_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "implicit_prm.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
 
 class ResumableRows:
     """
@@ -89,12 +100,16 @@ def digest(value: Any) -> str:
 
 def model_version(name_or_path: str, revision: str | None = None) -> str | None:
     """
-    What tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's weights, or the
-    commit on the Hub.
+    What tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's weights and
+    settings, or the commit on the Hub.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".gguf"))
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix in (".safetensors", ".bin", ".gguf") or file.name in _MODEL_SETTINGS
+        )
         # Not the checkpoints beside a run's last state
         files = [file for file in files if not file.relative_to(folder).parts[0].startswith("checkpoint-")]
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
