@@ -54,7 +54,7 @@ class ResumableRows:
             self._read()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows to the end of the file, on the disk when this returns."""
+        """Write rows to the end of the file and close it."""
         rows = list(rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
