@@ -42,6 +42,9 @@ PROMPT_FEATURES = Features(
     }
 )
 SFT_FEATURES = Features({"messages": _MESSAGES, "data_source": Value("string"), "index": Value("string")})
+PROCESS_BENCH_FEATURES = Features(
+    {"prompt": _MESSAGES, "steps": [Value("string")], "label": Value("int64"), "index": Value("string")}
+)
 
 
 class MalformedRow(ValueError):
@@ -67,7 +70,7 @@ def question_answer(
 
     Args:
         question (`str`): The problem.
-        answer (`str`): Holds the answer.
+        answer (`str`): Holds the answer; a list of answers (OlympiadBench) is one answer, joined by commas.
         index, source (*optional*): The row's id, and the name of its source.
         answer_style (`str`): How the answer is held: `"bare"`, `"####"` (GSM8K: after the last `####`) or `"boxed"`
             (MATH: in the last `\boxed{}`).
@@ -82,6 +85,8 @@ def question_answer(
     """
     if answer_style not in _ANSWERS:
         raise ValueError(f"answer_style is {answer_style!r}, which is unknown. {nearest(answer_style, _ANSWERS)}")
+    if isinstance(answer, list):
+        answer = ", ".join(_scalar_text(part, "answer") for part in answer)
     solution = _ANSWERS[answer_style](_scalar_text(answer, "answer"))
     return _row(
         prompt=_user(_text(question, "question")),
@@ -184,6 +189,50 @@ def humaneval(prompt: str, test: str, entry_point: str, index: Any = None) -> di
     )
 
 
+def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
+    """
+    A row of the LeetCode contest problems of DeepSeek-Coder: a request for a method of `class Solution`, and asserts that
+    call it. They are read, not run, and become calls with their expected values.
+
+    Args:
+        question (`str`): The request.
+        test (`str`): `test_input = {...}` and `assert my_solution.method(**test_input) == value`, by turns.
+        index (*optional*): The row's id.
+
+    Returns:
+        `dict`: the adapted row.
+
+    Raises:
+        MalformedRow: A column is empty, or a test is of another form.
+    """
+    inputs: list[list[Any]] = []
+    outputs: list[Any] = []
+    methods: set[str] = set()
+    arguments: dict[str, Any] = {}
+    try:
+        for statement in _parse(_text(test, "test"), "test").body:
+            if isinstance(statement, ast.Assert):
+                call, (expected,), (equals,) = statement.test.left, statement.test.comparators, statement.test.ops
+                if not isinstance(equals, ast.Eq):
+                    raise ValueError("it does not compare by ==")
+                methods.add(call.func.attr)
+                inputs.append(list(arguments.values()))
+                outputs.append(ast.literal_eval(expected))
+            elif isinstance(statement.value, ast.Dict):
+                arguments = ast.literal_eval(statement.value)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MalformedRow(f"a test is of another form than a call with its value ({error})") from error
+    if len(methods) != 1:
+        raise MalformedRow(f"the tests call {len(methods)} methods instead of one")
+    return _row(
+        prompt=_user(_text(question, "question")),
+        tests=_input_output_tests({"inputs": inputs, "outputs": outputs, "fn_name": methods.pop()}),
+        ability="code",
+        data_source="leetcode",
+        index=index,
+    )
+
+
 def mbpp(
     question: str, asserts: Any, setup: Any = None, imports: Any = None, index: Any = None, *, shown_tests: int = 1
 ) -> dict[str, Any]:
@@ -220,6 +269,29 @@ def mbpp(
         data_source="mbpp",
         index=index,
     )
+
+
+def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> dict[str, Any]:
+    """
+    A row of ProcessBench, which is to judge a PRM, not to train on: a solution in steps, and which of them is wrong.
+
+    Args:
+        problem (`str`): The problem.
+        steps (`list[str]`): The steps of one solution.
+        label (`int`): Index of the first wrong step, or -1.
+        index (*optional*): The row's id.
+
+    Returns:
+        `dict`: `prompt`, `steps`, `label`, `index`.
+
+    Raises:
+        MalformedRow: There are no steps, or the label is not the index of one of them.
+    """
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
+        raise MalformedRow(f"steps is {_short(steps)} instead of a list of texts")
+    if not isinstance(label, int) or not -1 <= label < len(steps):
+        raise MalformedRow(f"label is {_short(label)} instead of the index of one of {len(steps)} steps, or -1")
+    return {"prompt": _user(_text(problem, "problem")), "steps": steps, "label": label, "index": _optional(index)}
 
 
 def reasoning_gym(question: str, answer: Any, tests: str, index: Any = None) -> dict[str, Any]:
@@ -331,6 +403,7 @@ DATASET_FORMATS = {
         features=SFT_FEATURES,
     ),
     "humaneval": DatasetFormat(humaneval, {name: name for name in ("prompt", "test", "entry_point")}, _INDEX),
+    "leetcode": DatasetFormat(leetcode, {"question": "prompt_sft", "test": "test"}, _INDEX),
     "mbpp": DatasetFormat(
         mbpp,
         {"question": ("text", "prompt"), "asserts": "test_list"},
@@ -358,6 +431,12 @@ DATASET_FORMATS = {
         question_answer,
         {"question": ("question", "problem"), "answer": ("answer", "final_answer", "solution")},
         {"source": ("data_source", "source"), **_INDEX},
+    ),
+    "process_bench": DatasetFormat(
+        process_bench,
+        {name: name for name in ("problem", "steps", "label")},
+        _INDEX,
+        features=PROCESS_BENCH_FEATURES,
     ),
     "reasoning_gym": DatasetFormat(
         reasoning_gym,

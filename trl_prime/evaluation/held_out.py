@@ -1,7 +1,7 @@
 """How good are policy and PRM on held-out problems?
 
 Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
-wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks.
+wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`run.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..implicit_prm.losses import absolute_accuracy, pairwise_accuracy
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..implicit_prm import ImplicitPRM
 
@@ -58,22 +58,38 @@ def generate(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            if isinstance(batch[0], str):
-                encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
-            else:
-                texts = tokenizer.apply_chat_template(batch, add_generation_prompt=True, tokenize=False)
-                encoded = tokenizer(
-                    texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-                )
-            encoded = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            encoded = encode_prompts(tokenizer, batch).to(model.device)
             ids = model.generate(
-                **encoded, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
             )
             texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
             is_text = isinstance(batch[0], str)
             completions += texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
     model.train(was_training)
     return completions
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchEncoding:
+    """
+    Prompts as the policy reads them, padded on the left.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's tokenizer.
+        prompts (`list[str]` or `list[list[dict]]`): B prompts, all text or all messages. A chat template writes its own
+            special tokens.
+
+    Returns:
+        [`~transformers.BatchEncoding`]: `input_ids` and `attention_mask`, `(B, P)`.
+    """
+    prompts = list(prompts)
+    is_text = isinstance(prompts[0], str)
+    if not is_text:
+        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=is_text)
 
 
 def outcomes(reward_func: Callable, dataset: Dataset, completions: Sequence[Any]) -> torch.Tensor:

@@ -3,7 +3,7 @@ r"""Outcome reward for problems with a final answer, judged by Math-Verify in pr
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .answers import MAX_ANSWER_LENGTH, extract_answer, extract_gold, judge, quick_verdict
@@ -101,7 +101,7 @@ class MathReward:
         answers = [extract_answer(completion_text(completion), self.boxed_only) for completion in completions]
         golds = [extract_gold(gold) for gold in solution]
         pairs = list(zip(answers, golds, strict=True))
-        verdicts = self._judge_pairs(dict.fromkeys(pairs))
+        verdicts = self.judge_pairs(dict.fromkeys(pairs))
         rewards = [verdicts[pair] for pair in pairs]
         if log_extra is not None:
             log_extra("answer", [answer if answer is not None else "[none]" for answer in answers])
@@ -114,8 +114,18 @@ class MathReward:
         """Stop the worker processes; they stop with the program in any case."""
         self.pool.close()
 
-    def _judge_pairs(self, pairs: dict) -> dict[tuple[str | None, str | None], float | None]:
-        """The reward of each distinct pair of answer and gold answer."""
+    def judge_pairs(
+        self, pairs: Collection[tuple[str | None, str | None]]
+    ) -> dict[tuple[str | None, str | None], float | None]:
+        """
+        The reward of each pair of answer and gold answer, both as extracted.
+
+        Args:
+            pairs (`Collection[tuple]`): Distinct pairs.
+
+        Returns:
+            `dict`: pair -> 1.0, 0.0, or None if that could not be told.
+        """
         rewards: dict[tuple[str | None, str | None], float | None] = {}
         for answer, gold in pairs:
             if gold is None or len(gold) > MAX_ANSWER_LENGTH:

@@ -1,0 +1,420 @@
+"""`trl-prime eval`: measure a policy, and a PRM on its samples, on a benchmark; or a PRM on ProcessBench.
+
+`trl-prime eval --model_name_or_path MODEL --benchmark math500 [--prm_name_or_path PRM]`. The output folder holds
+`samples.jsonl`, written as it goes, and `summary.json`. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..prime_config import nearest
+from .arguments import parse_arguments
+
+
+@dataclass
+class EvalArguments:
+    """
+    What to evaluate, on what, and how.
+
+    Parameters:
+        model_name_or_path (`str`, *optional*): The policy, or a LoRA adapter of it. Not needed for ProcessBench.
+        model_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
+        dtype (`str`): Of the weights of policy and PRM.
+        attn_implementation (`str`, *optional*): Of the policy and the PRM.
+        device_map (`str`, *optional*): `"auto"` spreads a policy that does not fit on one GPU over several.
+        benchmark (`str`, *optional*): A key of [`~trl_prime.evaluation.benchmarks.BENCHMARKS`], or `"processbench"`.
+        dataset_name (`str`, *optional*): Data set on the Hub, local file or folder, in the place of the benchmark's.
+        dataset_config, dataset_split, dataset_format (`str`, *optional*): Its configuration, split and format, see
+            [`~trl_prime.data.adapters.load_prime_dataset`]. Default to the benchmark's.
+        system_prompt (`str`, *optional*): System prompt of every problem.
+        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"`, `"code"`, a text, or `"none"`. Defaults to the
+            benchmark's.
+        on_malformed_row (`str`): `"raise"` or `"skip"`.
+        plain_prompts (`bool`): Prompts are text, without a chat template.
+        limit (`int`, *optional*): Only the first rows.
+        reward_func (`str`): Verifier, as in a recipe's `reward_funcs`.
+        num_samples (`int`): Samples of each problem.
+        greedy (`bool`): A greedy completion of each problem too.
+        k (`list[int]`, *optional*): For pass@k. Defaults to 1, 2, 4, ... up to `num_samples`.
+        temperature, top_p, top_k, max_new_tokens: Of the sampling.
+        seed (`int`): Of the sampling, the bootstrap and random subsets.
+        batch_size (`int`, *optional*): Completions at a time; 32, with vLLM 1024.
+        use_vllm (`bool`): Sample with vLLM.
+        vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Of the vLLM engine.
+        prm_name_or_path (`str`, *optional*): A trained PRM.
+        prm_revision, prm_reference (`str`, *optional*): Its revision; its reference model, where it does not name its own.
+        step_separator (`str`): ProcessBench: what joins the steps.
+        threshold (`float`, *optional*): ProcessBench: a step with a lower reward is called wrong.
+        calibration_fraction (`float`): ProcessBench: share of the rows that the threshold is chosen on, where none is given.
+        output_dir (`str`, *optional*): Defaults to `eval/MODEL/BENCHMARK`.
+        overwrite (`bool`): Start anew instead of going on.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The policy, or a LoRA adapter of it. Not needed for processbench."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the policy on the Hub."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the weights of policy and PRM.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of policy and PRM."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "'auto' spreads a policy that does not fit on one GPU over several."}
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "gsm8k, math500, aime2024, aime2025, amc2023, minerva_math, olympiadbench, humaneval, leetcode, or "
+            "processbench, which judges a PRM."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set on the Hub, local file or folder, in the place of the benchmark's own."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set on the Hub."})
+    dataset_split: str | None = field(
+        default=None,
+        metadata={"help": "Split. Defaults to the benchmark's, without a benchmark and for a single file to 'train'."},
+    )
+    dataset_format: str | None = field(
+        default=None,
+        metadata={"help": "How the rows are adapted, as in a recipe. Defaults to the benchmark's."},
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt of every problem."})
+    prompt_suffix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Appended to every prompt: 'math' or 'code', the paper's, a text, or 'none'. Defaults to the benchmark's."
+        },
+    )
+    on_malformed_row: str = field(
+        default="raise",
+        metadata={
+            "help": "'raise', or 'skip' to leave out rows that cannot be adapted.",
+            "choices": ["raise", "skip"],
+        },
+    )
+    plain_prompts: bool = field(
+        default=False,
+        metadata={"help": "Give prompts as text, without a chat template: for base models that have none."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only the first rows, for a quick look."})
+    reward_func: str = field(
+        default="verifier",
+        metadata={"help": "Verifier, as in a recipe's reward_funcs. The default takes math or code by the row."},
+    )
+    num_samples: int = field(default=4, metadata={"help": "Samples of each problem; 0 for greedy only."})
+    greedy: bool = field(default=True, metadata={"help": "A greedy completion of each problem too."})
+    k: list[int] | None = field(
+        default=None, metadata={"help": "For pass@k. Defaults to 1, 2, 4, ... up to num_samples."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of the probability that samples are drawn from."})
+    top_k: int = field(default=0, metadata={"help": "Number of tokens that samples are drawn from; 0 for all."})
+    max_new_tokens: int = field(default=3072, metadata={"help": "Longest completion in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of samples, bootstrap and random subsets."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Completions at a time. Defaults to 32, with vLLM to 1024."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that vLLM spreads the policy over."})
+    vllm_gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of a GPU's memory for vLLM."})
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt and completion for vLLM. Defaults to the model's."}
+    )
+    prm_name_or_path: str | None = field(
+        default=None, metadata={"help": "A trained PRM, or the run that it is in: reports best-of-N, or ProcessBench."}
+    )
+    prm_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the PRM on the Hub."})
+    prm_reference: str | None = field(
+        default=None, metadata={"help": "Reference model of the PRM, where it does not name its own."}
+    )
+    step_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "processbench: what joins the steps. Defaults to a blank line, as in the benchmark's solutions."
+        },
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "processbench: a step with a lower reward is called wrong."}
+    )
+    calibration_fraction: float = field(
+        default=0.2,
+        metadata={"help": "processbench: share of the rows that the threshold is chosen on, where none is given."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Defaults to eval/MODEL/BENCHMARK."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on."})
+
+    @property
+    def judges_prm(self) -> bool:
+        """Whether this is ProcessBench, which needs no policy."""
+        return self.benchmark == "processbench"
+
+    def __post_init__(self):
+        from ..evaluation.benchmarks import BENCHMARKS
+
+        if self.benchmark is not None and self.benchmark not in BENCHMARKS and not self.judges_prm:
+            known = [*BENCHMARKS, "processbench"]
+            raise ValueError(f"benchmark is {self.benchmark!r}, which is unknown. {nearest(self.benchmark, known)}")
+        if self.benchmark is None and self.dataset_name is None:
+            raise ValueError("Give a benchmark, or a dataset_name with its dataset_format.")
+        if self.judges_prm and self.prm_name_or_path is None:
+            raise ValueError("benchmark is 'processbench', which judges a PRM. Give prm_name_or_path.")
+        if not self.judges_prm and self.model_name_or_path is None:
+            raise ValueError("Give model_name_or_path, the policy to evaluate.")
+        least = {"num_samples": 0, "max_new_tokens": 1, "top_k": 0, "limit": 1, "batch_size": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} is {value}, but must be at least {bound}.")
+        if not self.num_samples and not self.greedy:
+            raise ValueError("num_samples is 0 and greedy is false, so nothing would be sampled. Change one of them.")
+        if not self.num_samples and self.prm_name_or_path and not self.judges_prm:
+            raise ValueError("num_samples is 0, but a PRM chooses among samples. Give num_samples, 16 for instance.")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}, but must be positive. For greedy completions alone give num_samples: 0."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, but must be above 0 and at most 1.")
+        for size in self.k or []:
+            if not 1 <= size <= self.num_samples:
+                raise ValueError(
+                    f"k has {size}, but must lie between 1 and num_samples, {self.num_samples}. Raise num_samples."
+                )
+        if not 0 < self.calibration_fraction < 1:
+            raise ValueError(f"calibration_fraction is {self.calibration_fraction}, but must lie between 0 and 1.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                "eval runs in one process. Start it without a launcher; for several GPUs give use_vllm: true with "
+                "vllm_tensor_parallel_size, or device_map: auto."
+            )
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate; the exit code."""
+    (args,) = parse_arguments([EvalArguments], argv, prog="trl-prime eval")
+    summary = _judge_prm(args) if args.judges_prm else _judge_policy(args)
+    path = _output_dir(args) / "summary.json"
+    # JSON has no NaN: what cannot be told, such as the accuracy on wrong solutions where there are none, is null
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"Summary: {path}")
+    return 0
+
+
+def _judge_policy(args: EvalArguments) -> dict[str, Any]:
+    dataset = _load_dataset(args)
+    reward_func = _load_verifier(args.reward_func, dataset)
+
+    from ..evaluation.best_of_n import sizes_up_to
+    from ..evaluation.resumable import ResumableRows, digest, model_version
+    from ..evaluation.run import SampleTable, sample_problems, score_samples, summarize_best_of_n, summarize_samples
+    from ..evaluation.sampling import load_tokenizer
+    from ..evaluation.tables import print_best_of_n, print_samples
+
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    if args.plain_prompts:
+        dataset = dataset.map(_as_text)
+    elif tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
+        raise ValueError(
+            f"'{args.model_name_or_path}' has no chat template. Give plain_prompts: true to prompt it with plain text."
+        )
+    names = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "benchmark", "dataset_name")
+    names += ("dataset_config", "dataset_split", "dataset_format", "system_prompt", "prompt_suffix", "plain_prompts")
+    names += ("limit", "reward_func", "num_samples", "greedy", "temperature", "top_p", "top_k", "max_new_tokens")
+    names += ("seed", "use_vllm")
+    settings = {name: getattr(args, name) for name in names}
+    settings["model_version"] = model_version(args.model_name_or_path, args.model_revision)
+    settings["problems"] = digest(dataset[:])
+    output_dir = _output_dir(args)
+    rows = sample_problems(
+        dataset,
+        lambda: _load_sampler(args, tokenizer),
+        reward_func,
+        ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite),
+        num_samples=args.num_samples,
+        greedy=args.greedy,
+        seed=args.seed,
+        batch_size=args.batch_size or (1024 if args.use_vllm else 32),
+    )
+    samples = SampleTable(rows, _equal_answers())
+    summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
+    title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
+    print_samples(summary, title)
+    if args.prm_name_or_path:
+        settings = {"samples": digest(rows), **_prm_settings(args)}
+        # Scores of several PRMs on the same samples stand side by side
+        scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
+        scored = score_samples(samples, lambda: _load_prm(args), scores, args.batch_size or 32)
+        summary["prm"] = args.prm_name_or_path
+        summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
+        print_best_of_n(summary["best_of_n"])
+    return {"settings": vars(args), **summary}
+
+
+def _judge_prm(args: EvalArguments) -> dict[str, Any]:
+    dataset = _load_dataset(args)
+
+    from ..evaluation.resumable import ResumableRows, digest
+    from ..evaluation.run import score_process_bench, summarize_process_bench
+    from ..evaluation.tables import print_process_bench
+
+    settings = {
+        **_prm_settings(args),
+        "step_separator": args.step_separator,
+        "problems": digest(dataset[:]),
+    }
+    rows = ResumableRows(_output_dir(args) / "step_rewards.jsonl", settings, args.overwrite)
+    step_rewards = score_process_bench(
+        dataset,
+        lambda: _load_prm(args),
+        rows,
+        separator=args.step_separator,
+        batch_size=args.batch_size or 32,
+    )
+    summary = summarize_process_bench(
+        step_rewards,
+        dataset["label"][:],
+        threshold=args.threshold,
+        calibration_fraction=args.calibration_fraction,
+        seed=args.seed,
+    )
+    print_process_bench(summary, f"ProcessBench: {args.prm_name_or_path}")
+    return {"settings": vars(args), **summary}
+
+
+def _output_dir(args: EvalArguments) -> Path:
+    if args.output_dir:
+        return Path(args.output_dir)
+    model = args.prm_name_or_path if args.judges_prm else args.model_name_or_path
+    return Path("eval", Path(model).name, args.benchmark or Path(args.dataset_name).stem)
+
+
+def _load_dataset(args: EvalArguments) -> Any:
+    """The problems, in the form that the verifiers read."""
+    from ..data.adapters import load_prime_dataset
+    from ..evaluation.benchmarks import BENCHMARKS, PROCESS_BENCH
+
+    known = PROCESS_BENCH if args.judges_prm else BENCHMARKS.get(args.benchmark)
+    name = args.dataset_name or known.dataset
+    split = args.dataset_split or ("train" if known is None or Path(name).expanduser().is_file() else known.split)
+    suffix = args.prompt_suffix or (known.prompt_suffix if known else None)
+    dataset = load_prime_dataset(
+        name,
+        args.dataset_format or (known.format if known else None),
+        split=split,
+        config=args.dataset_config or (known.config if known and not args.dataset_name else None),
+        system_prompt=args.system_prompt,
+        prompt_suffix=None if suffix == "none" else suffix,
+        on_error=args.on_malformed_row,
+    )
+    if not len(dataset):
+        raise ValueError(f"'{name}' has no rows.")
+    return dataset if args.limit is None else dataset.select(range(min(args.limit, len(dataset))))
+
+
+def _load_verifier(spec: str, dataset: Any) -> Callable:
+    """The reward function. Where a verifier cannot work on this machine, this says so before any model is loaded."""
+    from ..rewards.registry import load_reward_func
+    from ..rewards.router import VerifierReward, row_kind
+    from ..rewards.sandbox import SandboxUnavailable
+
+    try:
+        if spec != "verifier":
+            return load_reward_func(spec)
+        columns = [name for name in ("ability", "data_source", "solution", "tests") if name in dataset.column_names]
+        kinds = {row_kind(**row) for row in dataset.select_columns(columns)}
+        if not kinds - {None}:
+            raise ValueError(
+                "No row says which verifier is to judge it. Give dataset_format, or reward_func: math, code or another one."
+            )
+        return VerifierReward(**{kind: {} for kind in ("math", "code") if kind in kinds})
+    except (ImportError, SandboxUnavailable) as error:
+        raise ValueError(str(error)) from error
+
+
+def _load_sampler(args: EvalArguments, tokenizer: Any) -> Any:
+    from ..evaluation.sampling import SamplingSettings, TransformersSampler, VLLMSampler, load_policy
+
+    settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+    if args.use_vllm:
+        return VLLMSampler(
+            args.model_name_or_path,
+            tokenizer,
+            settings,
+            revision=args.model_revision,
+            dtype=args.dtype,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_len=args.vllm_max_model_length,
+        )
+    model = load_policy(
+        args.model_name_or_path,
+        args.model_revision,
+        args.device_map,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+    return TransformersSampler(model, tokenizer, settings)
+
+
+def _load_prm(args: EvalArguments) -> Any:
+    import torch
+
+    from ..implicit_prm import ImplicitPRM
+
+    return ImplicitPRM.from_pretrained(
+        args.prm_name_or_path,
+        revision=args.prm_revision,
+        reference=args.prm_reference,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _prm_settings(args: EvalArguments) -> dict[str, Any]:
+    from ..evaluation.resumable import model_version
+
+    names = ("prm_name_or_path", "prm_revision", "prm_reference", "dtype")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "prm_version": model_version(args.prm_name_or_path, args.prm_revision),
+    }
+
+
+def _equal_answers() -> Callable[[list[tuple[str, str]]], list[bool]]:
+    """Tells whether the answers of each pair are the same by the math verifier; what it cannot tell is not."""
+
+    def equal(pairs: list[tuple[str, str]]) -> list[bool]:
+        nonlocal reward
+        if reward is None:
+            from ..rewards.math_rewards import MathReward
+
+            reward = MathReward()
+        verdicts = reward.judge_pairs(pairs)
+        return [verdicts[pair] == 1.0 for pair in pairs]
+
+    reward = None
+    return equal
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, Any]:
+    from ..rewards.completions import completion_text
+
+    prompt = row["prompt"]
+    return {"prompt": prompt if isinstance(prompt, str) else "\n\n".join(completion_text([m]) for m in prompt)}

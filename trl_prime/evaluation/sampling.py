@@ -1,0 +1,273 @@
+"""Samples of a policy, each by a seed of its own: a run that was interrupted goes on to the very samples it would have had.
+
+Covered: transformers and vLLM, greedy decoding and sampling in one batch. Not covered: several processes (vLLM brings its
+own), tools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import cached_file
+
+from .held_out import encode_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """
+    How completions are sampled.
+
+    Attributes:
+        max_new_tokens: Longest completion in tokens.
+        temperature: Of the samples, positive. Greedy completions are asked for by a seed of None.
+        top_p: Share of the probability that is kept.
+        top_k: Number of tokens that are kept; 0 keeps all.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One completion.
+
+    Attributes:
+        text: Without special tokens.
+        num_tokens: With the one that ends it.
+        truncated: Whether it was cut at the longest length.
+    """
+
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+# Prompts (text or messages) and a seed for each, None for greedy -> samples in their order
+Sampler = Callable[[Sequence[Any], Sequence[int | None]], list[Sample]]
+
+
+def sample_seed(seed: int, problem: int, sample: int) -> int:
+    """Seed of one sample of one problem in a run with `seed`: 63 bits, far apart for neighbours."""
+    return int(np.random.SeedSequence((seed, problem, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class SeededSampling(LogitsProcessor):
+    """
+    Makes greedy decoding sample: the largest of log-probabilities plus Gumbel noise is an exact sample (the Gumbel-max
+    trick). Each row has a random stream of its own, so its sample does not depend on the rows beside it, as it does in
+    `generate(do_sample=True)`.
+
+    Args:
+        seeds (`list[int | None]`): A seed for each row; a row with None stays greedy.
+        device (`torch.device`): Where the logits are.
+    """
+
+    def __init__(self, seeds: Sequence[int | None], device: torch.device):
+        self.streams = [seed if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.ones_like(scores)
+        for row, stream in zip(noise, self.streams, strict=True):
+            if stream is not None:
+                row.exponential_(generator=stream)
+        return scores - noise.log()
+
+
+class TransformersSampler:
+    """
+    Samples by `generate`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The policy. Its generation defaults (a repetition penalty, for instance)
+            are dropped, as in training; its end-of-sequence tokens are kept.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        settings ([`SamplingSettings`]): How to sample.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings):
+        ends = model.generation_config.eos_token_id
+        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.ends or None,
+            pad_token_id=_pad_token_id(tokenizer),
+        )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
+        encoded = encode_prompts(self.tokenizer, prompts).to(self.model.device)
+        processors = LogitsProcessorList([TemperatureLogitsWarper(self.settings.temperature)])
+        if self.settings.top_k:
+            processors.append(TopKLogitsWarper(self.settings.top_k))
+        if self.settings.top_p < 1:
+            processors.append(TopPLogitsWarper(self.settings.top_p))
+        processors.append(SeededSampling(seeds, self.model.device))
+        ids = self.model.generate(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], logits_processor=processors
+        )
+        samples = []
+        for row in ids[:, encoded["input_ids"].shape[1] :].tolist():
+            length = next((i + 1 for i, token in enumerate(row) if token in self.ends), None)
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            samples.append(Sample(text, length or len(row), truncated=length is None))
+        return samples
+
+
+class VLLMSampler:
+    """
+    Samples by vLLM, which must be installed.
+
+    Args:
+        model_name_or_path (`str`): The policy, or a LoRA adapter of it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        settings ([`SamplingSettings`]): How to sample.
+        **engine: Arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        *,
+        revision: str | None = None,
+        **engine: Any,
+    ):
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError("use_vllm is true, but vLLM is not installed: pip install trl-prime[vllm]") from error
+
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.lora = None
+        adapter = adapter_folder(model_name_or_path, revision)
+        if adapter is not None:
+            from peft import PeftConfig
+            from vllm.lora.request import LoRARequest
+
+            config = PeftConfig.from_pretrained(adapter)
+            self.lora = LoRARequest("adapter", 1, str(adapter))
+            model_name_or_path, revision = config.base_model_name_or_path, config.revision
+            engine |= {"enable_lora": True, "max_lora_rank": config.r}
+        self.engine = vllm.LLM(model=model_name_or_path, revision=revision, **engine)
+
+    def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
+        from vllm import SamplingParams
+
+        encoded = encode_prompts(self.tokenizer, prompts)
+        requests = [
+            {"prompt_token_ids": ids[mask.bool()].tolist()}
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ]
+        params = [
+            SamplingParams(
+                max_tokens=self.settings.max_new_tokens,
+                **(
+                    {"temperature": 0.0}
+                    if seed is None
+                    else {
+                        "temperature": self.settings.temperature,
+                        "top_p": self.settings.top_p,
+                        "top_k": self.settings.top_k,
+                        "seed": seed,
+                    }
+                ),
+            )
+            for seed in seeds
+        ]
+        samples = []
+        for output in self.engine.generate(requests, params, lora_request=self.lora, use_tqdm=False):
+            completion = output.outputs[0]
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            samples.append(Sample(text, len(completion.token_ids), completion.finish_reason == "length"))
+        return samples
+
+
+def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy or of a LoRA adapter, which has its base model's if it brings none."""
+    adapter = adapter_folder(model_name_or_path, revision)
+    if adapter is not None and _cached(model_name_or_path, "tokenizer_config.json", revision) is None:
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(adapter)
+        model_name_or_path, revision = config.base_model_name_or_path, config.revision
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision)
+    tokenizer.pad_token_id = _pad_token_id(tokenizer)
+    return tokenizer
+
+
+def load_policy(
+    model_name_or_path: str, revision: str | None = None, device_map: str | None = None, **model_init_kwargs: Any
+) -> PreTrainedModel:
+    """
+    A policy for generating, on the GPU if there is one. A LoRA adapter is loaded with its base model and merged into it.
+
+    Args:
+        model_name_or_path (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device_map (`str`, *optional*): `"auto"` spreads the model over several GPUs.
+        **model_init_kwargs: `dtype`, `attn_implementation`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]
+    """
+    if device_map is None:
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"revision": revision, "device_map": device_map, **model_init_kwargs}
+    if adapter_folder(model_name_or_path, revision) is None:
+        return AutoModelForCausalLM.from_pretrained(model_name_or_path, **settings)
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(model_name_or_path, **settings).merge_and_unload()
+
+
+def adapter_folder(model_name_or_path: str, revision: str | None = None) -> Path | None:
+    """The local folder of a LoRA adapter, downloaded if it is on the Hub; None if it is a whole model."""
+    found = _cached(model_name_or_path, "adapter_config.json", revision)
+    if found is None or Path(model_name_or_path).is_dir():
+        return None if found is None else Path(found).parent
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=["adapter_*"]))
+
+
+def _cached(name_or_path: str, filename: str, revision: str | None) -> str | None:
+    return cached_file(
+        name_or_path,
+        filename,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
