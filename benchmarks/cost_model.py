@@ -135,11 +135,9 @@ def step_flops(
     rank: int = 0,
     prm_rank: int = 0,
     micro_batch: int = 8,
-    num_generations: int = 4,
     checkpointing: bool = True,
     fused_head: bool = True,
     prm_fused_head: bool = False,
-    single_forward: bool = False,
     causal: bool = True,
     oversample: float = 1.0,
 ) -> dict[str, float]:
@@ -154,8 +152,7 @@ def step_flops(
             trained on, so that of the passes here only GRPO's KL reference would see them: they cost nothing.
         kl (`bool`): TRL's own KL term with its own reference pass (`beta` above 0).
         rank, prm_rank (`int`): LoRA ranks of policy and PRM, 0 = full.
-        micro_batch, num_generations (`int`): `prm_micro_batch_size` and K.
-        single_forward (`bool`): Whether the scores come out of the PRM's own training pass.
+        micro_batch (`int`): `prm_micro_batch_size`.
     """
     longest, lengths = max(completions), padded(completions, micro_batch)
     policy = {"rank": rank, "checkpointing": checkpointing, "fused_head": fused_head, "causal": causal}
@@ -171,13 +168,12 @@ def step_flops(
     flops["reference"] = sum(
         forward_flops(shape, prompt, length, rank=reference_rank, causal=causal) for length in lengths
     )
-    if not (single_forward and update in ("after", "reverse")):
-        flops["scoring"] = scoring
+    if update == "none" or replay:
+        flops["scoring"] = scoring  # else the scores come out of the PRM's own training pass
     if update != "none":
         flops["prm"] = epochs * (1 + replay) * sum(train_flops(shape, prompt, length, **prm) for length in lengths)
-        # All rows again with "before"; for a metric otherwise, of one micro-batch of whole groups
-        checked = min(max(micro_batch // num_generations, 1) * num_generations, len(completions))
-        flops["after update"] = scoring if update == "before" else scoring * checked / len(completions)
+    if update == "before":
+        flops["scoring again"] = scoring
     return flops
 
 
@@ -348,7 +344,6 @@ def seven_b_steps(
         "GRPO": {"update": "grpo"},
         "GRPO with KL": {"update": "grpo", "kl": True},
         "PRIME, after": {},
-        "PRIME, after, scores from the training pass": {"single_forward": True},
         "PRIME, before": {"update": "before"},
         "PRIME, policy as reference": {"reference": "policy"},
         "PRIME, 4 PRM epochs": {"epochs": 4},

@@ -6,7 +6,8 @@ machine is busy for all of them. Settings:
 
     train       completions are given and of full length: the worst case for PRIME
     generate    the policy generates for a fixed number of tokens, as long as the longest completion; most are shorter, as
-                they are in real rollouts, where a batch goes on until its longest row is done
+                they are in real rollouts, where a batch goes on until its longest row is done; a narrow deep model,
+                whose generation takes most of a step, as it does on GPUs
     even        generated, and all completions are as long as the longest (with --settings only)
 
 each with `full` (policy, PRM and reference are three models) and `lora` (two adapters on one base, which is the
@@ -76,6 +77,8 @@ RESULTS = HERE / "results" / "step.json"
 SETTINGS = ("full-train", "full-generate", "lora-train", "lora-generate", "full-even", "lora-even")
 CONTENDERS = ("grpo", "grpo-kl", "after", "before")
 SHAPE = Shape(layers=6, hidden=384, intermediate=1536, heads=6, kv_heads=2, head_dim=64, vocab=8192)
+# Of "generate": a step of decoding is bound by latency here, as it is by bandwidth on a GPU, and not by FLOPs
+NARROW = Shape(layers=12, hidden=128, intermediate=512, heads=4, kv_heads=2, head_dim=32, vocab=8192)
 RANK, K, MICRO_BATCH, PROMPT = 16, 4, 4, 16
 GOALS = {"time_ratio": 1.20, "needed_ratio": 1.05, "memory_ratio": 1.05}
 # Of "generate": seldom does a completion run to the limit. Shares of the longest, two groups of K = 4.
@@ -86,23 +89,28 @@ RAGGED = (0.22, 0.35, 0.16, 1.0, 0.28, 0.12, 0.4, 0.19)
 # The same model and the same batch for all
 
 
-def make_base(folder: str) -> None:
+def shape_of(setting: str) -> Shape:
+    return NARROW if setting.endswith("generate") else SHAPE
+
+
+def make_base(folder: str, shape: Shape) -> None:
     """A model and a tokenizer, made on the spot: what it says does not matter for time and memory."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=SHAPE.vocab,
-        hidden_size=SHAPE.hidden,
-        intermediate_size=SHAPE.intermediate,
-        num_hidden_layers=SHAPE.layers,
-        num_attention_heads=SHAPE.heads,
-        num_key_value_heads=SHAPE.kv_heads,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, SHAPE.vocab)}
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, shape.vocab)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
@@ -117,8 +125,8 @@ def completion_lengths(setting: str, options: argparse.Namespace) -> list[int]:
 
 
 def prm_micro_batch(setting: str) -> int:
-    """Rows of the PRM's micro-batches: where lengths differ, a row by itself is not padded. The policy's always are."""
-    return 1 if setting.endswith("generate") else MICRO_BATCH
+    """Rows of the PRM's micro-batches: half the policy's; where lengths differ, one, which is not padded."""
+    return 1 if setting.endswith("generate") else MICRO_BATCH // 2
 
 
 def rollouts(setting: str, options: argparse.Namespace) -> dict[str, list]:
@@ -401,7 +409,7 @@ def advantages_process(connection: Any, spec: dict[str, Any], options: argparse.
 
 
 def base_process(connection: Any, spec: dict[str, Any], options: argparse.Namespace) -> None:
-    make_base(spec["base"])
+    make_base(spec["base"], shape_of(spec["setting"]))
     connection.send("done")
 
 
@@ -553,14 +561,13 @@ def rows_of(setting: str, measured: dict[str, Any], options: argparse.Namespace)
 def model_flops(setting: str, update: str, options: argparse.Namespace) -> dict[str, float]:
     """FLOPs of the passes of a step by the cost model; generation is not among them."""
     return step_flops(
-        SHAPE,
+        shape_of(setting),
         PROMPT,
         completion_lengths(setting, options),
         update=update,
         rank=RANK if setting.startswith("lora") else 0,
         prm_rank=RANK if setting.startswith("lora") else 0,
         micro_batch=prm_micro_batch(setting),
-        num_generations=K,
         checkpointing=options.checkpointing,
         causal=False,  # torch's CPU attention with a mask computes all pairs
     )
@@ -601,12 +608,12 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def steps_table(result: dict[str, Any]) -> str:
     """The markdown table of steps from the contents of `results/step.json`."""
     lines = [
-        "| setting | update | GRPO | PRIME | time ratio (range) | expected | needed passes | memory ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | update | generation | GRPO | PRIME | time ratio (range) | expected | needed passes | memory ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(
-            f"| {row['setting']} | {row['update']} | {row['grpo_seconds']:.2f} s | {row['prime_seconds']:.2f} s "
+            f"| {row['setting']} | {row['update']} | {row['generation_share']:.0%} | {row['grpo_seconds']:.2f} s | {row['prime_seconds']:.2f} s "
             f"| {row['time_ratio']:.2f} ({row['time_ratio_min']:.2f} to {row['time_ratio_max']:.2f}) "
             f"| {row['expected_ratio']:.2f} | {row['needed_over_grpo']:.2f} | {row['memory_ratio']:.2f} |"
         )
@@ -663,10 +670,10 @@ def main() -> None:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "table")}
     result: dict[str, Any] = {"machine": machine(options), "options": kept, "rows": [], "advantages": []}
     with tempfile.TemporaryDirectory() as folder:
-        child = Child(base_process, {"base": f"{folder}/base"}, options)
-        child.answer()
-        child.stop()
         for setting in options.settings:
+            child = Child(base_process, {"setting": setting, "base": f"{folder}/base"}, options)
+            child.answer()
+            child.stop()
             found = rows_of(setting, measure(setting, folder, options), options)
             result["rows"] += found
             print(steps_table({"rows": found}), flush=True)

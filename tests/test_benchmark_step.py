@@ -116,12 +116,10 @@ def test_passes_of_a_step(cost_model, shape):
 
     grpo, after, before = flops(update="grpo"), flops(), flops(update="before")
     assert set(grpo) == {"policy"} and grpo["policy"] == after["policy"]
-    assert set(after) == {"policy", "reference", "scoring", "prm", "after update"}
-    assert after["reference"] == after["scoring"] == before["after update"]
-    assert after["after update"] == after["scoring"] / 2
-    assert after["prm"] == pytest.approx(3 * after["scoring"])
-    assert flops(epochs=2, replay=1)["prm"] == 4 * after["prm"]
-    assert "scoring" not in flops(single_forward=True) and "scoring" in flops(update="before", single_forward=True)
+    assert set(after) == {"policy", "reference", "prm"} and set(before) - set(after) == {"scoring again"}
+    assert after["reference"] == before["scoring again"] == flops(update="none")["scoring"]
+    assert after["prm"] == pytest.approx(3 * after["reference"])
+    assert flops(epochs=2, replay=1)["prm"] == 4 * after["prm"] and "scoring" in flops(replay=1)
 
 
 def test_memory_of_a_shared_base(cost_model, shape):
@@ -155,12 +153,15 @@ def test_tables_and_goals_of_a_result(step):
         "memory_ratio": 1.02,
         "prime_seconds": 1.3,
         "grpo_seconds": 1.0,
+        "generation_share": 0.8,
         "expected_ratio": 1.25,
         "needed_over_grpo": 1.28,
         "needed_ratio": 1.02,
     }
     result = json.loads(json.dumps({"rows": [row, {**row, "update": "before"}], "advantages": []}))
     assert (
-        step.steps_table(result).splitlines()[2].startswith("| lora-generate | after | 1.00 s | 1.30 s | 1.30 (1.20")
+        step.steps_table(result)
+        .splitlines()[2]
+        .startswith("| lora-generate | after | 80% | 1.00 s | 1.30 s | 1.30 (1.20")
     )
     assert step.shortfalls(result) == ["lora-generate, after: time_ratio 1.300 is above 1.2"]
