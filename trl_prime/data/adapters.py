@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from ..prime_config import nearest
+from ..names import nearest
 from ..rewards.registry import parse_call
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
 
