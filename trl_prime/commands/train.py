@@ -8,7 +8,10 @@ as a flag, which wins.
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,8 @@ TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",
 }
+# Tell a process that it is one of several
+_GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -171,10 +176,7 @@ def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> t
     if script_args.task:
         if script_args.task not in TASKS and "." not in script_args.task:
             raise ValueError(f"task is {script_args.task!r}, which is unknown. {nearest(script_args.task, TASKS)}")
-        prepare = load_object(TASKS.get(script_args.task, script_args.task))
-        print(f"Preparing the task '{script_args.task}' ...", flush=True)
-        with args.main_process_first(desc="preparing the task"):
-            task = prepare(Path(args.output_dir), seed=args.seed, **(script_args.task_kwargs or {}))
+        task = _load_task(script_args, args)
         model, train_dataset, eval_dataset = task.model, task.train_dataset, task.eval_dataset
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
@@ -214,6 +216,31 @@ def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> t
     if not args.disable_tqdm:
         MetricsProgressCallback.replace_default(trainer, "PRIME", PRIME_METRICS)
     return trainer, task
+
+
+def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
+    from ..rewards import load_object
+
+    path = TASKS.get(script_args.task, script_args.task)
+    arguments = (args.output_dir, args.seed, script_args.task_kwargs or {})
+    prepare = load_object(path)
+    if args.process_index == 0:
+        print(f"Preparing the task '{script_args.task}' ...", flush=True)
+    with args.main_process_first(desc="preparing the task"):
+        if args.world_size > 1 and args.local_process_index == 0:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                alone.submit(_prepare_alone, path, *arguments).result()
+        output_dir, seed, kwargs = arguments
+        return prepare(Path(output_dir), seed=seed, **kwargs)
+
+
+def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]) -> None:
+    """Let a task make what it keeps in its folder: its warm-up would wait for processes that do not warm up."""
+    from ..rewards import load_object
+
+    for name in [name for name in os.environ if name in _GROUP or name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    load_object(path)(Path(output_dir), seed=seed, **kwargs)
 
 
 def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, resume_from: str | bool | None) -> None:
