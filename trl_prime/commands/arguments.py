@@ -128,6 +128,8 @@ class ArgumentReader(TrlParser):
 
 def _without_config(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     words, path = list(argv), None
+    if sum(word.split("=")[0] == "--config" for word in words) > 1:
+        raise ValueError("--config is given twice: a run has one file, and flags.")
     for i, word in enumerate(words):
         if word == "--config":
             if i + 1 == len(words) or words[i + 1].startswith("--"):

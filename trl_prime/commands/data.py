@@ -263,7 +263,8 @@ def _tracked(items: Any, description: str) -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _name(reasons: Any) -> None:

@@ -66,8 +66,8 @@ def launch_if_asked(dataclass_types: Sequence[type], argv: Sequence[str], prog: 
 
 
 def parse_launched_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
-    """[`parse_arguments`] in the process that runs the command, where the file may have fields of the launcher."""
-    ignore = {action.dest for action in _launcher()._actions} | {"accelerate_config"} if _was_launched() else ()
+    """[`parse_arguments`] in the process that runs the command. Fields of the launcher in the file have had their effect."""
+    ignore = {action.dest for action in _launcher()._actions} | {"accelerate_config"}
     return parse_arguments(dataclass_types, argv, prog, ignore=ignore, epilog=EPILOG)
 
 
