@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from trl_prime.cli import main
 from trl_prime.commands import launching
-from trl_prime.commands.launching import CONFIGS, check_process_group, launch_if_asked, parse_launched_arguments
+from trl_prime.commands.launching import CONFIGS, check_launch, launch_if_asked, parse_launched_arguments
 from trl_prime.commands.train import _types
 
 
@@ -119,12 +119,16 @@ def test_the_exit_code_is_that_of_the_process_that_failed(monkeypatch, code, exp
     assert ask("--num_processes", "1") == expected
 
 
-def test_processes_that_form_no_group_are_refused(monkeypatch):
-    check_process_group(1)
+def test_a_launch_that_does_not_do_what_the_recipe_says_is_refused(monkeypatch):
+    check_launch(world_size=1, bf16=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_process_group(2)
+    check_launch(world_size=2, bf16=True)
     with pytest.raises(ValueError, match="use_cpu: true"):
-        check_process_group(1)
+        check_launch(world_size=1, bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_launch(world_size=2, bf16=True)
+    with pytest.raises(ValueError, match="bf16 is false.*--mixed_precision no"):
+        check_launch(world_size=2, bf16=False)
 
 
 def test_two_processes_train_together(tmp_path, model_path, monkeypatch):

@@ -71,21 +71,29 @@ def parse_launched_arguments(dataclass_types: Sequence[type], argv: Sequence[str
     return parse_arguments(dataclass_types, argv, prog, ignore=ignore, epilog=EPILOG)
 
 
-def check_process_group(world_size: int) -> None:
+def check_launch(world_size: int, bf16: bool) -> None:
     """
-    Refuse to train the same model several times over.
+    Refuse a launch that does not do what the recipe says.
 
     Args:
         world_size (`int`): Processes that train together.
+        bf16 (`bool`): Whether the recipe wants mixed precision.
 
     Raises:
-        ValueError: More were started.
+        ValueError: More processes were started, which would train the same model several times over; or the launcher would
+            turn on a mixed precision that the recipe turns off.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != world_size:
         raise ValueError(
             f"{started} processes were started, but this one trains in a group of {world_size}: they would each train a model of "
             "their own and save it over the others'. Without GPUs, set use_cpu: true."
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not bf16:
+        raise ValueError(
+            f"bf16 is false, but the launcher says mixed_precision: {precision}, which the trainer would follow. Give "
+            "--mixed_precision no, or set bf16: true."
         )
 
 

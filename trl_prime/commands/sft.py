@@ -7,7 +7,7 @@ PRIME starts from a model that can solve some of its problems (the paper: Eurus-
 from __future__ import annotations
 
 from .dataset_arguments import DatasetArguments, load_split
-from .launching import check_process_group, launch_if_asked, parse_launched_arguments
+from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .train import model_init_kwargs, resume_point
 from .work import work
 
@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     if exit_code is not None:
         return exit_code
     script_args, args, model_args = parse_launched_arguments(types, argv, "trl-prime sft")
-    check_process_group(args.world_size)
+    check_launch(args.world_size, args.bf16)
     if not (model_args.model_name_or_path and script_args.dataset_name):
         raise ValueError("Give `model_name_or_path` and `dataset_name`.")
     for name in ("dataset_ability", "max_prompt_length"):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..names import nearest
 from .dataset_arguments import DatasetArguments, load_split
-from .launching import check_process_group, launch_if_asked, parse_launched_arguments
+from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .work import work
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(argv: list[str]) -> int:
     if exit_code is not None:
         return exit_code
     script_args, args, model_args = parse_train_arguments(argv)
-    check_process_group(args.world_size)
+    check_launch(args.world_size, args.bf16)
     resume_from = resume_point(args)
     trainer, task = _prepare(script_args, args, model_args)
     with work():
