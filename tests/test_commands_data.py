@@ -57,6 +57,7 @@ def test_gold_answers_and_tests_that_cannot_be_judged():
         ("math", "x^2 + 1", None, None),
         ("math", None, None, "not understood"),
         ("math", r"\sqrt{", None, "not understood"),
+        ("math", "x +* / )", None, "not understood"),  # equal to itself as a text
         ("code", None, tests, None),
         ("code", None, "{}", "no tests"),
         ("code", None, "[1", "not JSON"),

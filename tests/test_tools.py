@@ -1,16 +1,18 @@
 """Tools of a policy: the interpreter in the sandbox, and names in a recipe."""
 
+import time
+
 import pytest
 from transformers.utils import get_json_schema
 
-from trl_prime.rewards.sandbox import SandboxUnavailable
+from trl_prime.rewards.sandbox import Limits, SandboxUnavailable
 from trl_prime.tools import load_tool, python_tool
 
 
 @pytest.fixture(scope="module")
 def python():
     try:
-        return python_tool(seconds=2.0, max_characters=40)
+        return python_tool(seconds=1.0, max_characters=40)
     except SandboxUnavailable as error:
         pytest.skip(str(error))
 
@@ -27,7 +29,9 @@ def test_a_program_is_walled_in_and_ended(python, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("token")
     assert "token" not in python(f"print(open({str(secret)!r}).read())")
+    start = time.monotonic()
     assert python("while True: pass").endswith("[stopped: time limit]")
+    assert 1 <= time.monotonic() - start < Limits().wall_seconds
     assert python("print('still here')") == "still here"
 
 

@@ -73,16 +73,12 @@ def _exit_code(error: Exception) -> int | None:
     from .rewards.sandbox.limits import SandboxUnavailable
 
     # One that the import system raised has a name, one with a sentence of what to install has none
-    not_installed = isinstance(error, ImportError) and error.name is None
-    if not is_on_the_way(error) and (
-        not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
-    ):
+    is_not_installed = isinstance(error, ImportError) and error.name is None
+    is_refusal = is_not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
+    if is_refusal and not is_on_the_way(error):
         return 2
-    if isinstance(error, (HfHubHTTPError, FloatingPointError, OSError, SandboxUnavailable)) or _is_out_of_memory(
-        error
-    ):
-        return 1
-    return None
+    foreseen = (HfHubHTTPError, FloatingPointError, OSError, SandboxUnavailable)
+    return 1 if isinstance(error, foreseen) or _is_out_of_memory(error) else None
 
 
 def _sentence(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """`trl-prime sft`: supervised warm-up of a base model by TRL's `SFTTrainer`, on a data set with finished conversations.
 
 PRIME starts from a model that can solve some of its problems (the paper: Eurus-2-7B-SFT). A recipe holds fields of TRL's
-`SFTConfig` and `ModelConfig` and of `DatasetArguments`, and flags of accelerate's launcher.
+`SFTConfig` and `ModelConfig` and of `DatasetArguments`, and flags of accelerate's launcher. `dataset_format` makes the
+conversations; on data that is in TRL's form already, `trl sft` does the same.
 """
 
 from __future__ import annotations
