@@ -1,6 +1,7 @@
 """The command line: recipes, flags that override them, and errors that help."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
-from trl_prime.commands.train import parse_train_arguments
+from trl_prime.commands.train import _prepare_alone, parse_train_arguments
 from trl_prime.commands.work import work
 from trl_prime.data.running_sums import running_sum_reward
 from trl_prime.rewards import load_object, load_reward_func
@@ -104,6 +105,12 @@ def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsy
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["model_name_or_path", "prm_model_name_or_path"])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys, option):
+    assert main(_train_flags(tmp_path, "no/model", "no/data", **{option: "./nowhere"})) == 2
+    assert f"{option} is './nowhere', but there is no such folder" in capsys.readouterr().err
+
+
 def test_resuming_from_the_command_line(tmp_path, model_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i}"}) + "\n" for i in range(8)))
@@ -134,6 +141,19 @@ def test_rows_of_an_ability_with_short_prompts(tmp_path, model_path):
     arguments.max_prompt_length = length - 1
     with pytest.raises(ValueError, match=f"max_prompt_length is {length - 1}"):
         load_split(arguments, "train", model_path)
+
+
+def note_group(output_dir, seed, name):
+    (output_dir / name).write_text(
+        " ".join(sorted({"RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "HOME"} & {*os.environ}))
+    )
+
+
+def test_a_task_of_several_processes_is_made_outside_of_their_group(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "HOME"):
+        monkeypatch.setenv(name, "2")
+    _prepare_alone(f"{__name__}.note_group", str(tmp_path), 0, {"name": "group"})
+    assert (tmp_path / "group").read_text() == "HOME"
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path, capsys):

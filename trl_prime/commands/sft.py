@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
-from .train import model_init_kwargs, resume_point
+from .train import check_model_name, model_init_kwargs, resume_point
 from .work import work
 
 
@@ -29,6 +29,7 @@ def run(argv: list[str]) -> int:
         if getattr(script_args, name) is not None:
             raise ValueError(f"{name} is for data sets of prompts: leave it out. `max_length` shortens conversations.")
     resume_from = resume_point(args)
+    check_model_name("model_name_or_path", model_args.model_name_or_path)
 
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 

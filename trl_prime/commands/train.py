@@ -114,6 +114,8 @@ def run(argv: list[str]) -> int:
     script_args, args, model_args = parse_train_arguments(argv)
     check_launch(args.world_size, args.bf16)
     resume_from = resume_point(args)
+    check_model_name("model_name_or_path", model_args.model_name_or_path)
+    check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
     trainer, task = _prepare(script_args, args, model_args)
     with work():
         _train(trainer, task, script_args, resume_from)
@@ -142,6 +144,17 @@ def resume_point(args: Any) -> str | bool | None:
     if not Path(wanted).is_dir():
         raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is no folder. Give a checkpoint, or true.")
     return wanted
+
+
+def check_model_name(option: str, name: str | None) -> None:
+    """
+    Refuse a path of a model that is not there, before anything is loaded.
+
+    Raises:
+        ValueError: It is written as a path, but is no folder.
+    """
+    if name and (name.startswith((".", "~")) or Path(name).is_absolute()) and not Path(name).is_dir():
+        raise ValueError(f"{option} is {name!r}, but there is no such folder.")
 
 
 def model_init_kwargs(args: Any, model_args: Any) -> dict[str, Any]:
