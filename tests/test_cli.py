@@ -1,37 +1,30 @@
 """The command line: recipes, flags that override them, and errors that help."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import yaml
+import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
-from trl_prime.commands.train import parse_train_arguments
+from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
+from trl_prime.commands.train import _prepare_alone, parse_train_arguments
+from trl_prime.commands.work import work
 from trl_prime.data.running_sums import running_sum_reward
 from trl_prime.rewards import load_object, load_reward_func
 
-RECIPES = sorted(
-    path
-    for path in (Path(__file__).parent.parent / "recipes").rglob("*.yaml")
-    if path.parent.name != "accelerate_configs"
-)
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_parse_and_validate(recipe, tmp_path):
-    flags = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
-    _, args, _ = parse_train_arguments(["--config", str(recipe), *flags])
-    assert args.output_dir == str(tmp_path)
-    given = yaml.safe_load(recipe.read_text())
-    assert args.learning_rate == given["learning_rate"]
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def test_flags_win_over_the_recipe():
-    _, args, _ = parse_train_arguments(["--config", str(RECIPES[0]), "--prm_beta", "0.125", "--use_cpu", "true"])
+    _, args, _ = parse_train_arguments(["--config", str(QUICKSTART), "--prm_beta", "0.125"])
     assert args.prm_beta == 0.125
+    assert args.prm_replay_batches == 4
 
 
 def test_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path, capsys):
@@ -47,6 +40,120 @@ def test_an_unknown_command_and_no_command(capsys):
     assert "'train'" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
+
+
+def hub_error():
+    return HfHubHTTPError("403 Forbidden", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+
+@pytest.mark.parametrize(
+    "error, before, on_the_way",
+    [
+        (lambda: ValueError("prm_beta is 0"), 2, None),
+        (lambda: NotImplementedError("not with ZeRO-3"), 2, None),
+        (lambda: ImportError("Judging answers needs Math-Verify"), 2, None),
+        (lambda: ModuleNotFoundError("No module named 'x'", name="x"), None, None),
+        (lambda: RuntimeError("a bug"), None, None),
+        (lambda: OSError(28, "No space left on device"), 1, 1),
+        (lambda: FloatingPointError("The policy's loss is not finite"), 1, 1),
+        (lambda: torch.OutOfMemoryError("Tried to allocate 2 GiB"), 1, 1),
+        (hub_error, 1, 1),
+        (KeyboardInterrupt, 130, 130),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_exit_codes(error, before, on_the_way, monkeypatch, capsys):
+    """None stands for an error that nobody foresaw: it keeps its traceback, and Python ends with 1."""
+
+    def fail(argv):
+        raise error()
+
+    def fail_while_working(argv):
+        with work():
+            raise error()
+
+    for run, expected in ((fail, before), (fail_while_working, on_the_way)):
+        monkeypatch.setattr("trl_prime.commands.env.run", run)
+        if expected is None:
+            with pytest.raises(type(error())):
+                main(["env"])
+        else:
+            assert main(["env"]) == expected
+            said = capsys.readouterr().err
+            assert said.startswith("trl-prime: ") and "Traceback" not in said
+            assert str(error()).split("]")[-1].strip() in said
+
+
+def breaks_later(completions, log=[], **kwargs):  # noqa: B006
+    log.append(1)
+    if len(log) > 1:
+        raise ValueError("not this time")
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def test_a_value_error_in_the_middle_of_training_is_not_blamed_on_the_recipe(tmp_path, model_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i}"}) + "\n" for i in range(8)))
+    with pytest.raises(ValueError, match="not this time"):
+        main(_train_flags(tmp_path, model_path, data, reward_funcs=f"{__name__}.breaks_later"))
+
+
+@pytest.mark.parametrize("wanted, said", [("true", "has no checkpoint"), ("runs/nowhere", "no folder")])
+def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsys, wanted, said):
+    flags = _train_flags(tmp_path, "no/model", "no/data", resume_from_checkpoint=wanted)
+    assert main(flags) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["model_name_or_path", "prm_model_name_or_path"])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys, option):
+    assert main(_train_flags(tmp_path, "no/model", "no/data", **{option: "./nowhere"})) == 2
+    assert f"{option} is './nowhere', but there is no such folder" in capsys.readouterr().err
+
+
+def test_resuming_from_the_command_line(tmp_path, model_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i}"}) + "\n" for i in range(8)))
+    reward = {"reward_funcs": f"{__name__}.length_reward"}
+    saving = {"save_strategy": "steps", "save_steps": 1, **reward}
+    assert main(_train_flags(tmp_path, model_path, data, max_steps=1, **saving)) == 0
+    assert main(_train_flags(tmp_path, model_path, data, resume_from_checkpoint="true", **reward)) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "grad_norm" in row] == [1, 2]
+
+
+def length_reward(completions, **kwargs):
+    return [float(len(completion[0]["content"]) % 2) for completion in completions]
+
+
+def test_rows_of_an_ability_with_short_prompts(tmp_path, model_path):
+    arguments = DatasetArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_ability="math")
+    kept = [{"role": "user", "content": "1"}]
+    length = len("user:1assistant:")  # as Qwen2's tokenizer, which the saved one is read as, knows no white space here
+    rows = [
+        {"prompt": kept, "ability": "math"},
+        {"prompt": kept, "ability": "code"},
+        {"prompt": [{"role": "user", "content": "12"}], "ability": "math"},
+    ]
+    Path(arguments.dataset_name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments.max_prompt_length = length
+    assert list(load_split(arguments, "train", model_path)) == rows[:1]
+    arguments.max_prompt_length = length - 1
+    with pytest.raises(ValueError, match=f"max_prompt_length is {length - 1}"):
+        load_split(arguments, "train", model_path)
+
+
+def note_group(output_dir, seed, name):
+    (output_dir / name).write_text(
+        " ".join(sorted({"RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "HOME"} & {*os.environ}))
+    )
+
+
+def test_a_task_of_several_processes_is_made_outside_of_their_group(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "HOME"):
+        monkeypatch.setenv(name, "2")
+    _prepare_alone(f"{__name__}.note_group", str(tmp_path), 0, {"name": "group"})
+    assert (tmp_path / "group").read_text() == "HOME"
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path, capsys):
@@ -74,10 +181,9 @@ def test_reward_functions_by_name():
 
 
 def test_quickstart_end_to_end_in_small(tmp_path, capsys):
-    quickstart = next(path for path in RECIPES if path.stem == "quickstart")
     small = {"num_digits": 3, "num_train": 64, "num_test": 8, "warm_up_steps": 3}
     flags = ["--output_dir", str(tmp_path), "--max_steps", "2", "--per_device_train_batch_size", "16"]
-    assert main(["train", "--config", str(quickstart), "--task_kwargs", json.dumps(small), *flags]) == 0
+    assert main(["train", "--config", str(QUICKSTART), "--task_kwargs", json.dumps(small), *flags]) == 0
     printed = capsys.readouterr().out
     assert "policy accuracy, greedy" in printed and str(tmp_path / "prm") in printed.replace("\n", "")
     results = json.loads((tmp_path / "results.json").read_text())

@@ -93,6 +93,8 @@ def fields(command):
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
 def test_recipes_set_fields_that_exist(page):
     for code in blocks(page, "yaml"):
+        if "!function" in code:
+            continue  # a task of lm-eval
         recipe = yaml.safe_load(code)
         assert set(recipe) <= fields("train"), set(recipe) - fields("train")
 

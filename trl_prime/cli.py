@@ -6,20 +6,23 @@ import importlib
 import sys
 import warnings
 
-from huggingface_hub.errors import HfHubHTTPError
-
-from .prime_config import nearest
+from .commands.work import is_on_the_way
+from .names import nearest
 
 # Name of the command: its module, and what it is for
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
+    "sft": ("sft", "Supervised warm-up of a base model, before PRIME."),
     "eval": ("evaluate", "Measure a policy and its PRM on benchmarks."),
+    "data": ("data", "Show, check or convert a data set as the trainer reads it."),
+    "env": ("env", "Versions, devices and sandbox of this machine, for bug reports."),
 }
 EXIT_CODES = """
 exit codes:
   0   all went well
   1   it failed on the way
-  2   the command line, the recipe or the data are wrong: nothing was started
+  2   the command line, the recipe or the data are wrong, or something is not installed: nothing was started
+  130 it was interrupted
 """
 
 
@@ -30,7 +33,18 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `trl-prime`; returns the exit code."""
+    """
+    Entry point of `trl-prime`.
+
+    Args:
+        argv (`list[str]`, *optional*): The words of the command line; those of the process if not given.
+
+    Returns:
+        `int`: the exit code. Errors that were foreseen are a sentence on stderr.
+
+    Raises:
+        Exception: What was not foreseen, with its traceback: the process ends with exit code 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -42,12 +56,50 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])
-    except (ValueError, NotImplementedError) as error:
-        print(f"trl-prime: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("trl-prime: interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        exit_code = _exit_code(error)
+        if exit_code is None:
+            raise
+        print(f"trl-prime: {_sentence(error)}", file=sys.stderr)
+        return exit_code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error whose message says it all; None for one that needs its traceback."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from .rewards.sandbox.limits import SandboxUnavailable
+
+    # One that the import system raised has a name, one with a sentence of what to install has none
+    is_not_installed = isinstance(error, ImportError) and error.name is None
+    is_refusal = is_not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
+    if is_refusal and not is_on_the_way(error):
         return 2
-    except HfHubHTTPError as error:
-        print(f"trl-prime: the Hub refused: {error}", file=sys.stderr)
-        return 1
+    foreseen = (HfHubHTTPError, FloatingPointError, OSError, SandboxUnavailable)
+    return 1 if isinstance(error, foreseen) or _is_out_of_memory(error) else None
+
+
+def _sentence(error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub refused: {error}"
+    if _is_out_of_memory(error):
+        return (
+            f"out of memory: {error}\nLower per_device_train_batch_size (and raise gradient_accumulation_steps), "
+            "prm_micro_batch_size, max_completion_length or vllm_gpu_memory_utilization, or spread the models by "
+            "--accelerate_config zero3."
+        )
+    return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Whoever raises it has imported torch
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from trl import GRPOConfig
 
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
+from .names import nearest
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
 
 UPDATE_MODES = ("after", "before", "reverse", "none")
@@ -424,10 +424,3 @@ class PRIMEConfig(GRPOConfig):
                     f"{per_device:g} for each {self.per_device_train_batch_size} of per_device_train_batch_size: not whole "
                     f"groups of num_generations={self.num_generations}. Choose a whole number."
                 )
-
-
-def nearest(name: str, choices) -> str:
-    """A sentence with the choice nearest to a misspelt name, and all of them."""
-    matches = difflib.get_close_matches(str(name), list(choices), n=1)
-    hint = f"Did you mean {matches[0]!r}? " if matches else ""
-    return f"{hint}Choose one of: {', '.join(choices)}."

@@ -60,7 +60,8 @@ from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_acc
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card
 from .implicit_prm.scoring import batch_completion_logps
 from .implicit_prm.updater import PRMBatch, PRMUpdater
-from .prime_config import PRIMEConfig, nearest
+from .names import nearest
+from .prime_config import PRIMEConfig
 from .process_rewards import (
     aggregate_process_rewards,
     implicit_process_rewards,

@@ -1,29 +1,38 @@
 """`trl-prime train`: train by a recipe.
 
 `trl-prime train --config recipes/quickstart.yaml [--any_field value]`. A recipe holds fields of `PRIMEConfig`, of TRL's
-`ModelConfig` and of `PRIMEScriptArguments`; any of them can be given as a flag, which wins.
+`ModelConfig` and of `PRIMEScriptArguments`, and flags of accelerate's launcher (see `launching.py`); any of them can be given
+as a flag, which wins.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl import ScriptArguments
+from ..names import nearest
+from .dataset_arguments import DatasetArguments, load_split
+from .launching import check_launch, launch_if_asked, parse_launched_arguments
+from .work import work
 
-from ..prime_config import nearest
-from .arguments import parse_arguments
+if TYPE_CHECKING:
+    from ..data.task import Task
 
 TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",
 }
+# Tell a process that it is one of several
+_GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
-class PRIMEScriptArguments(ScriptArguments):
+class PRIMEScriptArguments(DatasetArguments):
     """
     What a recipe says beside [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
@@ -31,14 +40,10 @@ class PRIMEScriptArguments(ScriptArguments):
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
             the dotted path of a function that returns a [`~trl_prime.data.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
-        dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
-            [`~trl_prime.data.formats.DATASET_FORMATS`], with options if need be, `gsm8k(question='problem')`. Not given,
-            the data set has a `prompt` and what the rewards read. `dataset_name` may be a local file or folder.
-        system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
-        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
-        on_malformed_row (`str`): `"raise"`, or `"skip"` to leave out rows that cannot be adapted.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
             row), TRL's names or dotted paths, with options if need be, `code(timeout=10)`.
+        tools (`list[str]`, *optional*): Tools that the policy may call in its turns: `"python"`, an interpreter in the sandbox,
+            or dotted paths of functions as for [`~trl.GRPOTrainer`]; with options if need be, `python(seconds=10)`.
         reward_combination (`str`, *optional*): Dotted path of a hook that computes the advantages.
         prm_model_name_or_path (`str`, *optional*): Start of the implicit PRM; the policy's own start if not given.
         prm_use_peft (`bool`): Train the PRM as a LoRA adapter.
@@ -52,32 +57,18 @@ class PRIMEScriptArguments(ScriptArguments):
         metadata={"help": f"A task with its own model, data and reward: {', '.join(TASKS)}, or a dotted path."},
     )
     task_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of the task (JSON)."})
-    dataset_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the rows of dataset_name (Hub, local file or folder) are adapted: eurus2_rl, gsm8k, math, math500, "
-            "question_answer, humaneval, mbpp or reasoning_gym, with options if need be: gsm8k(question='problem'). "
-            "Not given, the data set has a prompt and what the rewards read."
-        },
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System prompt of every row; replaces the one that is there."}
-    )
-    prompt_suffix: str | None = field(
-        default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
-    )
-    on_malformed_row: str = field(
-        default="raise",
-        metadata={
-            "help": "'raise', or 'skip' to leave out rows that cannot be adapted.",
-            "choices": ["raise", "skip"],
-        },
-    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
             "help": "Outcome rewards: math, code, verifier (math or code, by the row), names of TRL's reward functions, or "
             "dotted paths; with options if need be: code(timeout=10)."
+        },
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tools that the policy may call in its turns: python, an interpreter in the sandbox, or dotted paths; with "
+            "options if need be: python(seconds=10)."
         },
     )
     reward_combination: str | None = field(
@@ -99,7 +90,10 @@ class PRIMEScriptArguments(ScriptArguments):
 
     def __post_init__(self):
         if isinstance(self.task_kwargs, str):
-            self.task_kwargs = json.loads(self.task_kwargs)
+            try:
+                self.task_kwargs = json.loads(self.task_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"task_kwargs is {self.task_kwargs!r}, which is no JSON: {error}.") from error
 
 
 def parse_train_arguments(argv: list[str]) -> tuple[PRIMEScriptArguments, Any, Any]:
@@ -109,41 +103,101 @@ def parse_train_arguments(argv: list[str]) -> tuple[PRIMEScriptArguments, Any, A
     Raises:
         ValueError: The recipe has a field that does not exist; the message names the nearest.
     """
-    from trl import ModelConfig
-
-    from ..prime_config import PRIMEConfig
-
-    return parse_arguments([PRIMEScriptArguments, PRIMEConfig, ModelConfig], argv, prog="trl-prime train")
+    return parse_launched_arguments(_types(), argv, "trl-prime train")
 
 
 def run(argv: list[str]) -> int:
     """Train by a recipe; the exit code."""
+    exit_code = launch_if_asked(_types(), argv, "trl-prime train")
+    if exit_code is not None:
+        return exit_code
     script_args, args, model_args = parse_train_arguments(argv)
+    check_launch(args.world_size, args.bf16)
+    resume_from = resume_point(args)
+    check_model_name("model_name_or_path", model_args.model_name_or_path)
+    check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
+    trainer, task = _prepare(script_args, args, model_args)
+    with work():
+        _train(trainer, task, script_args, resume_from)
+    return 0
 
+
+def resume_point(args: Any) -> str | bool | None:
+    """
+    `resume_from_checkpoint`: a folder, or true for the last checkpoint of `output_dir`.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
+            raise ValueError(
+                f"resume_from_checkpoint is true, but output_dir {args.output_dir!r} has no checkpoint. Leave it out to "
+                "start anew."
+            )
+        return True
+    if not Path(wanted).is_dir():
+        raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is no folder. Give a checkpoint, or true.")
+    return wanted
+
+
+def check_model_name(option: str, name: str | None) -> None:
+    """
+    Refuse a path of a model that is not there, before anything is loaded.
+
+    Raises:
+        ValueError: It is written as a path, but is no folder.
+    """
+    if name and (name.startswith((".", "~")) or Path(name).is_absolute()) and not Path(name).is_dir():
+        raise ValueError(f"{option} is {name!r}, but there is no such folder.")
+
+
+def model_init_kwargs(args: Any, model_args: Any) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`: what `ModelConfig` says, and `model_init_kwargs`, which wins."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def _types() -> list[type]:
+    from trl import ModelConfig
+
+    from ..prime_config import PRIMEConfig
+
+    return [PRIMEScriptArguments, PRIMEConfig, ModelConfig]
+
+
+def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
+    """The trainer, and the task if the recipe has one."""
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
 
-    from ..evaluation.progress import PRIME_METRICS, MetricsProgressCallback, plot_learning_curve, print_summary
+    from ..evaluation.progress import PRIME_METRICS, MetricsProgressCallback
     from ..prime_trainer import PRIMETrainer
     from ..rewards import load_object, load_reward_func
+    from ..tools import load_tool
 
-    output_dir = Path(args.output_dir)
     task = None
     if script_args.task:
         if script_args.task not in TASKS and "." not in script_args.task:
             raise ValueError(f"task is {script_args.task!r}, which is unknown. {nearest(script_args.task, TASKS)}")
-        prepare = load_object(TASKS.get(script_args.task, script_args.task))
-        print(f"Preparing the task '{script_args.task}' ...", flush=True)
-        with args.main_process_first(desc="preparing the task"):
-            task = prepare(output_dir, seed=args.seed, **(script_args.task_kwargs or {}))
+        task = _load_task(script_args, args)
         model, train_dataset, eval_dataset = task.model, task.train_dataset, task.eval_dataset
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
         with args.main_process_first(desc="loading the data set"):
-            train_dataset = _load_split(script_args, script_args.dataset_train_split)
+            train_dataset = load_split(script_args, script_args.dataset_train_split, model)
             eval_dataset = None
             if args.eval_strategy != "no":
-                eval_dataset = _load_split(script_args, script_args.dataset_test_split)
+                eval_dataset = load_split(script_args, script_args.dataset_test_split, model)
     else:
         raise ValueError("Give either `task`, or `model_name_or_path` and `dataset_name`.")
     reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]
@@ -157,12 +211,7 @@ def run(argv: list[str]) -> int:
             lora_alpha=script_args.prm_lora_alpha,
             target_modules=script_args.prm_lora_target_modules or model_args.lora_target_modules or "all-linear",
         )
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
 
     trainer = PRIMETrainer(
         model=model,
@@ -172,18 +221,51 @@ def run(argv: list[str]) -> int:
         eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        tools=[load_tool(spec) for spec in script_args.tools or []] or None,
         prm_model=script_args.prm_model_name_or_path,
         prm_peft_config=prm_peft_config,
         reward_combination=load_object(script_args.reward_combination) if script_args.reward_combination else None,
     )
     if not args.disable_tqdm:
         MetricsProgressCallback.replace_default(trainer, "PRIME", PRIME_METRICS)
+    return trainer, task
 
+
+def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
+    from ..rewards import load_object
+
+    path = TASKS.get(script_args.task, script_args.task)
+    arguments = (args.output_dir, args.seed, script_args.task_kwargs or {})
+    prepare = load_object(path)
+    if args.process_index == 0:
+        print(f"Preparing the task '{script_args.task}' ...", flush=True)
+    with args.main_process_first(desc="preparing the task"):
+        if args.world_size > 1 and args.local_process_index == 0:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                alone.submit(_prepare_alone, path, *arguments).result()
+        output_dir, seed, kwargs = arguments
+        return prepare(Path(output_dir), seed=seed, **kwargs)
+
+
+def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]) -> None:
+    """Let a task make what it keeps in its folder: its warm-up would wait for processes that do not warm up."""
+    from ..rewards import load_object
+
+    for name in [name for name in os.environ if name in _GROUP or name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    load_object(path)(Path(output_dir), seed=seed, **kwargs)
+
+
+def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, resume_from: str | bool | None) -> None:
+    """Train, save, and, of a task, measure before and after."""
+    from ..evaluation.progress import plot_learning_curve, print_summary
+
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
     measures = task is not None and trainer.accelerator.is_main_process
     if measures:
         before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
         print(f"Held-out accuracy before: {before['greedy']:.1%} greedy, {before['sampled']:.1%} sampled", flush=True)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(args.output_dir)
     trainer.save_state()
     saved = {"policy": output_dir, "PRM": output_dir / "prm"}
@@ -198,31 +280,6 @@ def run(argv: list[str]) -> int:
         print_summary(before, after, prm, saved)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    return 0
-
-
-def _load_split(script_args: PRIMEScriptArguments, split: str) -> Any:
-    """A split of the recipe's data set, in the form that the trainer reads."""
-    from ..data.adapters import load_prime_dataset
-    from ..data.formats import DATASET_FORMATS
-    from ..rewards.registry import parse_call
-
-    name = parse_call(script_args.dataset_format or "")[0]
-    if name in DATASET_FORMATS and "prompt" not in DATASET_FORMATS[name].features:
-        raise ValueError(
-            f"dataset_format is {name!r}, which makes finished conversations for supervised fine-tuning. Train on a format "
-            "with a prompt."
-        )
-    return load_prime_dataset(
-        script_args.dataset_name,
-        script_args.dataset_format,
-        split=split,
-        config=script_args.dataset_config,
-        streaming=script_args.dataset_streaming,
-        system_prompt=script_args.system_prompt,
-        prompt_suffix=script_args.prompt_suffix,
-        on_error=script_args.on_malformed_row,
-    )
 
 
 def _measure(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from ..prime_config import nearest
+from ..names import nearest
 from ..rewards.registry import parse_call
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
 
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-# Column of the rows left out, while adapting
-_MALFORMED = "__malformed__"
+# Column with the reason why a row could not be adapted, None of the others: while adapting, and with on_error="mark"
+MALFORMED = "__malformed__"
+ON_ERROR = ("raise", "skip", "mark")
 
 
 def load_prime_dataset(
@@ -68,7 +69,8 @@ def load_prime_dataset(
         system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
         prompt_suffix (`str`, *optional*): Appended to every prompt that does not hold it: `"math"` or `"code"` for the two
             that the paper's data has, or a text of one's own. A prompt that holds either of the two gets neither.
-        on_error (`str`): What to do about a malformed row: `"raise"`, or `"skip"`, which logs how many there were.
+        on_error (`str`): What to do about a malformed row: `"raise"`; `"skip"`, which logs how many there were; or
+            `"mark"`, which keeps it empty and adds the column `MALFORMED` with the reason, None for all other rows.
         options: Options of the format: names of columns, and what its row function takes.
 
     Returns:
@@ -79,8 +81,8 @@ def load_prime_dataset(
         ValueError: The format, an option, the file or a column does not exist, or a row is malformed; the message tells
             the row's index.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is {on_error!r}, which is unknown. {nearest(on_error, ('raise', 'skip'))}")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}, which is unknown. {nearest(on_error, ON_ERROR)}")
     if format is not None:
         format, given = parse_call(format)
         options = {**(given or {}), **options}
@@ -149,10 +151,10 @@ def adapt_dataset(
         settings=settings,
         system_prompt=system_prompt,
         suffix=suffix,
-        skip=on_error == "skip",
+        skip=on_error != "raise",
         version=__version__,
     )
-    features = Features({**known.features, **({_MALFORMED: Value("string")} if on_error == "skip" else {})})
+    features = Features({**known.features, **({MALFORMED: Value("string")} if on_error != "raise" else {})})
     adapted = dataset.map(adapt, with_indices=True, remove_columns=present, features=features)
     return _without_malformed(adapted, format) if on_error == "skip" else adapted
 
@@ -180,27 +182,27 @@ def _adapt_row(
             raise ValueError(
                 f"Row {i} is no {format!r} row: {error}. Mend it, or leave such rows out by on_malformed_row: skip."
             ) from error
-        return dict.fromkeys(known.features) | {_MALFORMED: f"row {i}: {error}"}
+        return dict.fromkeys(known.features) | {MALFORMED: f"row {i}: {error}"}
     messages = "prompt" if "prompt" in adapted else "messages"
     adapted[messages] = _dress_messages(adapted[messages], system_prompt, suffix)
-    return adapted | ({_MALFORMED: None} if skip else {})
+    return adapted | ({MALFORMED: None} if skip else {})
 
 
 def _without_malformed(dataset: Dataset | IterableDataset, format: str) -> Dataset | IterableDataset:
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_keep_and_tell, input_columns=[_MALFORMED]).remove_columns(_MALFORMED)
-    reasons = dataset[_MALFORMED]
+        return dataset.filter(_keep_and_tell, input_columns=[MALFORMED]).remove_columns(MALFORMED)
+    reasons = dataset[MALFORMED]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     malformed = [reason for reason in reasons if reason is not None]
     if not malformed:
-        return dataset.remove_columns(_MALFORMED)
+        return dataset.remove_columns(MALFORMED)
     first = "; ".join(malformed[:5])
     if not kept:
         raise ValueError(f"None of the {len(malformed)} rows is a {format!r} row. The first: {first}.")
     logger.warning(
         f"Left out {len(malformed)} of {len(dataset)} rows that are no {format!r} rows. The first: {first}."
     )
-    return dataset.select(kept).remove_columns(_MALFORMED)
+    return dataset.select(kept).remove_columns(MALFORMED)
 
 
 def _keep_and_tell(reason: str | None) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, Value
 
-from ..prime_config import nearest
+from ..names import nearest
 
 if TYPE_CHECKING:
     Messages = list[dict[str, str]]

@@ -123,7 +123,7 @@ def make_task(task: str, config: dict[str, Any]) -> Any:
             "`pip install reasoning-gym`."
         ) from error
 
-    from ..prime_config import nearest
+    from ..names import nearest
 
     # A composite hands answers on to other tasks' scorers, past the check of `load_scorer`
     if task == "composite":

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..prime_config import nearest
+from ..names import nearest
 
 # Spec name -> (module, function for the plain name, class for the call form); imported when they are asked for
 VERIFIERS = {

@@ -1,0 +1,112 @@
+"""`trl-prime data` and `trl-prime env`."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from trl_prime import __version__
+from trl_prime.cli import main
+from trl_prime.commands import env
+from trl_prime.commands.data import unjudged_rows
+from trl_prime.data.adapters import load_prime_dataset
+from trl_prime.rewards.sandbox import SandboxUnavailable
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    answers = ["so\n#### 2", "no number", "#### 3", "#### \\frac{1}{"]
+    path.write_text(
+        "".join(json.dumps({"question": f"{i} [plus] 1", "answer": a}) + "\n" for i, a in enumerate(answers))
+    )
+    return path
+
+
+def data(path, *flags):
+    return main(["data", "--dataset_name", str(path), "--dataset_format", "gsm8k", *flags])
+
+
+def test_rows_are_shown_as_the_chat_template_writes_them(gsm8k, model_path, capsys):
+    assert data(gsm8k, "--show", "1") == 0
+    printed = capsys.readouterr().out
+    assert "[user] 0 [plus] 1" in printed and "solution: 2" in printed and "row 1" not in printed
+    assert data(gsm8k, "--show", "2", "--tokenizer", model_path) == 0
+    printed = capsys.readouterr().out
+    assert "user:0 [plus] 1" in printed and "assistant:" in printed
+    assert "2 [plus] 1" in printed  # the second row is malformed
+
+
+def test_check_names_the_rows_and_what_is_wrong(gsm8k, model_path, capsys):
+    flags = ["--check", "--tokenizer", model_path, "--max_prompt_length", "20"]
+    assert data(gsm8k, *flags) == 2
+    printed = capsys.readouterr().out
+    assert "4 rows, 1 malformed\n  row 1: the answer ends in 'no number'" in printed
+    # "user:0plus1assistant:": the tokenizer knows neither white space nor brackets
+    assert "prompts of 21 to 21 tokens, median 21" in printed
+    assert "3 prompts with more than 20 tokens\n  row 0: 21 tokens\n  row 2" in printed
+    assert "1 rows whose gold answer or tests cannot be judged\n  row 3: the gold answer '\\\\frac{1}{'" in printed
+    assert data(gsm8k, "--check", "--max_rows", "1") == 0
+    assert "1 rows, 0 malformed" in capsys.readouterr().out
+
+
+def test_gold_answers_and_tests_that_cannot_be_judged():
+    tests = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
+    rows = [
+        ("math", "1/2", None, None),
+        ("math", "x^2 + 1", None, None),
+        ("math", None, None, "not understood"),
+        ("math", r"\sqrt{", None, "not understood"),
+        ("math", "x +* / )", None, "not understood"),  # equal to itself as a text
+        ("code", None, tests, None),
+        ("code", None, "{}", "no tests"),
+        ("code", None, "[1", "not JSON"),
+        (None, "5", None, None),
+        (None, None, None, "no tests"),
+        ("reasoning_gym", None, "{}", None),
+    ]
+    dataset = Dataset.from_list([{"ability": a, "solution": s, "tests": t} for a, s, t, _ in rows])
+    found = dict(unjudged_rows(dataset))
+    assert set(found) == {i for i, row in enumerate(rows) if row[3]}
+    assert all(rows[i][3] in reason for i, reason in found.items())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_converted_rows_are_read_back_without_a_format(gsm8k, tmp_path, suffix):
+    output = tmp_path / f"adapted{suffix}"
+    assert data(gsm8k, "--output", str(output), "--prompt_suffix", "math") == 0
+    adapted = load_prime_dataset(str(gsm8k), "gsm8k", prompt_suffix="math", on_error="skip")
+    assert list(load_prime_dataset(str(output))) == list(adapted)
+    assert len(adapted) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--output", "adapted.csv"], "end in .jsonl or .parquet"),
+        (["--output", "rows.jsonl"], "there already"),
+        (["--show", "0"], "show is 0"),
+        (["--max_prompt_length", "5"], "--tokenizer"),
+        (["--dataset_split", "test"], "has only the split 'train'"),
+    ],
+)
+def test_wrong_options(gsm8k, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(gsm8k.parent)
+    assert data("rows.jsonl", *flags) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_env_tells_versions_and_the_sandbox(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for line in (f"trl-prime version: {__version__}", "PyTorch version", "TRL version", "PEFT version", "Math-Verify"):
+        assert line in printed
+    assert "Hub: offline" in printed
+
+
+def test_env_tells_why_there_is_no_sandbox(monkeypatch):
+    def none(kind):
+        raise SandboxUnavailable("user namespaces are forbidden")
+
+    monkeypatch.setattr("trl_prime.rewards.sandbox.open_sandbox", none)
+    assert env.sandbox() == "none. user namespaces are forbidden"

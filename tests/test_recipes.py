@@ -1,0 +1,168 @@
+"""Every recipe is parsed, validated and trained for two steps, with a tiny model and tiny data in the place of its own."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig
+from trl.chat_template_utils import qwen2_5_chat_template
+
+from trl_prime import ImplicitPRM, PRIMEConfig
+from trl_prime.cli import main
+from trl_prime.commands import launching
+from trl_prime.commands.dataset_arguments import DatasetArguments
+from trl_prime.commands.train import PRIMEScriptArguments
+from trl_prime.data.task import Task
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+# What a stand-in may change of a recipe; everything else is trained with as it is written
+REPLACED = {
+    "output_dir": None,
+    "model_name_or_path": None,
+    "dataset_name": None,
+    "dataset_config": None,
+    "task": f"{__name__}.tiny_task",
+    "task_kwargs": "{}",
+    "load_in_4bit": "false",
+    "dtype": "float32",
+    "bf16": "false",
+    "use_cpu": "true",
+    "use_vllm": "false",
+    "max_steps": "2",
+    "num_train_epochs": "1",
+    "per_device_train_batch_size": None,
+    "gradient_accumulation_steps": "1",
+    "max_completion_length": "8",
+    "max_length": "64",
+    "report_to": "none",
+    "save_strategy": "no",
+    "save_steps": "100",
+    "logging_steps": "1",
+    "gradient_checkpointing": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model that speaks in characters and has the chat template of most recipes' models."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = qwen2_5_chat_template
+    build_model(7, scale=4.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def rows(dataset_format):
+    """Rows as the data set of the recipe has them."""
+    if dataset_format == "gsm8k":
+        return [{"question": f"{i} plus 1", "answer": f"so\n#### {i + 1}"} for i in range(16)]
+    if dataset_format == "eurus2_sft":
+        turns = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
+        return [{"conversations": turns, "system": "count", "id": str(i)} for i in range(16)]
+    tests = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
+    return [
+        {
+            "prompt": [{"role": "system", "content": "count"}, {"role": "user", "content": f"{i} plus 1"}],
+            "reward_model": {"ground_truth": tests if i % 2 else str(i + 1), "style": "rule"},
+            "ability": "code" if i % 2 else "math",
+            "data_source": "taco" if i % 2 else "numina_olympiads",
+            "extra_info": {"index": i, "split": "train"},
+        }
+        for i in range(16)
+    ]
+
+
+def tiny_task(output_dir, seed, model):
+    data = Dataset.from_list([{"prompt": f"{i}+{i}=", "solution": str(2 * i % 10)} for i in range(8)])
+    return Task("tiny", model, data, data, [reward_digit])
+
+
+def reward_digit(completions, solution, **kwargs):
+    return [float(answer in completion) for completion, answer in zip(completions, solution, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: "-".join(path.relative_to(FOLDER).with_suffix("").parts))
+def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(launching._LAUNCHED, "1")  # its processes are not started
+    given = yaml.safe_load(recipe.read_text())
+    command = "sft" if recipe.parent.name == "sft" else "train"
+    flags = {name: value for name, value in REPLACED.items() if name in given}
+    flags |= {name: REPLACED[name] for name in ("use_cpu", "bf16", "report_to", "max_steps", "gradient_checkpointing")}
+    flags |= {"output_dir": tmp_path / "run", "disable_tqdm": "true", "logging_steps": "1", "save_strategy": "no"}
+    flags["per_device_train_batch_size"] = given.get("num_generations", 4)
+    if "task" in given:
+        flags["task_kwargs"] = json.dumps({"model": tiny})
+    else:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows(given["dataset_format"])))
+        flags |= {"model_name_or_path": tiny, "dataset_name": data}
+        flags.pop("dataset_config", None)
+    assert set(flags) <= {*REPLACED, "disable_tqdm"}
+
+    settings = {}
+    for name in ("train", "sft"):
+        monkeypatch.setattr(f"trl_prime.commands.{name}.parse_launched_arguments", recorded(settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        assert main([command, "--config", str(recipe), *words]) == 0
+
+    for name, value in given.items():
+        if name not in flags and name in settings:
+            # TRL's ModelConfig takes the only one out of a list of names
+            assert settings[name] in (value, *(value if isinstance(value, list) else ())), name
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["step"] == 2 and sum("grad_norm" in row for row in history) == 2
+    if command == "train":
+        # The reward could read every row that the format made
+        assert [row["filter/judged"] for row in history if "filter/judged" in row] == [1.0, 1.0]
+        assert ("tools/call_frequency" in history[0]) == ("tools" in given)
+        assert isinstance(ImplicitPRM.from_pretrained(tmp_path / "run"), ImplicitPRM)
+
+
+def recorded(settings):
+    def parse(*arguments):
+        parsed = launching.parse_launched_arguments(*arguments)
+        for part in parsed:
+            settings.update(vars(part))
+        return parsed
+
+    return parse
+
+
+def known_fields(recipe):
+    types = [DatasetArguments, SFTConfig] if recipe.parent.name == "sft" else [PRIMEScriptArguments, PRIMEConfig]
+    launcher = {action.dest for action in launching._launcher()._actions} | {"accelerate_config"}
+    return {name for cls in [*types, ModelConfig] for name in cls.__dataclass_fields__} | launcher
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_header_names_the_command_and_batches_add_up(recipe):
+    text, given = recipe.read_text(), yaml.safe_load(recipe.read_text())
+    assert set(given) <= known_fields(recipe)
+    if recipe.parent != FOLDER:
+        assert f"--config {recipe.relative_to(FOLDER.parent)}" in text
+    counted = re.search(
+        r"(?:(\d+) (?:prompts|problems) x (\d+) completions|^# (\d+)) = (\d+) x (\d+)(?: x (\d+) GPUs)?", text, re.M
+    )
+    if counted:
+        prompts, completions, total, per_device, accumulation, processes = (int(n or 1) for n in counted.groups())
+        assert prompts * completions * total == per_device * accumulation * processes
+        assert per_device == given["per_device_train_batch_size"]
+        assert accumulation == given["gradient_accumulation_steps"]
+        assert processes == given.get("num_processes", 1)
+        assert completions == given.get("num_generations", 1)
+    else:
+        assert "gradient_accumulation_steps" not in given
+
+
+def test_readme_lists_every_recipe():
+    listed = set(re.findall(r"^\| `([^`]+\.yaml)`", (FOLDER / "README.md").read_text(), re.M))
+    assert listed == {str(path.relative_to(FOLDER)) for path in RECIPES}

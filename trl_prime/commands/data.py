@@ -1,0 +1,275 @@
+"""`trl-prime data`: look at a data set as the trainer will read it, check it, and write it to a file.
+
+`--show N` prints rows, with `--tokenizer` as its chat template writes them. `--check` goes over all rows: what cannot be adapted
+and why, how long the prompts are, and whether each gold answer can be judged. `--output FILE` writes the adapted rows. What
+was asked for is done in this order; nothing asked for shows three rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import parse_arguments
+from .dataset_arguments import FORMAT_HELP, prompt_ids
+from .work import work
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
+# How many of the bad rows are named
+_NAMED = 10
+# No gold answer: a verifier that understands the gold answer can say that this is wrong
+_WRONG = r"\boxed{-987654321}"
+
+
+@dataclass
+class DataArguments:
+    """
+    Which data set, and what to do with it.
+
+    Parameters:
+        dataset_name (`str`): Name on the Hub, or a local file or folder.
+        dataset_config (`str`, *optional*): Configuration of a data set on the Hub.
+        dataset_split (`str`): Split.
+        dataset_format (`str`, *optional*): How its rows are adapted, see [`~trl_prime.data.formats.DATASET_FORMATS`].
+        system_prompt (`str`, *optional*): System prompt of every row.
+        prompt_suffix (`str`, *optional*): Appended to every prompt.
+        max_rows (`int`, *optional*): Use only the first rows.
+        tokenizer (`str`, *optional*): Model whose chat template and tokens are meant.
+        show (`int`, *optional*): Print this many rows.
+        check (`bool`): Check all rows; the exit code is 2 if one is not as it has to be.
+        max_prompt_length (`int`, *optional*): Prompts with more tokens count as too long.
+        output (`str`, *optional*): File for the adapted rows without the malformed ones, `.jsonl` or `.parquet`.
+    """
+
+    dataset_name: str = field(metadata={"help": "Name on the Hub, or a local file or folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split."})
+    dataset_format: str | None = field(default=None, metadata={"help": FORMAT_HELP})
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt of every row."})
+    prompt_suffix: str | None = field(
+        default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Model whose chat template is shown and whose tokens are counted."}
+    )
+    show: int | None = field(default=None, metadata={"help": "Print this many rows; 3 if nothing else is asked for."})
+    check: bool = field(
+        default=False,
+        metadata={
+            "help": "Check all rows: malformed ones, lengths of prompts, gold answers that cannot be judged. Exit code 2 if "
+            "there is one."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Prompts with more tokens count as too long; needs --tokenizer."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Write the adapted rows, without malformed ones: FILE.jsonl or FILE.parquet."}
+    )
+
+    def __post_init__(self):
+        if self.show is None and not self.check and self.output is None:
+            self.show = 3
+        for name in ("max_rows", "show", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        if self.max_prompt_length is not None and not (self.tokenizer and self.check):
+            raise ValueError("max_prompt_length counts tokens while checking: give --tokenizer and --check too.")
+        if self.output is not None and Path(self.output).suffix not in WRITERS:
+            raise ValueError(f"output is {self.output!r}, but files are written that end in {' or '.join(WRITERS)}.")
+        if self.output is not None and Path(self.output).exists():
+            raise ValueError(f"output is {self.output!r}, which is there already. Remove it, or give another name.")
+
+
+def run(argv: list[str]) -> int:
+    """Show, check or convert a data set; the exit code."""
+    (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data")
+
+    from transformers import AutoTokenizer
+
+    from ..data.adapters import MALFORMED, load_prime_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
+    dataset = load_prime_dataset(
+        arguments.dataset_name,
+        arguments.dataset_format,
+        split=arguments.dataset_split,
+        config=arguments.dataset_config,
+        system_prompt=arguments.system_prompt,
+        prompt_suffix=arguments.prompt_suffix,
+        on_error="mark",
+    )
+    if arguments.max_rows is not None:
+        dataset = dataset.select(range(min(arguments.max_rows, len(dataset))))
+    malformed: dict[int, str] = {}
+    if MALFORMED in dataset.column_names:
+        malformed = {i: reason for i, reason in enumerate(dataset[MALFORMED]) if reason is not None}
+        dataset = dataset.remove_columns(MALFORMED)
+    numbers = [i for i in range(len(dataset)) if i not in malformed]
+    dataset = dataset.select(numbers)
+
+    with work():
+        if arguments.show:
+            show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer)
+        is_sound = True
+        if arguments.check:
+            is_sound = check_rows(dataset, numbers, malformed, tokenizer, arguments.max_prompt_length)
+        if arguments.output is not None:
+            getattr(dataset, WRITERS[Path(arguments.output).suffix])(arguments.output)
+            print(f"{len(dataset)} rows in {arguments.output}; {len(malformed)} malformed ones are left out.")
+    return 0 if is_sound else 2
+
+
+def show_rows(dataset: Dataset, tokenizer: Any = None) -> None:
+    """
+    Print rows.
+
+    Args:
+        dataset (`Dataset`): Adapted rows.
+        tokenizer (*optional*): Its chat template writes the messages.
+    """
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console()
+    for i, row in enumerate(dataset):
+        text = Text()
+        for name, value in row.items():
+            if name in ("prompt", "messages"):
+                text.append(f"{_written(value, tokenizer, add_generation_prompt=name == 'prompt')}\n")
+            elif value is not None:
+                text.append(f"\n{name}: ", style="bold").append(_shortened(str(value)))
+        console.print(Panel(text, title=f"row {i}", title_align="left"))
+
+
+def check_rows(
+    dataset: Dataset,
+    numbers: list[int],
+    malformed: dict[int, str],
+    tokenizer: Any = None,
+    max_prompt_length: int | None = None,
+) -> bool:
+    """
+    Check rows and print what was found.
+
+    Args:
+        dataset (`Dataset`): Adapted rows, without malformed ones.
+        numbers (`list[int]`): What row of the source each of them is.
+        malformed (`dict[int, str]`): Of other rows the reason.
+        tokenizer (*optional*): Counts the tokens of the prompts.
+        max_prompt_length (`int`, *optional*): Longer prompts are too long.
+
+    Returns:
+        `bool`: whether everything is as it has to be.
+    """
+    print(f"{len(numbers) + len(malformed)} rows, {len(malformed)} malformed")
+    _name(malformed.values())
+    abilities = Counter(dataset["ability"]) if "ability" in dataset.column_names else {}
+    for ability, count in sorted(abilities.items(), key=str):
+        print(f"  {ability}: {count}")
+    too_long: list[str] = []
+    if tokenizer is not None and "prompt" in dataset.column_names and len(dataset):
+        lengths = [len(prompt_ids(prompt, tokenizer)) for prompt in _tracked(dataset["prompt"], "tokens")]
+        ordered = sorted(lengths)
+        median, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.95))
+        print(f"prompts of {ordered[0]} to {ordered[-1]} tokens, median {median}, 95 % up to {high}")
+        if max_prompt_length is not None:
+            too_long = [
+                f"row {i}: {length} tokens"
+                for i, length in zip(numbers, lengths, strict=True)
+                if length > max_prompt_length
+            ]
+            print(f"{len(too_long)} prompts with more than {max_prompt_length} tokens")
+            _name(too_long)
+    unjudged = [f"row {numbers[i]}: {reason}" for i, reason in unjudged_rows(dataset)]
+    print(f"{len(unjudged)} rows whose gold answer or tests cannot be judged")
+    _name(unjudged)
+    return not (malformed or too_long or unjudged)
+
+
+def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int, str]]:
+    """
+    Rows whose verifier would have nothing to go by.
+
+    A gold answer has to be judged equal to itself, and another answer to be judged at all; tests have to be of a form that the
+    code reward reads. Whether they are right is not checked.
+
+    Args:
+        dataset (`Dataset`): Adapted rows; columns `solution`, `tests` and `ability`, as far as there are any.
+        batch_size (`int`): Answers judged at a time.
+
+    Yields:
+        `tuple[int, str]`: place in the data set, and the reason.
+    """
+    from ..rewards.answers import extract_gold
+    from ..rewards.code_rewards import read_tests
+    from ..rewards.math_rewards import MathReward
+
+    columns = {name: dataset[name] for name in ("solution", "tests", "ability") if name in dataset.column_names}
+    if not {"solution", "tests"} & set(columns):
+        return
+    abilities = columns.get("ability", [None] * len(dataset))
+    solutions, tests = (columns.get(name, [None] * len(dataset)) for name in ("solution", "tests"))
+    golds = []
+    for i, (ability, solution, test) in enumerate(zip(abilities, solutions, tests, strict=True)):
+        if ability == "reasoning_gym":
+            continue  # its adapter has asked the scorer
+        if ability == "math" or (ability is None and solution is not None):
+            golds.append((i, solution))
+            continue
+        try:
+            if read_tests(test) is None:
+                yield i, "no tests"
+        except ValueError as error:
+            yield i, str(error)
+    if not golds:
+        return
+    reward = MathReward()
+    for start in _tracked(range(0, len(golds), batch_size), "gold answers"):
+        batch = golds[start : start + batch_size]
+        texts = [gold for _, gold in batch]
+        same = reward([rf"\boxed{{{extract_gold(gold)}}}" for gold in texts], texts)
+        wrong = reward([_WRONG] * len(batch), texts)
+        for (i, gold), is_same, is_wrong in zip(batch, same, wrong, strict=True):
+            if is_same is None or is_wrong is None:
+                yield i, f"the gold answer {str(gold)[:80]!r} is not understood"
+            elif is_same != 1:
+                yield i, f"the gold answer {str(gold)[:80]!r} does not equal itself"
+    reward.close()
+
+
+def _written(messages: Any, tokenizer: Any, add_generation_prompt: bool) -> str:
+    if isinstance(messages, str):
+        return messages
+    if tokenizer is not None:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
+
+
+def _shortened(text: str, length: int = 500) -> str:
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+def _tracked(items: Any, description: str) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _name(reasons: Any) -> None:
+    reasons = list(reasons)
+    for reason in reasons[:_NAMED]:
+        print(f"  {reason}")
+    if len(reasons) > _NAMED:
+        print(f"  ... and {len(reasons) - _NAMED} more")

@@ -1,0 +1,123 @@
+"""What the commands that train say about their data set, and how it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ScriptArguments
+
+FORMAT_HELP = (
+    "How the rows of dataset_name (Hub, local file or folder) are adapted: eurus2_rl, eurus2_sft, gsm8k, math, math500, "
+    "question_answer, humaneval, mbpp or reasoning_gym, with options if need be: gsm8k(question='problem')."
+)
+
+
+@dataclass
+class DatasetArguments(ScriptArguments):
+    """
+    The data set of a recipe.
+
+    Parameters:
+        dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
+            [`~trl_prime.data.formats.DATASET_FORMATS`], with options if need be, `gsm8k(question='problem')`. Not given,
+            the data set has a `prompt` and what the rewards read. `dataset_name` may be a local file or folder.
+        dataset_ability (`str`, *optional*): Only the rows with this in their column `ability` are used: `"math"`, `"code"`.
+        system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
+        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
+        on_malformed_row (`str`): `"raise"`, or `"skip"` to leave out rows that cannot be adapted.
+        max_prompt_length (`int`, *optional*): Rows whose prompt has more tokens are left out.
+    """
+
+    dataset_format: str | None = field(
+        default=None,
+        metadata={"help": f"{FORMAT_HELP} Not given, the data set has a prompt and what the rewards read."},
+    )
+    dataset_ability: str | None = field(
+        default=None, metadata={"help": "Use only the rows with this in their column `ability`: math or code."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt of every row; replaces the one that is there."}
+    )
+    prompt_suffix: str | None = field(
+        default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
+    )
+    on_malformed_row: str = field(
+        default="raise",
+        metadata={
+            "help": "'raise', or 'skip' to leave out rows that cannot be adapted.",
+            "choices": ["raise", "skip"],
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose prompt has more tokens."}
+    )
+
+
+def load_split(arguments: DatasetArguments, split: str, tokenizer_name: str, messages: str = "prompt") -> Any:
+    """
+    A split of the recipe's data set, in the form that the trainer reads.
+
+    Args:
+        arguments ([`DatasetArguments`]): What the recipe says.
+        split (`str`): Its name.
+        tokenizer_name (`str`): Model whose tokens `max_prompt_length` counts.
+        messages (`str`): `"prompt"`, or `"messages"` for finished conversations.
+
+    Returns:
+        `Dataset` or `IterableDataset`: the rows.
+
+    Raises:
+        ValueError: The data set is not what the recipe says, or nothing is left of it.
+    """
+    from ..data.adapters import load_prime_dataset
+    from ..data.formats import DATASET_FORMATS
+    from ..rewards.registry import parse_call
+
+    name = parse_call(arguments.dataset_format or "")[0]
+    if name in DATASET_FORMATS and messages not in DATASET_FORMATS[name].features:
+        made, needed = "a prompt to answer", "finished conversations (eurus2_sft)"
+        if messages == "prompt":
+            made, needed = "finished conversations for supervised fine-tuning", "prompts"
+        raise ValueError(f"dataset_format is {name!r}, which makes {made}. Train on a format that makes {needed}.")
+    dataset = load_prime_dataset(
+        arguments.dataset_name,
+        arguments.dataset_format,
+        split=split,
+        config=arguments.dataset_config,
+        streaming=arguments.dataset_streaming,
+        system_prompt=arguments.system_prompt,
+        prompt_suffix=arguments.prompt_suffix,
+        on_error=arguments.on_malformed_row,
+    )
+    if arguments.dataset_ability is not None:
+        dataset = dataset.filter(_has_ability, fn_kwargs={"ability": arguments.dataset_ability})
+    if arguments.max_prompt_length is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        limits = {"tokenizer": tokenizer, "max_length": arguments.max_prompt_length}
+        dataset = dataset.filter(_is_short, fn_kwargs=limits)
+    if hasattr(dataset, "num_rows") and not dataset.num_rows:
+        raise ValueError(
+            f"No row of {arguments.dataset_name!r} is left: dataset_ability is {arguments.dataset_ability!r}, "
+            f"max_prompt_length is {arguments.max_prompt_length}."
+        )
+    return dataset
+
+
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, of messages by the chat template with the beginning of the answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def _has_ability(row: dict[str, Any], ability: str) -> bool:
+    return row.get("ability") == ability
+
+
+def _is_short(row: dict[str, Any], tokenizer: Any, max_length: int) -> bool:
+    return len(prompt_ids(row["prompt"], tokenizer)) <= max_length
