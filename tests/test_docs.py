@@ -86,8 +86,9 @@ def fields(command):
     """The fields of a command, by its help."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        main([command, "--help"])
-    return set(re.findall(r"--(\w+)", shown.getvalue()))
+        main([command, "--help", "all"])
+    launching = {"accelerate_config", "num_processes"} if command in ("train", "sft") else set()
+    return set(re.findall(r"--(\w+)", shown.getvalue())) | launching
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
@@ -128,7 +129,8 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
 
 def test_names_in_the_text_exist():
     """Settings, metrics, functions and columns that pages name are fields, or occur in the package, the recipes or TRL."""
-    files = [*(ROOT / "trl_prime").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
+    files = [path for folder in ("trl_prime", "recipes") for path in (ROOT / folder).rglob("*.*")]
+    files = [path for path in files if path.suffix in (".py", ".yaml")]
     files.append(Path(inspect.getfile(GRPOTrainer)))
     known = fields("train") | set(trl_rewards())
     known |= {word for path in files for word in re.findall(r"\w+", path.read_text())}
