@@ -22,8 +22,8 @@ from conftest import (
 )
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model
-from test_implicit_prm import lora, make_trained
-from transformers import AutoModelForCausalLM
+from test_implicit_prm import lora, make_trained, storages
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, selective_log_softmax
 
@@ -235,6 +235,27 @@ def test_a_completion_whose_outcome_is_known_and_whose_label_is_not_is_scored(re
     assert not rewards.outcome_rewards.isnan().any() and recorder.trainer.outputs[0]["advantages"][0].any()
     expected = slow_process_rewards(recorder.before[0], prm.reference, recorder.trainer.outputs[0])
     torch.testing.assert_close(rewards.process_rewards, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_qlora_trains_two_adapters_on_one_quantized_base(train, model_path):
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    trainer = train(
+        model=model_path,
+        peft_config=lora(),
+        prm_peft_config=lora(),
+        quantization_config=quantization,
+        reward_funcs=row_rewards(MIXED),
+    )
+    prm, policy = trainer.implicit_prm, trainer.model
+    quantized = [p for p in prm.reference.parameters() if p.dtype == torch.uint8]
+    assert len(quantized) == 14  # all matrices of both layers
+    num_base, num_adapter = len(storages(prm.reference)), len([n for n, _ in policy.named_parameters() if "lora" in n])
+    assert len(storages(policy, prm.model, prm.reference)) == num_base + 2 * num_adapter
+    for model in (policy, prm.model):
+        assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    fresh = AutoModelForCausalLM.from_pretrained(model_path, quantization_config=quantization)
+    assert same(weights(prm.reference), weights(fresh))
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
