@@ -13,6 +13,8 @@ from .prime_config import nearest
 # Name of the command: its module, and what it is for
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
+    "score": ("score", "Show what an implicit PRM thinks of completions, token by token."),
+    "report": ("report", "Write a page about a run, or about several to compare."),
 }
 EXIT_CODES = """
 exit codes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from trl import TrlParser
 from ..prime_config import nearest
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: list[str], prog: str) -> tuple[Any, ...]:
+def parse_arguments(
+    dataclass_types: Sequence[type], argv: list[str], prog: str, positional: str | None = None
+) -> tuple[Any, ...]:
     """
     The YAML file and the flags as dataclasses.
 
@@ -20,6 +23,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: list[str], prog: str)
         dataclass_types (`list[type]`): Whose fields may be given.
         argv (`list[str]`): The words after the command's name.
         prog (`str`): Name of the command, for its messages.
+        positional (`str`, *optional*): The field, a list, that the words before the first flag are the values of.
 
     Returns:
         `tuple`: an instance of each of the types.
@@ -28,6 +32,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: list[str], prog: str)
         ValueError: The file has a field that does not exist; the message names the nearest.
     """
     parser = TrlParser(dataclass_types, prog=prog)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if positional and words:
+        argv = [f"--{positional}", *words, *argv[len(words) :]]
     if "--config" in argv:
         path = argv[argv.index("--config") + 1]
         known = {action.dest for action in parser._actions}

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from trl import ScriptArguments
 from ..prime_config import nearest
 from .arguments import parse_arguments
 
+# In the folder of a run; `reports/run_report.py` reads it
+SETTINGS_NAME = "prime_config.json"
 TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",
@@ -179,6 +181,9 @@ def run(argv: list[str]) -> int:
     if not args.disable_tqdm:
         MetricsProgressCallback.replace_default(trainer, "PRIME", PRIME_METRICS)
 
+    if trainer.accelerator.is_main_process:
+        save_settings(output_dir, script_args, model_args, args)
+
     measures = task is not None and trainer.accelerator.is_main_process
     if measures:
         before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
@@ -199,6 +204,22 @@ def run(argv: list[str]) -> int:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
+
+
+def save_settings(output_dir: Path, *arguments: Any) -> None:
+    """
+    Write all settings of a run as one JSON object, which `trl-prime report` shows; tokens of the Hub are masked.
+
+    Args:
+        output_dir (`Path`): Folder of the run, made if needed.
+        *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
+    """
+    settings: dict[str, Any] = {}
+    for part in arguments:
+        # `TrainingArguments` masks what is secret in its own
+        settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def _load_split(script_args: PRIMEScriptArguments, split: str) -> Any:
