@@ -50,6 +50,7 @@ def run(argv: list[str]) -> int:
     (args,) = parse_arguments([ReportArguments], argv, prog="trl-prime report", positional="runs")
 
     from rich.console import Console
+    from rich.markup import escape
 
     from ..reports.page import write_page
     from ..reports.run_report import read_run, run_names, run_report
@@ -61,5 +62,5 @@ def run(argv: list[str]) -> int:
     for one in runs:
         for sentence in one.missing:
             console.print(f"{one.name}: {sentence}", markup=False, soft_wrap=True)
-    console.print(f"page: [bold]{output}[/bold]", soft_wrap=True)
+    console.print(f"page: [bold]{escape(str(output))}[/bold]", soft_wrap=True)
     return 0

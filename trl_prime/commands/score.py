@@ -91,6 +91,7 @@ def run(argv: list[str]) -> int:
         completions = _row_completions({"prompt": args.prompt, "completions": args.completion}, "--completion")
 
     from rich.console import Console
+    from rich.markup import escape
 
     from ..reports.page import write_page
     from ..reports.score_page import numbers, score_page
@@ -110,12 +111,12 @@ def run(argv: list[str]) -> int:
     about = {"prm": args.prm_name_or_path, "beta": prm.beta}
     if args.html is not None:
         write_page(score_page(completions, **about), args.html)
-        console.print(f"page: [bold]{args.html}[/bold]", soft_wrap=True)
+        console.print(f"page: [bold]{escape(args.html)}[/bold]", soft_wrap=True)
     if args.json is not None:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         written = numbers(completions, **about, step_delimiter=prm.step_delimiter)
         Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
-        console.print(f"numbers: [bold]{args.json}[/bold]", soft_wrap=True)
+        console.print(f"numbers: [bold]{escape(args.json)}[/bold]", soft_wrap=True)
     return 0
 
 

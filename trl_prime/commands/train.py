@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,8 @@ def run(argv: list[str]) -> int:
 
 def save_settings(output_dir: Path, *arguments: Any) -> None:
     """
-    Write all settings of a run as one JSON object, which `trl-prime report` shows; tokens of the Hub are masked.
+    Write all settings of a run as one JSON object, which `trl-prime report` shows. It may be pushed along with the run:
+    what is secret by its name is masked.
 
     Args:
         output_dir (`Path`): Folder of the run, made if needed.
@@ -216,10 +218,18 @@ def save_settings(output_dir: Path, *arguments: Any) -> None:
     """
     settings: dict[str, Any] = {}
     for part in arguments:
-        # `TrainingArguments` masks what is secret in its own
         settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+    (output_dir / SETTINGS_NAME).write_text(
+        json.dumps(_masked(settings), indent=2, sort_keys=True, default=str) + "\n"
+    )
+
+
+def _masked(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(item, str(key)) for key, item in value.items()}
+    secret = isinstance(value, str) and re.search(r"(token|key|password|secret)$", name, re.IGNORECASE)
+    return f"<{name.upper()}>" if secret else value
 
 
 def _load_split(script_args: PRIMEScriptArguments, split: str) -> Any:
