@@ -61,12 +61,10 @@ def by_prompt(completions: Iterable[Completion]) -> list[list[Completion]]:
 
 
 def prompt_parts(prompt: Any) -> list[tuple[str, str]]:
-    """Role and visible text of each message of a prompt; a prompt that is text has the role `""`."""
+    """Role and text, both made visible, of each message of a prompt; a prompt that is text has the role `""`."""
     messages = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [
-        (message.get("role") or "", visible_text(completion_text([message]), mark_whitespace=False))
-        for message in messages
-    ]
+    parts = [(message.get("role") or "", completion_text([message])) for message in messages]
+    return [(visible_text(str(role)), visible_text(text, mark_whitespace=False)) for role, text in parts]
 
 
 def outcome_kind(outcome: float | None) -> str:
