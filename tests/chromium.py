@@ -26,15 +26,16 @@ FLAGS = [
 ]
 
 
-class Page:
+class Browser:
     """
-    An open page. What it logs, throws or asks the network for is collected in `complaints` and `requests`.
+    A browser and the page that is open in it. What the page logs, throws or asks the network for is collected in
+    `complaints` and `requests`.
     """
 
     def __init__(self, to_browser, from_browser):
         self._to, self._from = to_browser, from_browser
         self._next_id, self._buffer = 0, b""
-        self._session = None
+        self._session = self._target = None
         self._loaded = False
         self.complaints, self.requests = [], []
 
@@ -71,8 +72,13 @@ class Page:
         return message
 
     def open(self, path):
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        """Open a file in the place of the page before, with nothing of that left."""
+        self._session, before = None, self._target
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        if before is not None:
+            self.call("Target.closeTarget", targetId=before)
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        self.complaints, self.requests = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.resize(1280, 900)
@@ -89,12 +95,12 @@ class Page:
         return answer["result"].get("value")
 
     def place(self, selector, index=0):
-        """Middle of an element, scrolled into view."""
+        """Middle of an element, or of its first line, scrolled into view."""
         return self.evaluate(
             f"""(() => {{
                 const element = document.querySelectorAll({json.dumps(selector)})[{index}];
                 element.scrollIntoView({{ block: "center" }});
-                const {{ x, y, width, height }} = element.getBoundingClientRect();
+                const {{ x, y, width, height }} = element.getClientRects()[0];
                 return [x + width / 2, y + height / 2];
             }})()"""
         )
@@ -124,18 +130,18 @@ class Page:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
 
-    def screenshot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+    def picture(self):
+        """What is seen now, as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
 
 @contextlib.contextmanager
-def browser_page(path, profile):
+def browser(profile):
     """
-    Open a file in a browser of its own.
+    Start a browser.
 
     Args:
-        path (`str`): The page.
-        profile (`str`): An empty folder for the browser's files.
+        profile (`str`): An empty folder for its files.
     """
     to_child, from_us = os.pipe()
     from_child, to_us = os.pipe()
@@ -157,14 +163,13 @@ def browser_page(path, profile):
         )
         os.close(to_child)
         os.close(to_us)
-        page = Page(from_us, from_child)
+        started = Browser(from_us, from_child)
         try:
-            page.open(path)
-            yield page
+            yield started
         finally:
             with contextlib.suppress(RuntimeError, OSError):
-                page._session = None
-                page.call("Browser.close")
+                started._session = None
+                started.call("Browser.close")
             deadline = time.monotonic() + 10
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)

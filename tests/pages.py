@@ -12,7 +12,7 @@ from trl_prime.reports.score_page import Completion
 ATTACKS = [
     "</script><script>window.hacked=1</script>",
     "<img src=x onerror='window.hacked=1'>",
-    "\"><svg onload=\"window.hacked=1\">",
+    '"><svg onload="window.hacked=1">',
     "' onmouseover='window.hacked=1' x='",
     "<!--<script>",
     "]]></style></pre></textarea></title><script>window.hacked=1</script>",

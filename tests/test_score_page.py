@@ -124,9 +124,9 @@ def test_the_terminal_gets_colours_but_no_commands_from_a_model():
     for intensity in (-1.0, 1.0):
         red, green, blue = colour(intensity, THEMES["terminal"])
         assert f"48;2;{red};{green};{blue}" in printed
-    assert "3 more are not shown" in printed and "[31m" not in printed
     plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
-    assert re.search(r"▶\s+-0.500 \s*safe↵", plain) and "q +0.000  probability 50.0%  outcome 1 ✓" in plain
+    assert re.search(r"▶\s+-0.500 \s*safe↵", plain)
+    assert "3 more are not shown" in plain and "q +0.000  probability 50.0%  outcome 1 ✓" in plain
 
 
 # --- The command ---
@@ -134,12 +134,22 @@ def test_the_terminal_gets_colours_but_no_commands_from_a_model():
 
 def test_scores_from_the_command_line(prm_path, tmp_path, capsys):
     files = ["--html", str(tmp_path / "new" / "page.html"), "--json", str(tmp_path / "numbers.json")]
-    flags = ["--prm_name_or_path", prm_path, "--prompt", "1+1=", "--completion", "2", "so 3\nno"]
+    flags = [
+        "--prm_name_or_path",
+        prm_path,
+        "--prompt",
+        "1+1=",
+        "--completion",
+        "2",
+        "a+b+cd",
+        "--step_delimiter",
+        "+",
+    ]
     assert main(["score", *flags, *files]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "numbers.json").read_text())
-    expected = ImplicitPRM.from_pretrained(prm_path).score(["1+1="] * 2, ["2", "so 3\nno"])
-    assert written["beta"] == 0.5 and written["step_delimiter"] == "\n" and written["prm"] == prm_path
+    expected = ImplicitPRM.from_pretrained(prm_path, step_delimiter="+").score(["1+1="] * 2, ["2", "a+b+cd"])
+    assert written["beta"] == 0.5 and written["step_delimiter"] == "+" and written["prm"] == prm_path
     for row, result in zip(written["completions"], expected, strict=True):
         assert row["q"] == pytest.approx(result.reward, abs=1e-6)
         assert row["token_rewards"] == pytest.approx(result.token_rewards.tolist(), abs=1e-6)
@@ -148,7 +158,8 @@ def test_scores_from_the_command_line(prm_path, tmp_path, capsys):
         assert row["token_rewards"] == pytest.approx(ratios, abs=1e-6)
         assert f"q {result.reward:+.3f}" in printed
     document = Document((tmp_path / "new" / "page.html").read_text())
-    assert [len(card["rewards"]) for card in document.data["cards"]] == [2, 8], [r.tokens for r in expected]
+    assert [len(card["rewards"]) for card in document.data["cards"]] == [2, 7]
+    assert document.data["cards"][1]["steps"] == [0, 0, 1, 1, 2, 2, 2]
     assert_no_address(document)
 
 
