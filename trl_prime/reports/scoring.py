@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from transformers.utils.logging import disable_progress_bar
 
 from ..implicit_prm import ImplicitPRM
@@ -34,12 +36,11 @@ def load_prm(name_or_path: str, **kwargs: Any) -> ImplicitPRM:
 
 def score_completions(prm: ImplicitPRM, completions: list[Completion]) -> list[Completion]:
     """The same completions, scored, with a progress bar in the terminal."""
-    from rich.progress import track
-
     # Large enough that rows of like length meet in a forward pass, small enough that the bar moves
     size = 4 * prm.micro_batch_size
     scored = []
-    for start in track(range(0, len(completions), size), description="scoring", transient=True):
+    starts = range(0, len(completions), size)
+    for start in track(starts, "scoring", transient=True, disable=not Console().is_terminal):
         chunk = completions[start : start + size]
         scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk])
     return [dataclasses.replace(c, scored=result) for c, result in zip(completions, scored, strict=True)]

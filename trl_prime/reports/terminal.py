@@ -62,7 +62,9 @@ def print_completions(completions: Sequence[Completion], console: Console, num_s
         scale = Text("process reward in log-odds ")
         for tenth in range(-10, 11):
             scale.append(" ", _style(tenth / 10))
-        console.print(scale.append(f" ±{full_token:.3g} for a token, ±{full_step:.3g} for a step, ▶ lowest step"))
+        console.print(
+            scale.append(f" ±{full_token:.3g} for a token,\n±{full_step:.3g} for a step; ▶ marks the lowest step")
+        )
     for group in by_prompt(shown):
         console.print()
         for role, text in prompt_parts(group[0].prompt):
