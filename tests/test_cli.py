@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
-from trl_prime import ImplicitPRM
+from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
-from trl_prime.commands.train import _prepare_alone, parse_train_arguments
+from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
 from trl_prime.commands.work import work
 from trl_prime.data.running_sums import running_sum_reward
 from trl_prime.rewards import load_object, load_reward_func
@@ -195,6 +195,19 @@ def test_quickstart_end_to_end_in_small(tmp_path, capsys):
     assert [step.strip("\n") for step in scored[0].steps][:2] == ["1", "3"]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert any("prm/loss" in row for row in history)
+    settings = json.loads((tmp_path / "prime_config.json").read_text())
+    assert (settings["prm_beta"], settings["max_steps"], settings["task"]) == (0.5, 2, "running_sums")
+
+
+def test_saved_settings_hold_no_secret(tmp_path):
+    args = PRIMEConfig(str(tmp_path), use_cpu=True, bf16=False, hub_token="hf_1", model_init_kwargs={"token": "hf_2"})
+    script_args = PRIMEScriptArguments(task_kwargs={"inner": {"api_key": "hf_3", "digits": 4}})
+    save_settings(tmp_path, script_args, args)
+    text = (tmp_path / "prime_config.json").read_text()
+    assert "hf_" not in text
+    settings = json.loads(text)
+    assert settings["task_kwargs"] == {"inner": {"api_key": "<API_KEY>", "digits": 4}}
+    assert settings["prm_beta"] == args.prm_beta
 
 
 def digits_reward(prompts, completions, solution, **kwargs):

@@ -333,6 +333,9 @@ def test_score_agrees_with_token_ids_and_with_itself(random_prm, tokenizer):
         batch = (batch[0], torch.ones_like(batch[0]), batch[1], torch.ones_like(batch[1]))
         torch.testing.assert_close(result.token_rewards, rewards(prm, batch)[0], atol=1e-5, rtol=1e-4)
         assert len(result.tokens) == len(result.token_rewards) == len(ids)
+        for logps, model in ((result.prm_logps, prm.model), (result.ref_logps, prm.reference)):
+            with torch.no_grad():
+                torch.testing.assert_close(logps, slow_log_probs(model, *batch)[0], atol=1e-5, rtol=1e-4)
         assert "".join(result.tokens) == "".join(result.steps) == completion + tokenizer.eos_token
         assert result.reward == pytest.approx(result.token_rewards.sum().item(), abs=1e-5)
         assert result.reward == pytest.approx(result.step_rewards.sum().item(), abs=1e-5)
@@ -346,6 +349,7 @@ def test_score_agrees_with_token_ids_and_with_itself(random_prm, tokenizer):
             position += length
     assert scored[0].steps == ["two\n", "so 2<eos>"]
     assert scored[1].steps == ["first\n\n", "second\n", "third\n", "<eos>"]
+    assert scored[1].step_ids == [0] * 7 + [1] * 7 + [2] * 6 + [3]
 
 
 def test_score_renders_messages_with_the_chat_template(random_prm, tokenizer):

@@ -14,6 +14,8 @@ COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
     "sft": ("sft", "Supervised warm-up of a base model, before PRIME."),
     "eval": ("evaluate", "Measure a policy and its PRM on benchmarks."),
+    "score": ("score", "Show what an implicit PRM thinks of completions, token by token."),
+    "report": ("report", "Write a page about a run, or about several to compare."),
     "data": ("data", "Show, check or convert a data set as the trainer reads it."),
     "env": ("env", "Versions, devices and sandbox of this machine, for bug reports."),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import textwrap
@@ -28,7 +29,12 @@ WIDTH, SCREEN = 100, 45
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str], prog: str, ignore: Sequence[str] = (), epilog: str = ""
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    prog: str,
+    positional: str | None = None,
+    ignore: Sequence[str] = (),
+    epilog: str = "",
 ) -> tuple[Any, ...]:
     """
     The YAML file and the flags as dataclasses; prints the help and leaves if it is asked for.
@@ -37,6 +43,7 @@ def parse_arguments(
         dataclass_types (`list[type]`): Whose fields may be given. None may be called `config`.
         argv (`list[str]`): The words after the command's name.
         prog (`str`): Name of the command, for its messages.
+        positional (`str`, *optional*): The field, a list, that the words before the first flag are the values of.
         ignore (`list[str]`): Further fields that the file may have, which are for someone else.
         epilog (`str`): Last lines of the help.
 
@@ -49,6 +56,9 @@ def parse_arguments(
         SystemExit: The help was printed.
     """
     show_help(dataclass_types, argv, prog, epilog)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if positional and words:
+        argv = [f"--{positional}", *words, *argv[len(words) :]]
     parser = ArgumentReader(dataclass_types, prog=prog, allow_abbrev=False, add_help=False)
     flags, others = parser.read_file(argv)
     _, words = parser.parse_known_args(flags)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from .work import work
 if TYPE_CHECKING:
     from ..data.task import Task
 
+# In the folder of a run; `reports/run_report.py` reads it
+SETTINGS_NAME = "prime_config.json"
 TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",
@@ -118,6 +121,8 @@ def run(argv: list[str]) -> int:
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
     trainer, task = _prepare(script_args, args, model_args)
     with work():
+        if trainer.accelerator.is_main_process:
+            save_settings(Path(args.output_dir), script_args, model_args, args)
         _train(trainer, task, script_args, resume_from)
     return 0
 
@@ -280,6 +285,31 @@ def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, r
         print_summary(before, after, prm, saved)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def save_settings(output_dir: Path, *arguments: Any) -> None:
+    """
+    Write all settings of a run as one JSON object, which `trl-prime report` shows. It may be pushed along with the run:
+    what is secret by its name is masked.
+
+    Args:
+        output_dir (`Path`): Folder of the run, made if needed.
+        *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
+    """
+    settings: dict[str, Any] = {}
+    for part in arguments:
+        settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / SETTINGS_NAME).write_text(
+        json.dumps(_masked(settings), indent=2, sort_keys=True, default=str) + "\n"
+    )
+
+
+def _masked(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(item, str(key)) for key, item in value.items()}
+    secret = isinstance(value, str) and re.search(r"(token|key|password|secret)$", name, re.IGNORECASE)
+    return f"<{name.upper()}>" if secret else value
 
 
 def _measure(

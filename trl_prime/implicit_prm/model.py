@@ -95,7 +95,10 @@ class ScoredCompletion:
     Attributes:
         tokens (`list[str]`): The t tokens as text.
         token_rewards (`torch.Tensor`): `(t,)` process reward of each token.
+        prm_logps, ref_logps (`torch.Tensor`): `(t,)` log-probability of each token in nats, under the PRM and under its
+            reference. `token_rewards` is beta times their difference.
         steps (`list[str]`): The steps as text.
+        step_ids (`list[int]`): For each of the t tokens the index of its step in `steps`.
         step_rewards (`torch.Tensor`): `(n_steps,)` sum of the token rewards of each step.
         reward (`float`): Sum over the completion, q.
         probability (`float`): `sigmoid(q)`, the chance of a right outcome by the PRM.
@@ -103,7 +106,10 @@ class ScoredCompletion:
 
     tokens: list[str]
     token_rewards: torch.Tensor
+    prm_logps: torch.Tensor
+    ref_logps: torch.Tensor
     steps: list[str]
+    step_ids: list[int]
     step_rewards: torch.Tensor
     reward: float
     probability: float
@@ -481,22 +487,29 @@ class ImplicitPRM:
             )
         ]
         completion_ids, mask = batch[2], batch[3].bool()
-        rewards = implicit_process_rewards(self.log_probs(*batch), self.reference_log_probs(*batch), mask, self.beta)
+        prm_logps, ref_logps = self.log_probs(*batch), self.reference_log_probs(*batch)
+        rewards = implicit_process_rewards(prm_logps, ref_logps, mask, self.beta)
         step_ids = self.step_ids(completion_ids)
         step_rewards = aggregate_process_rewards(rewards, mask, "step", step_ids)
         step_ends = reward_positions(mask, "step", step_ids)
         scored = []
         for row, (_, token_ids) in enumerate(rows):
-            texts, row_steps = self.token_texts(token_ids), step_ids[row].tolist()
+            num_tokens = len(token_ids)
+            texts, row_steps = self.token_texts(token_ids), step_ids[row, :num_tokens].tolist()
             steps: dict[int, str] = {}
-            for text, step in zip(texts, row_steps, strict=False):
+            for text, step in zip(texts, row_steps, strict=True):
                 steps[step] = steps.get(step, "") + text
+            # A token that spans several delimiters leaves numbers out
+            index = {step: i for i, step in enumerate(steps)}
             total = rewards[row].sum()
             scored.append(
                 ScoredCompletion(
                     tokens=texts,
-                    token_rewards=rewards[row, : len(token_ids)].cpu(),
+                    token_rewards=rewards[row, :num_tokens].cpu(),
+                    prm_logps=prm_logps[row, :num_tokens].cpu(),
+                    ref_logps=ref_logps[row, :num_tokens].cpu(),
                     steps=list(steps.values()),
+                    step_ids=[index[step] for step in row_steps],
                     step_rewards=step_rewards[row, step_ends[row]].cpu(),
                     reward=total.item(),
                     probability=total.sigmoid().item(),
