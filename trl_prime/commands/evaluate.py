@@ -15,6 +15,7 @@ from typing import Any
 
 from ..prime_config import nearest
 from .arguments import parse_arguments
+from .work import work
 
 
 @dataclass
@@ -241,16 +242,18 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
     settings["model_version"] = model_version(args.model_name_or_path, args.model_revision)
     settings["problems"] = digest(dataset[:])
     output_dir = _output_dir(args)
-    rows = sample_problems(
-        dataset,
-        lambda: _load_sampler(args, tokenizer),
-        reward_func,
-        ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite),
-        num_samples=args.num_samples,
-        greedy=args.greedy,
-        seed=args.seed,
-        batch_size=args.batch_size or (1024 if args.use_vllm else 32),
-    )
+    written = ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite)
+    with work():
+        rows = sample_problems(
+            dataset,
+            lambda: _load_sampler(args, tokenizer),
+            reward_func,
+            written,
+            num_samples=args.num_samples,
+            greedy=args.greedy,
+            seed=args.seed,
+            batch_size=args.batch_size or (1024 if args.use_vllm else 32),
+        )
     samples = SampleTable(rows, _equal_answers())
     summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
     title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
@@ -259,7 +262,8 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
         settings = {"samples": digest(rows), **_prm_settings(args)}
         # Scores of several PRMs on the same samples stand side by side
         scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
-        scored = score_samples(samples, lambda: _load_prm(args), scores, args.batch_size or 32)
+        with work():
+            scored = score_samples(samples, lambda: _load_prm(args), scores, args.batch_size or 32)
         summary["prm"] = args.prm_name_or_path
         summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
         print_best_of_n(summary["best_of_n"])
@@ -279,13 +283,14 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
         "problems": digest(dataset[:]),
     }
     rows = ResumableRows(_output_dir(args) / "step_rewards.jsonl", settings, args.overwrite)
-    step_rewards = score_process_bench(
-        dataset,
-        lambda: _load_prm(args),
-        rows,
-        separator=args.step_separator,
-        batch_size=args.batch_size or 32,
-    )
+    with work():
+        step_rewards = score_process_bench(
+            dataset,
+            lambda: _load_prm(args),
+            rows,
+            separator=args.step_separator,
+            batch_size=args.batch_size or 32,
+        )
     summary = summarize_process_bench(
         step_rewards,
         dataset["label"][:],
