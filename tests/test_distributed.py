@@ -45,6 +45,7 @@ CASES = {
     "adapters": (8, {"lora": "policy prm"}),
     "adapter of the PRM": (8, {"lora": "prm"}),
     "from a folder": (8, {"model": "a folder"}),
+    "fused head": (8, {"prm_fused_lm_head": True, "lora": "prm", "gradient_accumulation_steps": 2}),
 }
 
 

@@ -9,12 +9,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.model import share_parameters
+from trl_prime.implicit_prm.scoring import (
+    batch_completion_logps,
+    can_fuse_lm_head,
+    completion_logps,
+    fuse_lm_head,
+    unwrapped,
+)
 
 LENGTHS = ((3, 5), (1, 2), (7, 8), (4, 1), (2, 8), (6, 3), (5, 0))
 
 
 def lora(**kwargs):
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **kwargs)
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **kwargs}
+    )
 
 
 def ragged_batch(lengths=LENGTHS, seed=0):
@@ -71,6 +81,42 @@ def test_log_probs_are_those_of_a_full_log_softmax(random_prm):
             expected = slow_log_probs(model, *batch)
         torch.testing.assert_close(scored(*batch), expected, atol=1e-5, rtol=1e-5)
     assert not prm.log_probs(*batch).requires_grad
+
+
+@pytest.mark.skipif(not can_fuse_lm_head(build_model()), reason="TRL before 1.15")
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_a_fused_head_gives_the_same_log_probs_and_gradients(random_prm, tokenizer, is_lora):
+    def gradients(model):
+        loss = (completion_logps(model, *batch) * weight).sum()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+    batch = ragged_batch((*LENGTHS, (3, 0)))
+    weight = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(0))
+    prm = (
+        ImplicitPRM.from_policy(build_model(1, scale=4.0), tokenizer, peft_config=lora()) if is_lora else random_prm()
+    )
+    make_trained(prm.model)
+    models = (prm.model, prm.reference)
+    expected, expected_gradients = [slow_log_probs(model, *batch) for model in models], gradients(prm.model)
+    logits = []
+    for model in models:
+        fuse_lm_head(model)
+        unwrapped(model).lm_head.register_forward_hook(lambda *args: logits.append(args))
+    for model, logps in zip(models, expected, strict=True):
+        torch.testing.assert_close(batch_completion_logps(model, *batch, 3), logps.detach(), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients(prm.model), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert not logits
+    # A copy has the class's own forward
+    torch.testing.assert_close(
+        completion_logps(share_parameters(prm.reference), *batch), expected[1], atol=1e-5, rtol=1e-5
+    )
+    assert logits
+
+
+def test_a_head_with_an_adapter_is_not_fused(tokenizer):
+    config = lora(target_modules=["q_proj", "lm_head"])
+    assert not can_fuse_lm_head(ImplicitPRM.from_policy(build_model(), tokenizer, peft_config=config).model)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 100])

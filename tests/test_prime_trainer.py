@@ -31,6 +31,7 @@ import trl_prime.prime_trainer as module
 from trl_prime import ImplicitPRM, PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
 from trl_prime.implicit_prm.losses import LOSS_TYPES, pairwise_accuracy
+from trl_prime.implicit_prm.scoring import FUSED_LM_HEAD, unwrapped
 from trl_prime.prime_config import UPDATE_MODES
 from trl_prime.process_rewards import GRANULARITIES, NORMALIZATIONS
 
@@ -235,6 +236,27 @@ def test_a_completion_whose_outcome_is_known_and_whose_label_is_not_is_scored(re
     assert not rewards.outcome_rewards.isnan().any() and recorder.trainer.outputs[0]["advantages"][0].any()
     expected = slow_process_rewards(recorder.before[0], prm.reference, recorder.trainer.outputs[0])
     torch.testing.assert_close(rewards.process_rewards, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])
+def test_a_fused_head_trains_the_same(train, prm_peft):
+    settings = {"prm_peft_config": prm_peft, "reward_funcs": row_rewards(MIXED), "rollout_func": fixed_rollouts()}
+    plain, fused = train(**settings), train(**settings, prm_fused_lm_head=True)
+    for model in (fused.implicit_prm.model, fused.implicit_prm.reference):
+        assert FUSED_LM_HEAD in vars(unwrapped(model))
+    assert FUSED_LM_HEAD not in vars(unwrapped(plain.implicit_prm.model))  # on a CPU it is slower
+    assert distance(weights(plain.implicit_prm.model), weights(fused.implicit_prm.model)) < 2e-5
+    for name in ("prm/loss", "prm/pairwise_accuracy", "prm/process_reward"):
+        assert logged(fused, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=1e-6)
+
+
+def test_a_fused_head_that_cannot_be_is_refused(make_trainer, monkeypatch):
+    with pytest.raises(ValueError, match="prm_fused_lm_head.*prm_reference='policy'"):
+        make_trainer(prm_fused_lm_head=True, prm_reference="policy")
+    monkeypatch.setattr("trl_prime.implicit_prm.scoring.add_fused_lm_head", None)
+    with pytest.raises(ValueError, match="prm_fused_lm_head=True needs TRL from 1.15"):
+        make_trainer(prm_fused_lm_head=True)
+    make_trainer()
 
 
 def test_qlora_trains_two_adapters_on_one_quantized_base(train, model_path):

@@ -83,6 +83,10 @@ class PRIMEConfig(GRPOConfig):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
 
+        prm_fused_lm_head (`bool`, *optional*):
+            Whether log-probabilities of PRM and reference are computed by TRL's fused head, which never holds the logits of a
+            micro-batch. Defaults to whether they run on a GPU, TRL has it (from 1.15) and `prm_reference` is `"frozen"`.
+
         > Parameters that control the process rewards
 
         process_reward_granularity (`str`, *optional*, defaults to `"token"`):
@@ -248,6 +252,14 @@ class PRIMEConfig(GRPOConfig):
         },
     )
 
+    prm_fused_lm_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute log-probabilities of PRM and reference by TRL's fused head, which holds no logits. Defaults to "
+            "true on a GPU, with TRL from 1.15 and prm_reference 'frozen'."
+        },
+    )
+
     # Parameters that control the process rewards
     process_reward_granularity: str = field(
         default="token",
@@ -401,6 +413,11 @@ class PRIMEConfig(GRPOConfig):
                     f"prm_hub_model_id and hub_model_id are both '{self.hub_model_id}', where one model would overwrite the "
                     "other. Leave prm_hub_model_id out to have the PRM in the folder prm/ of the policy's repo."
                 )
+        if self.prm_fused_lm_head and self.prm_reference == "policy":
+            raise ValueError(
+                "prm_fused_lm_head=True does not go with prm_reference='policy': PRM and reference must round alike, and the "
+                "policy's fused head divides by the sampling temperature. Leave prm_fused_lm_head out."
+            )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")
         if self.advantage_estimator == "value" and self.process_reward_granularity == "whole":

@@ -58,7 +58,7 @@ from .hub import (
 from .implicit_prm.backends import make_backend, unshared
 from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card
-from .implicit_prm.scoring import batch_completion_logps
+from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
 from .prime_config import PRIMEConfig
@@ -189,6 +189,7 @@ class PRIMETrainer(GRPOTrainer):
             )
         if args.push_to_hub:
             self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
+        self._fuse_lm_heads()
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
         self._prm_is_placed = False
         self._prm_updater: PRMUpdater | None = None
@@ -275,6 +276,20 @@ class PRIMETrainer(GRPOTrainer):
         if prm.reference is not None:
             prm.reference.eval()
         return prm
+
+    def _fuse_lm_heads(self) -> None:
+        prm, wanted = self.implicit_prm, self.args.prm_fused_lm_head
+        models = [model for model in (prm.model, prm.reference) if model is not None]
+        possible = all(can_fuse_lm_head(model) for model in models)
+        if wanted and not possible:
+            raise ValueError(
+                "prm_fused_lm_head=True needs TRL from 1.15, and a PRM without an adapter on its head. Leave it out."
+            )
+        if wanted is None:
+            wanted = possible and self.args.prm_reference == "frozen" and self.accelerator.device.type == "cuda"
+        if wanted:
+            for model in models:
+                fuse_lm_head(model)
 
     def _load_prm(self, name: str) -> PreTrainedModel:
         args = self.args

@@ -27,7 +27,7 @@ from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from .scoring import batch_completion_logps
+from .scoring import FUSED_LM_HEAD, batch_completion_logps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,7 @@ def _with_own_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | P
     # TRL patches the policy's forward on the instance. A copy carries the patch along, still bound to the policy.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.__dict__.pop("forward", None)
+    base.__dict__.pop(FUSED_LM_HEAD, None)
     return model
 
 

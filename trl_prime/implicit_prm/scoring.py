@@ -13,6 +13,14 @@ import torch
 from torch import nn
 from trl.trainer.utils import selective_log_softmax
 
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # TRL before 1.15
+    add_fused_lm_head = None
+
+# Attribute of a model whose forward gives log-probabilities without logits
+FUSED_LM_HEAD = "prime_fused_lm_head"
+
 
 def length_sorted_chunks(
     prompt_mask: torch.Tensor, completion_mask: torch.Tensor, size: int
@@ -57,13 +65,36 @@ def completion_logps(
     if "position_ids" in parameters:
         # Explicit, so that a row's result does not depend on how far its neighbours pad it
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in parameters:
-        inputs["logits_to_keep"] = completion_len + 1
-    logits = model(**inputs).logits[:, -completion_len - 1 : -1]
-    # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
-    logps = selective_log_softmax(logits.float(), completion_ids)
+    if FUSED_LM_HEAD in vars(unwrapped(model)):
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :prompt_len] = -100
+        logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -completion_len:].float()
+    else:
+        if "logits_to_keep" in parameters:
+            inputs["logits_to_keep"] = completion_len + 1
+        logits = model(**inputs).logits[:, -completion_len - 1 : -1]
+        # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
+        logps = selective_log_softmax(logits.float(), completion_ids)
     logps = logps.masked_fill(completion_mask == 0, 0.0)
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
+
+
+def can_fuse_lm_head(model: nn.Module) -> bool:
+    """Whether [`fuse_lm_head`] would work: with TRL from 1.15, and no adapter on the head, which it goes past."""
+    return add_fused_lm_head is not None and type(unwrapped(model).get_output_embeddings()) is nn.Linear
+
+
+def fuse_lm_head(model: nn.Module) -> None:
+    """
+    Let TRL's fused head compute the log-probabilities of a model in tiles: its logits, of tokens times vocabulary, are never
+    held. Made for Triton; on a CPU it is slower.
+
+    Args:
+        model (`nn.Module`): Causal LM or PeftModel. Its forward stays as it was for all other callers.
+    """
+    base = unwrapped(model)
+    add_fused_lm_head(base, temperature=1.0)
+    setattr(base, FUSED_LM_HEAD, True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
