@@ -137,7 +137,7 @@ def step_flops(
     micro_batch: int = 8,
     checkpointing: bool = True,
     fused_head: bool = True,
-    prm_fused_head: bool = False,
+    prm_fused_head: bool = True,
     causal: bool = True,
     oversample: float = 1.0,
 ) -> dict[str, float]:
@@ -272,7 +272,7 @@ def memory(
     dtype_bytes: float = 2,
     checkpointing: bool = True,
     fused_head: bool = True,
-    prm_fused_head: bool = False,
+    prm_fused_head: bool = True,
     processes: int = 1,
 ) -> dict[str, float]:
     """
@@ -364,12 +364,14 @@ def seven_b_memory() -> list[tuple[str, dict[str, float]]]:
     return [
         ("8 x 80 GB, GRPO, FSDP", memory(shape, method="grpo", processes=8)),
         ("8 x 80 GB, PRIME, FSDP, frozen reference", memory(shape, processes=8)),
-        ("8 x 80 GB, PRIME, FSDP, policy as reference", memory(shape, reference="policy", processes=8)),
+        (
+            "8 x 80 GB, PRIME, FSDP, policy as reference",
+            memory(shape, reference="policy", prm_fused_head=False, processes=8),
+        ),
         ("1 x 24 GB, GRPO, LoRA", memory(shape, method="grpo", rank=16)),
         ("1 x 24 GB, PRIME, LoRA on one base", memory(shape, **lora)),
-        ("the same, PRM head in tiles", memory(shape, **lora, prm_fused_head=True)),
-        ("the same, base in 4 bits", memory(shape, **lora, prm_fused_head=True, frozen_bytes=0.6)),
-        ("base in 4 bits, PRM head not in tiles", memory(shape, **lora, frozen_bytes=0.6)),
+        ("the same without prm_fused_lm_head", memory(shape, **lora, prm_fused_head=False)),
+        ("1 x 24 GB, PRIME, LoRA on one base in 4 bits", memory(shape, **lora, frozen_bytes=0.6)),
     ]
 
 

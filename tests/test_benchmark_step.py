@@ -112,7 +112,9 @@ def test_passes_of_a_step(cost_model, shape):
     assert cost_model.padded(lengths, 4) == [20] * 4 + [4] * 4
 
     def flops(**options):
-        return cost_model.step_flops(shape, PROMPT, lengths, micro_batch=4, checkpointing=False, **options)
+        return cost_model.step_flops(
+            shape, PROMPT, lengths, micro_batch=4, checkpointing=False, prm_fused_head=False, **options
+        )
 
     grpo, after, before = flops(update="grpo"), flops(), flops(update="before")
     assert set(grpo) == {"policy"} and grpo["policy"] == after["policy"]
