@@ -13,6 +13,7 @@ from .prime_config import nearest
 # Name of the command: its module, and what it is for
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
+    "prm": ("prm", "Train an implicit PRM offline, on labelled completions or preference pairs."),
 }
 EXIT_CODES = """
 exit codes:
