@@ -16,7 +16,7 @@ from trl_prime.rewards import load_object, load_reward_func
 RECIPES = sorted(
     path
     for path in (Path(__file__).parent.parent / "recipes").rglob("*.yaml")
-    if path.parent.name != "accelerate_configs"
+    if path.parent.name not in ("accelerate_configs", "prm")
 )
 
 

@@ -88,7 +88,6 @@ def run(argv: list[str]) -> int:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        "trust_remote_code": model_args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
     if (quantization_config := get_quantization_config(model_args)) is not None:
