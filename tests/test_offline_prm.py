@@ -545,7 +545,7 @@ def test_the_command_trains_on_a_local_file(tmp_path, model_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {"model_name_or_path": model_path, "dataset_name": data, "dataset_format": "gsm8k_solutions"}
-    flags = prm_flags(tmp_path, **recipe, use_peft="true", lora_target_modules="q_proj", held_out_share=0.2)
+    flags = prm_flags(tmp_path, **recipe, use_peft="true", lora_target_modules="all-linear", held_out_share=0.2)
     assert main(flags) == 0
     printed = capsys.readouterr().out
     assert "ranks the better of two completions higher" in printed and "PRM:" in printed

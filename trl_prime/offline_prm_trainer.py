@@ -28,7 +28,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from .data.outcomes import group_by_prompt, to_labelled, to_pairs
 from .hub import cached_commit, hub_dataset, settings_table
-from .implicit_prm.backends import make_backend
+from .implicit_prm.backends import make_backend, unshared
 from .implicit_prm.losses import (
     absolute_accuracy,
     dpo_pair_losses,
@@ -361,15 +361,15 @@ def _build_prm(
             if peft_config is not None:
                 start = get_peft_model(start.requires_grad_(False), peft_config, autocast_adapter_dtype=False)
             prm = ImplicitPRM(start, reference.requires_grad_(False), tokenizer, **settings)
-        elif zero3:
-            raise ValueError(
-                "Under DeepSpeed ZeRO-3 give the model by its name or folder, so that it is sharded as it loads."
-            )
+            zero3 = False
         else:
             start = _load(model, args) if isinstance(model, str) else model
             prm = ImplicitPRM.from_model(start, tokenizer, peft_config=peft_config, **settings)
     if prm.reference is None:
         raise ValueError("The implicit PRM has no reference to be measured against. Pass one with a reference.")
+    if zero3:
+        # Engines fetch and release weights each for itself, so that nothing can be shared between them
+        prm.reference = unshared(prm.reference)
     if isinstance(prm.model, PeftModel):
         prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
     else:
