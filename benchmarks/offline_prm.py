@@ -43,11 +43,16 @@ def sample(task, problems, seed: int) -> tuple[Dataset, list[str], torch.Tensor]
 
 
 def run(loss_type: str, seed: int, task, train_dataset: Dataset, held_out, options, folder: Path) -> dict:
-    pairs = {"max_pairs_per_prompt": SAMPLES // 2} if loss_type == "dpo" else {}
+    right = sum(train_dataset["label"][:])
+    special = {
+        "dpo": {"max_pairs_per_prompt": SAMPLES // 2},
+        # Right and wrong completions count alike
+        "kto": {"desirable_weight": (len(train_dataset) - right) / right},
+    }
     args = OfflinePRMConfig(
         str(folder / f"{loss_type}-{seed}"),
         loss_type=loss_type,
-        **pairs,
+        **special.get(loss_type, {}),
         seed=seed,
         beta=options.beta,
         learning_rate=options.learning_rate,
@@ -82,6 +87,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Where base models are kept between calls.")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     folder = options.folder or Path(tempfile.mkdtemp())
     rows = []
     for seed in options.seeds:
@@ -101,7 +107,6 @@ def main() -> None:
                 flush=True,
             )
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "folder")}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": platform.platform(), "torch": torch.__version__, "settings": settings, "rows": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
