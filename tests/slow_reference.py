@@ -186,3 +186,28 @@ def slow_prm_loss(log_ratios, labels, mask, beta, loss_type, peer_scores, peer_l
             weight = len(judged) * (beaten / len(judged)) ** (len(judged) - 1)
         losses.append(weight * softplus(-margin if label > 0.5 else margin))
     return statistics.fmean(losses) if losses else 0.0
+
+
+def slow_dpo_pair_losses(chosen, rejected):
+    return [math.log1p(math.exp(-abs(c - r))) + max(r - c, 0.0) for c, r in zip(chosen, rejected, strict=True)]
+
+
+def slow_kto(scores, labels, mismatched, weights):
+    """Losses of the rows, from the probabilities themselves."""
+    reference_point = max(0.0, statistics.fmean(mismatched)) if mismatched else 0.0
+    losses = []
+    for score, label in zip(scores, labels, strict=True):
+        above = 1 / (1 + math.exp(reference_point - score))
+        losses.append(weights[0] * (1 - above) if label > 0.5 else weights[1] * above)
+    return losses
+
+
+def slow_ragged_pairwise(scores, labels, groups):
+    """Share of the pairs of one group with different labels that are in the right order."""
+    pairs = [
+        (scores[i], scores[j])
+        for i in range(len(scores))
+        for j in range(len(scores))
+        if groups[i] == groups[j] and labels[i] > labels[j]
+    ]
+    return statistics.fmean(0.5 if a == b else float(a > b) for a, b in pairs) if pairs else NAN

@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-def launch(num_processes, runs, folder, exit_code=0):
+def launch(num_processes, runs, folder, exit_code=0, script="distributed_run.py"):
     """Train each of the runs; fail with what the processes said if they end by another exit code."""
     path = folder / "runs.json"
     path.write_text(json.dumps(runs))
@@ -67,7 +67,7 @@ def launch(num_processes, runs, folder, exit_code=0):
         "DS_ACCELERATOR": "cpu",
     }
     process = subprocess.run(
-        [*command, str(HERE / "distributed_run.py"), str(path)],
+        [*command, str(HERE / script), str(path)],
         env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,

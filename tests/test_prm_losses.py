@@ -7,14 +7,29 @@ import statistics
 
 import pytest
 import torch
-from slow_reference import NAN, random_batch, slow_opponents, slow_prm_loss, slow_scores, softplus, tensor
+from slow_reference import (
+    NAN,
+    random_batch,
+    slow_dpo_pair_losses,
+    slow_kto,
+    slow_opponents,
+    slow_prm_loss,
+    slow_ragged_pairwise,
+    slow_scores,
+    softplus,
+    tensor,
+)
 
 from trl_prime.implicit_prm.losses import (
     LOSS_TYPES,
     absolute_accuracy,
     counted_rows,
+    dpo_pair_losses,
     group_rows,
+    kto_reference_point,
+    kto_row_losses,
     outcome_scores,
+    pad_groups,
     pairwise_accuracy,
     prm_loss,
     prm_row_losses,
@@ -324,3 +339,62 @@ def test_accuracies_of_nothing_judged_are_nan():
 
 def test_absolute_accuracy_example():
     assert absolute_accuracy(tensor([2.0, -1.0, 0.5, -3.0]), tensor([1.0, 1.0, 0.0, 0.0])) == 0.5
+
+
+# --- Losses of the offline trainer ---
+
+
+def test_dpo_of_pairs_against_the_slow_reference():
+    rng = random.Random(0)
+    chosen, rejected = ([rng.gauss(0, 3) for _ in range(50)] for _ in range(2))
+    assert_same(dpo_pair_losses(tensor(chosen), tensor(rejected)), slow_dpo_pair_losses(chosen, rejected))
+    # Odds of 9 to 1
+    assert_same(dpo_pair_losses(tensor([math.log(3)]), tensor([-math.log(3)])), [-math.log(9 / 10)])
+
+
+def test_dpo_of_pairs_trains_both_and_is_finite_where_it_is_sure_and_wrong():
+    chosen, rejected = tensor([0.5, -1e5]).requires_grad_(), tensor([0.2, 1e5]).requires_grad_()
+    losses = dpo_pair_losses(chosen, rejected)
+    assert losses[1].item() == 2e5
+    losses.sum().backward()
+    share = 1 / (1 + math.exp(0.3))
+    assert_same(chosen.grad, [-share, -1.0])
+    assert_same(rejected.grad, [share, 1.0])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.25)])
+def test_kto_against_the_slow_reference(weights):
+    for seed in range(8):
+        rng = random.Random(seed)
+        scores, mismatched = ([rng.gauss(0, 2) for _ in range(n)] for n in (20, seed))
+        labels = [rng.choice([0.0, 0.3, 0.8, 1.0]) for _ in scores]
+        reference_point = kto_reference_point(tensor(mismatched))
+        losses = kto_row_losses(tensor(scores), tensor(labels), reference_point, *weights)
+        assert_same(losses, slow_kto(scores, labels, mismatched, weights))
+
+
+def test_the_reference_point_of_kto_is_not_negative_and_has_no_gradient():
+    scores = tensor([1.0, 2.0, -9.0]).requires_grad_()
+    assert kto_reference_point(scores[:2]).item() == 1.5
+    assert kto_reference_point(scores).item() == 0.0
+    assert not kto_reference_point(scores[:2]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairwise_accuracy_in_ragged_groups_against_the_slow_reference(dtype):
+    for seed in range(20):
+        rng = random.Random(seed)
+        groups = [rng.choice([7, -2, 900, 4]) for _ in range(rng.randint(1, 25))]
+        scores = [rng.choice([-1.0, 0.5, rng.gauss(0, 1)]) for _ in groups]
+        labels = [rng.choice([0.0, 1.0, 1.0, NAN]) for _ in groups]
+        ids = torch.tensor(groups)
+        padded = [pad_groups(tensor(values, dtype), ids) for values in (scores, labels)]
+        assert padded[0].shape == (len(set(groups)), max(groups.count(group) for group in groups))
+        accuracy = pairwise_accuracy(*(values.flatten() for values in padded), padded[0].shape[1])
+        assert accuracy == pytest.approx(slow_ragged_pairwise(scores, labels, groups), nan_ok=True)
+
+
+def test_padded_groups_keep_their_rows_in_order():
+    padded = pad_groups(tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5, 3, 5, 5]))
+    assert torch.equal(padded.nan_to_num(-1), tensor([[2.0, -1.0, -1.0], [1.0, 3.0, 4.0]]))
+    assert pad_groups(torch.empty(0), torch.empty(0, dtype=torch.long)).shape == (0, 1)

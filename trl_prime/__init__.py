@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .implicit_prm import ImplicitPRM
+    from .offline_prm_config import OfflinePRMConfig
+    from .offline_prm_trainer import OfflinePRMTrainer
     from .prime_config import PRIMEConfig
     from .prime_trainer import PRIMETrainer
 
@@ -13,10 +15,12 @@ try:
 except PackageNotFoundError:  # run from a checkout that was not installed
     __version__ = "0.0.0"
 
-__all__ = ["ImplicitPRM", "PRIMEConfig", "PRIMETrainer"]
+__all__ = ["ImplicitPRM", "OfflinePRMConfig", "OfflinePRMTrainer", "PRIMEConfig", "PRIMETrainer"]
 
 _MODULES = {
     "ImplicitPRM": ".implicit_prm",
+    "OfflinePRMConfig": ".offline_prm_config",
+    "OfflinePRMTrainer": ".offline_prm_trainer",
     "PRIMEConfig": ".prime_config",
     "PRIMETrainer": ".prime_trainer",
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from huggingface_hub import CommitInfo
+    from transformers import TrainingArguments
 
     from .prime_config import PRIMEConfig
 
@@ -68,18 +69,19 @@ SETTINGS = (
 # --- Cards ---
 
 
-def settings_table(args: PRIMEConfig) -> str:
+def settings_table(args: TrainingArguments, names: Sequence[str] = SETTINGS) -> str:
     """
     The settings of a run that its result depends on, as a Markdown table.
 
     Args:
-        args ([`PRIMEConfig`]): The run's configuration.
+        args ([`~transformers.TrainingArguments`]): The run's configuration.
+        names (`list[str]`): Fields that it has; those of [`PRIMEConfig`] if not given.
 
     Returns:
         `str`: The table, by name of the field.
     """
     return "\n".join(
-        ["| setting | value |", "|---|---|", *(f"| `{name}` | {getattr(args, name)} |" for name in SETTINGS)]
+        ["| setting | value |", "|---|---|", *(f"| `{name}` | {getattr(args, name)} |" for name in names)]
     )
 
 
@@ -213,6 +215,7 @@ def prm_card(
     reference: str | None,
     reference_revision: str | None = None,
     policy: str | None = None,
+    trained: str | None = None,
     settings: str | None = None,
     datasets: str | Sequence[str] | None = None,
     revision: str | None = None,
@@ -227,6 +230,7 @@ def prm_card(
         reference (`str`, *optional*): Hub id of its reference, `"reference"` if that lies in the repo, `None` if unknown.
         reference_revision (`str`, *optional*): Commit of the reference.
         policy (`str`, *optional*): Repo of the policy that it was trained with.
+        trained (`str`, *optional*): A sentence on how it was trained, if not by PRIME.
         settings (`str`, *optional*): Table of the run's settings.
         datasets (`str` or `list[str]`, *optional*): Hub ids of the training data.
         revision (`str`, *optional*): Branch that it was pushed to.
@@ -250,14 +254,13 @@ def prm_card(
     else:
         of_reference = f"[{reference}](https://huggingface.co/{reference})"
         of_reference += f" at commit `{reference_revision}`" if reference_revision else ""
-    trained = "It was trained on outcome labels only"
-    if policy:
-        trained += f", along with the policy [{policy}](https://huggingface.co/{policy})"
+    if trained is None:
+        along = f", along with the policy [{policy}](https://huggingface.co/{policy})" if policy else ""
+        trained = f"It was trained on outcome labels only{along}, by PRIME ({PAPER_LINK})."
     parts = [
         f"# Implicit PRM {repo_id.split('/')[-1]}",
         "An implicit process reward model: a language model whose log-probabilities, measured against those of a reference "
-        "model, reward every token of a completion. It is no chat model: use it to score what another model wrote. "
-        f"{trained}, by PRIME ({PAPER_LINK}).",
+        f"model, reward every token of a completion. It is no chat model: use it to score what another model wrote. {trained}",
         f"- Reward of a token: `beta * (log pi_prm - log pi_reference)`, with beta = {beta:g}. Sums over a step or a "
         "completion are log-odds: 0 is undecided, and the sigmoid of a completion's sum is the chance of a right outcome.\n"
         f"- The PRM is {'an adapter of its reference' if is_adapter else 'a full model'}.\n"

@@ -24,9 +24,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel, get_peft_model, load_peft_weights
+from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -57,7 +57,7 @@ from .hub import (
 )
 from .implicit_prm.backends import make_backend, unshared
 from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
-from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card
+from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
 from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
@@ -784,16 +784,7 @@ class PRIMETrainer(GRPOTrainer):
     def _load_prm_weights(self, checkpoint: str) -> None:
         if self._prm_backend.load_checkpoint(checkpoint):
             return
-        model, folder = self.implicit_prm.model, os.path.join(checkpoint, "prm")
-        if isinstance(model, PeftModel):
-            # In files the adapter has no name
-            adapter = f".{model.active_adapter}."
-            saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
-            names = {name.replace(adapter, "."): name for name, _ in model.named_parameters() if adapter in name}
-            weights = {names.get(name, name): tensor for name, tensor in saved.items()}
-        else:
-            weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
-        self._prm_backend.load_weights(weights)
+        self._prm_backend.load_weights(saved_weights(self.implicit_prm.model, os.path.join(checkpoint, "prm")))
 
     # --- The Hub ---
 

@@ -94,7 +94,7 @@ def load_prime_dataset(
         dataset = DATASET_FORMATS[format].generate(name_or_path, split, **options)
         dataset, options = dataset.to_iterable_dataset() if streaming else dataset, {}
     else:
-        dataset = _load(name_or_path, split, config, streaming)
+        dataset = read_rows(name_or_path, split, config, streaming)
     return adapt_dataset(
         dataset,
         format,
@@ -270,7 +270,10 @@ def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return list(first)
 
 
-def _load(name_or_path: str, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
+def read_rows(
+    name_or_path: str, split: str = "train", config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """The rows of a data set as they are, from the Hub or from local files; arguments as in [`load_prime_dataset`]."""
     path = Path(name_or_path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if path.is_file():

@@ -75,9 +75,13 @@ class DataParallel:
 
     def place(self) -> None:
         """Bring both models to where they compute. Called once, before the first forward pass."""
-        for model in (self.prm.model, self.prm.reference):
-            if model is not None:
-                model.to(self.accelerator.device)
+        self.prm.model.to(self.accelerator.device)
+        self.place_reference()
+
+    def place_reference(self) -> None:
+        """Bring the reference alone to where it computes, for a PRM that a trainer places by itself."""
+        if self.prm.reference is not None:
+            self.prm.reference.to(self.accelerator.device)
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         """
@@ -169,9 +173,12 @@ class FullyShard(DataParallel):
             )
 
     def place(self) -> None:
-        for model in (self.prm.model, self.prm.reference):
-            if model is not None:
-                fsdp2_prepare_model(self.accelerator, model)
+        fsdp2_prepare_model(self.accelerator, self.prm.model)
+        self.place_reference()
+
+    def place_reference(self) -> None:
+        if self.prm.reference is not None:
+            fsdp2_prepare_model(self.accelerator, self.prm.reference)
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         self.max_grad_norm = max_grad_norm or float("inf")
@@ -230,15 +237,13 @@ class ZeRO(DataParallel):
         self.collective = self.stage == 3
         self.last = True
 
-    def place(self) -> None:
+    def place_reference(self) -> None:
         from trl.models import prepare_deepspeed
 
-        self.prm.model.to(self.accelerator.device)
-        if self.prm.reference is not None:
-            if self.stage == 3:
-                prepare_deepspeed(self.prm.reference, self.accelerator)
-            else:
-                self.prm.reference.to(self.accelerator.device)
+        if self.prm.reference is not None and self.stage == 3:
+            prepare_deepspeed(self.prm.reference, self.accelerator)
+        else:
+            super().place_reference()
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         import deepspeed

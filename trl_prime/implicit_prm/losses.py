@@ -1,8 +1,9 @@
 """Losses and accuracies of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
 
-Covered: cross-entropy, the detached DPO loss and its two best-of-N weightings, accuracy within groups and in absolute
-terms. Not covered: where scores come from (`implicit_prm.py`) and the optimizer (`updater.py`). A score q is the process
-reward summed over a completion, that is the log-odds of a right outcome. B = completions, K = completions per prompt.
+Covered: cross-entropy, the detached DPO loss and its two best-of-N weightings; DPO on pairs and KTO, for training offline;
+accuracy within groups and in absolute terms. Not covered: where scores come from (`model.py`) and the optimizer
+(`updater.py`, `offline_prm_trainer.py`). A score q is the process reward summed over a completion, that is the log-odds of
+a right outcome. B = completions, K = completions per prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 LOSS_TYPES = ("ce", "dpo", "bon_acc", "bon_rm")
+# Of the offline trainer. Its "dpo" has fixed pairs, both with gradient, that of `LOSS_TYPES` a detached mean of the peers
+OFFLINE_LOSS_TYPES = ("ce", "dpo", "kto")
 # Log-odds within which scores count as equal. A PRM that still equals its reference differs from it by rounding, which
 # depends on the machine and on how rows share a batch, and must not decide who wins.
 TIE = 1e-5
@@ -140,9 +143,84 @@ def prm_loss(
     return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
+def dpo_pair_losses(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+    """
+    DPO (arXiv 2305.18290, Eq 7) on pairs of completions of one prompt: `-log sigmoid(q_chosen - q_rejected)`.
+
+    Only the difference of the two is trained: scores of different prompts stay incomparable.
+
+    Args:
+        chosen_scores, rejected_scores (`torch.Tensor`): `(N,)` scores q, both with gradient.
+
+    Returns:
+        `torch.Tensor`: `(N,)`.
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+def kto_reference_point(mismatched_scores: torch.Tensor) -> torch.Tensor:
+    """
+    KTO's estimate of the divergence of PRM and reference (arXiv 2402.01306, section 4.1), in log-odds like a score.
+
+    Args:
+        mismatched_scores (`torch.Tensor`): `(M,)` scores q of completions after prompts that they do not belong to.
+
+    Returns:
+        `torch.Tensor`: scalar without gradient: their mean, at least 0; 0 if there are none.
+    """
+    return (mismatched_scores.detach().sum() / max(len(mismatched_scores), 1)).clamp(min=0)
+
+
+def kto_row_losses(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    reference_point: torch.Tensor | float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """
+    KTO (arXiv 2402.01306, Eq 7): `w_d * (1 - sigmoid(q - z))` of a right completion, `w_u * (1 - sigmoid(z - q))` of others.
+
+    Args:
+        scores (`torch.Tensor`): `(B,)` scores q, with gradient.
+        labels (`torch.Tensor`): `(B,)` outcomes; above 1/2 is right.
+        reference_point (`torch.Tensor`): scalar z, see [`kto_reference_point`].
+        desirable_weight, undesirable_weight (`float`): w_d and w_u, against an unequal number of right and wrong
+            completions.
+
+    Returns:
+        `torch.Tensor`: `(B,)`, between 0 and the larger weight.
+    """
+    desirable = labels > 0.5
+    margins = scores - reference_point
+    weights = torch.where(desirable, desirable_weight, undesirable_weight).to(scores.dtype)
+    return weights * torch.where(desirable, -margins, margins).sigmoid()
+
+
 def group_rows(values: torch.Tensor, num_generations: int) -> torch.Tensor:
     """`(B, K)`: for each of the `(B,)` rows the values of its whole group, groups contiguous."""
     return values.view(-1, num_generations).repeat_interleave(num_generations, dim=0)
+
+
+def pad_groups(values: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Rows of groups of different sizes, brought together, for functions that take groups of one size.
+
+    Args:
+        values (`torch.Tensor`): `(B,)` floats, in any order.
+        group_ids (`torch.Tensor`): `(B,)` integers, equal for the rows of a group.
+
+    Returns:
+        `torch.Tensor`: `(G, K)` with K the size of the largest group, in the order of the ids; NaN fills up.
+    """
+    if not len(values):
+        return values.new_empty(0, 1)
+    _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    order = group.argsort(stable=True)
+    place = torch.arange(len(values), device=values.device) - (sizes.cumsum(0) - sizes)[group[order]]
+    padded = values.new_full((len(sizes), int(sizes.max())), float("nan"))
+    padded[group[order], place] = values[order]
+    return padded
 
 
 def pairwise_wins(scores: torch.Tensor, labels: torch.Tensor, num_generations: int) -> tuple[float, int]:

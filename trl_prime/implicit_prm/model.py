@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from .scoring import FUSED_LM_HEAD, batch_completion_logps
+from .scoring import FUSED_LM_HEAD, batch_completion_logps, tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -478,7 +478,7 @@ class ImplicitPRM:
             return []
         device = next(self.model.parameters()).device
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        rows = [self._tokenize(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rows = [tokenize(self.tokenizer, *row) for row in zip(prompts, completions, strict=True)]
         batch = [
             tensor.to(device)
             for column, side in ((0, "left"), (1, "right"))
@@ -518,21 +518,25 @@ class ImplicitPRM:
             )
         return scored
 
-    def _tokenize(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-        prompt_text = prompt
-        if not isinstance(prompt, str):
-            prompt_text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        if not isinstance(completion, str):
-            if len(completion) != 1 or completion[0].get("role") != "assistant":
-                raise ValueError(
-                    f"A completion must be text or one assistant message, but has {len(completion)} messages. Score turns "
-                    "one at a time, with the turns before in the prompt."
-                )
-            completion = completion[0]["content"]
-        # A chat template writes its own special tokens
-        prompt_ids = self.tokenizer(prompt_text, add_special_tokens=isinstance(prompt, str)).input_ids
-        completion_ids = self.tokenizer(completion, add_special_tokens=False).input_ids
-        return prompt_ids, [*completion_ids, self.tokenizer.eos_token_id]
+
+def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    Weights that [`ImplicitPRM.save_pretrained`] wrote, by their names in `model`: all of them, or the adapter's.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The PRM that is to have them.
+        folder (`str`): Where they are saved.
+
+    Returns:
+        `dict[str, torch.Tensor]`: on the CPU.
+    """
+    if not isinstance(model, PeftModel):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+    # In files the adapter has no name
+    adapter = f".{model.active_adapter}."
+    saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
+    names = {name.replace(adapter, "."): name for name, _ in model.named_parameters() if adapter in name}
+    return {names.get(name, name): tensor for name, tensor in saved.items()}
 
 
 def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> ModelCard:
@@ -542,7 +546,7 @@ def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Mo
     Args:
         folder (`str`): Where it is saved.
         repo_id (`str`): The repo that it is going to.
-        **kwargs: `policy`, `settings`, `datasets`, `revision`.
+        **kwargs: `policy`, `trained`, `settings`, `datasets`, `revision`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]

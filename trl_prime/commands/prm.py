@@ -1,0 +1,159 @@
+"""`trl-prime prm`: train an implicit PRM offline, on completions with outcome labels or on preference pairs.
+
+`trl-prime prm --config recipes/gsm8k/prm/offline-ce.yaml [--any_field value]`. A recipe holds fields of
+`OfflinePRMConfig`, of TRL's `ModelConfig` and of `OfflinePRMScriptArguments`; any of them can be given as a flag, which wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ScriptArguments
+
+from .arguments import parse_arguments
+
+
+@dataclass
+class OfflinePRMScriptArguments(ScriptArguments):
+    """
+    What a recipe says beside [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
+
+    Parameters:
+        dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
+            [`~trl_prime.data.outcomes.OUTCOME_FORMATS`], with options if need be, `labelled(completion='answer')`. Not given,
+            the data set has `prompt`, `completion` and `label`, or `prompt`, `chosen` and `rejected`. `dataset_name` may be a
+            local file or folder.
+        held_out_share (`float`, *optional*): Hold out this share of the prompts of the train split for evaluation. Not given,
+            `dataset_test_split` is evaluated on where `eval_strategy` asks for it.
+        system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
+        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
+    """
+
+    dataset_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the rows of dataset_name (Hub, local file or folder) are adapted: labelled or gsm8k_solutions, with "
+            "options if need be: labelled(completion='answer', label='is_right'). Not given, the data set has prompt, "
+            "completion and label, or prompt, chosen and rejected."
+        },
+    )
+    held_out_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out this share of the prompts of the train split for evaluation. Not given, dataset_test_split is "
+            "evaluated on where eval_strategy asks for it."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt of every row; replaces the one that is there."}
+    )
+    prompt_suffix: str | None = field(
+        default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
+    )
+
+
+def parse_prm_arguments(argv: list[str]) -> tuple[OfflinePRMScriptArguments, Any, Any]:
+    """
+    The recipe and the flags as dataclasses: script arguments, [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
+
+    Raises:
+        ValueError: The recipe has a field that does not exist; the message names the nearest.
+    """
+    from trl import ModelConfig
+
+    from ..offline_prm_config import OfflinePRMConfig
+
+    return parse_arguments([OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig], argv, prog="trl-prime prm")
+
+
+def run(argv: list[str]) -> int:
+    """Train by a recipe; the exit code."""
+    script_args, args, model_args = parse_prm_arguments(argv)
+    if not (script_args.dataset_name and model_args.model_name_or_path):
+        raise ValueError("Give `model_name_or_path` and `dataset_name`.")
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "dataset_streaming is True, but groups and lengths have to be known before training. Leave it out."
+        )
+
+    from trl import get_peft_config, get_quantization_config
+
+    from ..evaluation.progress import MetricsProgressCallback
+    from ..offline_prm_trainer import OfflinePRMTrainer
+
+    with args.main_process_first(desc="loading the data set"):
+        train_dataset, eval_dataset = _load_data(script_args, args)
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    if (quantization_config := get_quantization_config(model_args)) is not None:
+        args.model_init_kwargs["quantization_config"] = quantization_config
+    trainer = OfflinePRMTrainer(
+        model_args.model_name_or_path,
+        args,
+        train_dataset,
+        eval_dataset,
+        peft_config=get_peft_config(model_args),
+    )
+    if not args.disable_tqdm:
+        shown = {
+            "loss": "loss",
+            "accuracy": "right",
+            "pairwise_accuracy": "pairs",
+            "eval_pairwise_accuracy": "held out",
+        }
+        MetricsProgressCallback.replace_default(trainer, "PRM", shown)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.accelerator.is_main_process:
+            _print_metrics(metrics)
+    if trainer.accelerator.is_main_process:
+        print(f"PRM: {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return 0
+
+
+def _load_data(script_args: OfflinePRMScriptArguments, args: Any) -> tuple[Any, Any]:
+    from ..data.outcomes import load_outcome_dataset, split_by_prompt
+
+    def load(split: str) -> Any:
+        return load_outcome_dataset(
+            script_args.dataset_name,
+            script_args.dataset_format,
+            split=split,
+            config=script_args.dataset_config,
+            system_prompt=script_args.system_prompt,
+            prompt_suffix=script_args.prompt_suffix,
+        )
+
+    train_dataset = load(script_args.dataset_train_split)
+    if script_args.held_out_share is not None:
+        return split_by_prompt(train_dataset, script_args.held_out_share, args.seed)
+    if args.eval_strategy != "no":
+        return train_dataset, load(script_args.dataset_test_split)
+    return train_dataset, None
+
+
+def _print_metrics(metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    labels = {
+        "eval_loss": "loss",
+        "eval_pairwise_accuracy": "ranks the better of two completions higher",
+        "eval_accuracy": "tells right from wrong",
+    }
+    table = Table(title="Held-out completions", show_header=False)
+    for name, label in labels.items():
+        if name in metrics:
+            table.add_row(label, f"{metrics[name]:.4f}" if name == "eval_loss" else f"{metrics[name]:.1%}")
+    Console().print(table)

@@ -1,0 +1,308 @@
+"""Completions whose outcome is known, and preference pairs: the data that an implicit PRM is trained on offline.
+
+Two forms, TRL's own. *Labelled*: `prompt`, `completion`, `label` (unpaired preference; a label is a bool or a number
+between 0 and 1, None where it is not known). *Pairs*: `prompt`, `chosen`, `rejected` (preference). Prompts and completions
+are text or messages. Covered: reading both, and two published layouts of labelled completions; making one form of the
+other; splitting so that no prompt is on both sides. Not covered: tokens, lengths and what is dropped for them
+(`offline_prm_trainer.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, Features, Value
+from trl import extract_prompt, unpair_preference_dataset
+
+from ..prime_config import nearest
+from ..rewards.registry import parse_call
+from .adapters import adapt_dataset, read_rows
+from .formats import MalformedRow
+
+LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+LABELLED_FEATURES = Features({"prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("float64")})
+
+
+def load_outcome_dataset(
+    name_or_path: str,
+    format: str | None = None,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    system_prompt: str | None = None,
+    prompt_suffix: str | None = None,
+) -> Dataset:
+    """
+    Load labelled completions or preference pairs.
+
+    Args:
+        name_or_path (`str`): Name on the Hub, or a local file or folder, as in
+            [`~trl_prime.data.adapters.load_prime_dataset`].
+        format (`str`, *optional*): Key of `OUTCOME_FORMATS`, or its call form with options,
+            `labelled(prompt='problem', label='correct')`. None means that the data set is in one of TRL's two forms.
+        split, config (`str`): of a data set on the Hub.
+        system_prompt, prompt_suffix (`str`, *optional*): as in [`~trl_prime.data.adapters.load_prime_dataset`]. They should
+            be those under which the policy of an online run is going to answer.
+
+    Returns:
+        [`~datasets.Dataset`]: Labelled completions or pairs.
+
+    Raises:
+        ValueError: The format, the file or a column does not exist, or a row is malformed; the message tells its index.
+    """
+    dataset = read_rows(name_or_path, split, config)
+    if format is not None:
+        dataset = adapt_outcomes(dataset, format)
+    elif set(dataset.column_names) >= PAIRS and "prompt" not in dataset.column_names:
+        dataset = dataset.map(extract_prompt)
+    check_form(dataset)
+    if system_prompt or prompt_suffix:
+        dataset = adapt_dataset(dataset, system_prompt=system_prompt, prompt_suffix=prompt_suffix)
+    return dataset
+
+
+def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
+    """
+    Bring labelled completions of another layout into the form `prompt`, `completion`, `label`, both of them messages.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The rows.
+        format (`str`): as in [`load_outcome_dataset`].
+
+    Returns:
+        [`~datasets.Dataset`]: with the columns of `LABELLED_FEATURES`; one row can become several, or none.
+
+    Raises:
+        ValueError: see [`load_outcome_dataset`].
+    """
+    format, options = parse_call(format)
+    if format not in OUTCOME_FORMATS:
+        raise ValueError(f"dataset_format is {format!r}, which is unknown. {nearest(format, OUTCOME_FORMATS)}")
+    adapt = OUTCOME_FORMATS[format]
+    known = list(inspect.signature(adapt).parameters)[1:]
+    for option in options or {}:
+        if option not in known:
+            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, known)}")
+    # The version is there for the cache of `map`, which tells functions apart by their name only
+    from .. import __version__
+
+    adapt_batch = functools.partial(_adapt_batch, format=format, options=options or {}, version=__version__)
+    return dataset.map(
+        adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, features=LABELLED_FEATURES
+    )
+
+
+def _adapt_batch(
+    batch: dict[str, list], indices: list[int], format: str, options: dict[str, Any], version: str
+) -> dict[str, list]:
+    adapted: dict[str, list] = {name: [] for name in LABELLED_FEATURES}
+    for place, i in enumerate(indices):
+        try:
+            triples = OUTCOME_FORMATS[format]({name: column[place] for name, column in batch.items()}, **options)
+        except MalformedRow as error:
+            raise ValueError(f"Row {i} is no {format!r} row: {error}.") from error
+        for prompt, completion, label in triples:
+            adapted["prompt"].append(_as_messages(prompt, "user"))
+            adapted["completion"].append(_as_messages(completion, "assistant"))
+            adapted["label"].append(None if label is None else float(label))
+    return adapted
+
+
+def _as_messages(text: Any, role: str) -> Any:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: a row into prompts, completions and labels. What follows the row are options.
+
+
+def labelled(
+    row: Mapping[str, Any], prompt: str | None = None, completion: str | None = None, label: str | None = None
+) -> list[tuple[Any, Any, Any]]:
+    """
+    A completion and its label in columns of any name, or a prompt's completions and their labels as two lists.
+
+    Args:
+        row (`dict`): The row.
+        prompt, completion, label (`str`, *optional*): Names of the columns; the usual ones are found by themselves.
+
+    Returns:
+        `list[tuple]`: prompt, completion and label of each.
+
+    Raises:
+        MalformedRow: A column is missing, or the two lists are of different lengths.
+    """
+    given, values = {"prompt": prompt, "completion": completion, "label": label}, {}
+    for argument, usual in _USUAL_COLUMNS.items():
+        names = usual if given[argument] is None else (given[argument],)
+        found = [name for name in names if name in row]
+        if not found:
+            raise MalformedRow(
+                f"it has no column {' or '.join(map(repr, names))} for the {argument} among {', '.join(row)}; name it by "
+                f"labelled({argument}='...')"
+            )
+        values[argument] = row[found[0]]
+    if not isinstance(values["label"], list):
+        return [(values["prompt"], values["completion"], values["label"])]
+    if not isinstance(values["completion"], list) or len(values["completion"]) != len(values["label"]):
+        raise MalformedRow("the completions and their labels are not lists of the same length")
+    return [(values["prompt"], *pair) for pair in zip(values["completion"], values["label"], strict=True)]
+
+
+_USUAL_COLUMNS = {
+    "prompt": ("prompt", "question", "problem"),
+    "completion": ("completion", "completions", "response", "responses", "solution", "solutions"),
+    "label": ("label", "labels", "is_correct", "correct", "correctness", "reward", "rewards"),
+}
+
+
+def gsm8k_solutions(row: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """
+    The example solutions that were published with GSM8K: a `question`, and for each of several models a column with a
+    `solution` and whether it `is_correct`. The calculator's annotations, `<<2*3=6>>`, are taken out.
+
+    Args:
+        row (`dict`): The row.
+
+    Returns:
+        `list[tuple]`: prompt, completion and label of each solution.
+
+    Raises:
+        MalformedRow: There is no question, or no model's solution.
+    """
+    solved = [
+        value for value in row.values() if isinstance(value, Mapping) and {"solution", "is_correct"} <= set(value)
+    ]
+    if not isinstance(row.get("question"), str) or not solved:
+        raise MalformedRow("it has no question, or no column with a solution and is_correct")
+    return [
+        (row["question"], re.sub(r"<<[^<>]*>>", "", value["solution"]), value["is_correct"])
+        for value in solved
+        if value["solution"] is not None
+    ]
+
+
+OUTCOME_FORMATS: dict[str, Callable[..., list[tuple[Any, Any, Any]]]] = {
+    "labelled": labelled,
+    "gsm8k_solutions": gsm8k_solutions,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One form of the other
+
+
+def check_form(dataset: Dataset) -> None:
+    """Raise a ValueError that says what is missing unless this is a data set of one of the two forms."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The data set is a {type(dataset).__name__}, but groups and lengths have to be known before training: load it as "
+            "a datasets.Dataset, without streaming."
+        )
+    columns = set(dataset.column_names)
+    if not (columns >= LABELLED or columns >= PAIRS):
+        raise ValueError(
+            f"The data set has the columns {', '.join(sorted(columns))}. Needed are prompt, completion and label, or prompt, "
+            f"chosen and rejected; or give dataset_format, one of: {', '.join(OUTCOME_FORMATS)}."
+        )
+
+
+def to_labelled(dataset: Dataset) -> Dataset:
+    """Labelled completions as they are; of pairs, the chosen labelled true and the rejected false (TRL's unpairing)."""
+    check_form(dataset)
+    if set(dataset.column_names) >= LABELLED:
+        return dataset
+    return unpair_preference_dataset(_with_prompt(dataset))
+
+
+def to_pairs(dataset: Dataset, max_pairs_per_prompt: int | None = None, seed: int = 0) -> Dataset:
+    """Pairs as they are; of labelled completions, those of [`pairs_of_labelled`]."""
+    check_form(dataset)
+    if set(dataset.column_names) >= PAIRS:
+        return _with_prompt(dataset)
+    return pairs_of_labelled(dataset, max_pairs_per_prompt, seed)
+
+
+def _with_prompt(dataset: Dataset) -> Dataset:
+    return dataset if "prompt" in dataset.column_names else dataset.map(extract_prompt)
+
+
+def pairs_of_labelled(dataset: Dataset, max_pairs_per_prompt: int | None = None, seed: int = 0) -> Dataset:
+    """
+    Every completion with every worse one of the same prompt.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Labelled completions; those without a label are in no pair.
+        max_pairs_per_prompt (`int`, *optional*): Where there are more, this many are drawn.
+        seed (`int`): Seed of that draw.
+
+    Returns:
+        [`~datasets.Dataset`]: `prompt`, `chosen`, `rejected`; prompts in the order of their first completion.
+
+    Raises:
+        ValueError: No prompt has completions with different labels.
+    """
+    rng = random.Random(seed)
+    labels = dataset["label"][:]
+    pairs = []
+    for rows in group_by_prompt(dataset["prompt"][:]):
+        of_prompt = [(i, j) for i in rows for j in rows if _is_better(labels[i], labels[j])]
+        if max_pairs_per_prompt is not None and len(of_prompt) > max_pairs_per_prompt:
+            of_prompt = rng.sample(of_prompt, max_pairs_per_prompt)
+        pairs += of_prompt
+    if not pairs:
+        raise ValueError(
+            "No prompt of the data set has completions with different labels, so there are no pairs. Use loss_type='ce' or 'kto'."
+        )
+    chosen, rejected = (dataset.select(rows) for rows in zip(*pairs, strict=True))
+    return Dataset.from_dict(
+        {"prompt": chosen["prompt"][:], "chosen": chosen["completion"][:], "rejected": rejected["completion"][:]}
+    )
+
+
+def _is_better(label: float | bool | None, other: float | bool | None) -> bool:
+    return label is not None and other is not None and float(label) > float(other)  # NaN is not
+
+
+def group_by_prompt(prompts: Sequence[Any]) -> list[list[int]]:
+    """The rows of each prompt, text or messages, in the order of their first."""
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
+    return list(rows.values())
+
+
+def split_by_prompt(dataset: Dataset, held_out_share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """
+    Hold out the completions of some of the prompts; no prompt is on both sides.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Labelled completions or pairs.
+        held_out_share (`float`): Share of the prompts, rounded up to whole ones.
+        seed (`int`): Seed of the choice.
+
+    Returns:
+        `tuple`: the rest and the held-out rows, both in their order.
+
+    Raises:
+        ValueError: One of the sides would be empty.
+    """
+    groups = group_by_prompt(_with_prompt(dataset)["prompt"][:])
+    num_held_out = math.ceil(held_out_share * len(groups))
+    if not 0 < num_held_out < len(groups):
+        raise ValueError(
+            f"held_out_share is {held_out_share}, which holds out {num_held_out} of {len(groups)} prompts. Give a share between "
+            "0 and 1 that leaves some on both sides."
+        )
+    random.Random(seed).shuffle(groups)
+    held_out = sorted(row for rows in groups[:num_held_out] for row in rows)
+    rest = sorted(row for rows in groups[num_held_out:] for row in rows)
+    return dataset.select(rest), dataset.select(held_out)
