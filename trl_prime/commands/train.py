@@ -14,11 +14,9 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from ..prime_config import nearest
+from ..prime_config import SETTINGS_NAME, nearest
 from .arguments import parse_arguments
 
-# In the folder of a run; `reports/run_report.py` reads it
-SETTINGS_NAME = "prime_config.json"
 TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",
