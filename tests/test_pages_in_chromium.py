@@ -110,9 +110,6 @@ def test_cards_are_sorted_by_q(score):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_painted_colours_are_those_of_the_scale(score, scheme):
     score.prefer(scheme)
-    score.evaluate(
-        "document.head.append(Object.assign(document.createElement('style'), {textContent: '.token {transition: none !important}'}))"
-    )
 
     def painted(variable):
         picture = Image.open(io.BytesIO(score.picture())).convert("RGB")

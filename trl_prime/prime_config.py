@@ -22,6 +22,8 @@ SHORTFALLS = ("mask", "error")
 # TRL checks these two only after the models are loaded and the first batch is generated
 POLICY_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 REWARD_SCALES = ("group", "batch", "none")
+# In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
+SETTINGS_NAME = "prime_config.json"
 
 
 @dataclass

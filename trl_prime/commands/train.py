@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..names import nearest
+from ..prime_config import SETTINGS_NAME
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .work import work
@@ -24,8 +25,6 @@ from .work import work
 if TYPE_CHECKING:
     from ..data.task import Task
 
-# In the folder of a run; `reports/run_report.py` reads it
-SETTINGS_NAME = "prime_config.json"
 TASKS = {
     "running_sums": "trl_prime.data.running_sums.prepare",
     "word_problems": "trl_prime.data.word_problems.prepare",

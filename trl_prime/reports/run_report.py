@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from ..hub import SETTINGS
+from ..prime_config import SETTINGS_NAME
 from .heat_map import finite
 from .page import render_page
 from .score_page import Completion, card_data, make_cards, step_scale, token_scale
 from .scoring import can_be_scored, is_text_or_messages, load_prm, score_completions
 
-SETTINGS_NAME = "prime_config.json"
 MAX_POINTS = 2000
 # Of the metrics that few readers open
 MAX_OTHER_POINTS = 500
@@ -141,7 +141,7 @@ class Run:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the last one first."""
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for match, path in sorted((int(m[1]), p) for m, p in numbered if m)[::-1] for match in (path,)]
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)]
 
 
 def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
