@@ -78,7 +78,7 @@ SETTINGS = ("full-train", "full-generate", "lora-train", "lora-generate", "full-
 CONTENDERS = ("grpo", "grpo-kl", "after", "before")
 SHAPE = Shape(layers=6, hidden=384, intermediate=1536, heads=6, kv_heads=2, head_dim=64, vocab=8192)
 # Of "generate": a step of decoding is bound by latency here, as it is by bandwidth on a GPU, and not by FLOPs
-NARROW = Shape(layers=12, hidden=128, intermediate=512, heads=4, kv_heads=2, head_dim=32, vocab=8192)
+NARROW = Shape(layers=16, hidden=64, intermediate=256, heads=2, kv_heads=1, head_dim=32, vocab=2048)
 # An adapter of 1 % of the weights; one of rank 16 is 0.5 % of a 7B model
 RANK, K, MICRO_BATCH, PROMPT = 4, 4, 4, 16
 GOALS = {"time_ratio": 1.20, "needed_ratio": 1.05, "memory_ratio": 1.05}
@@ -135,7 +135,7 @@ def rollouts(setting: str, options: argparse.Namespace) -> dict[str, list]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
-        return torch.randint(3, SHAPE.vocab, (length,), generator=generator).tolist()
+        return torch.randint(3, shape_of(setting).vocab, (length,), generator=generator).tolist()
 
     lengths = completion_lengths(setting, options)
     prompts = [ids(PROMPT) for _ in range(len(lengths) // K)]

@@ -57,11 +57,13 @@ def whiten_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(B, T)`.
     """
-    selected = values[mask]
-    if selected.numel() < 2:
+    count = mask.sum().to(values.dtype)
+    if count < 2:
         return torch.zeros_like(values)
-    scale = selected.std(unbiased=False).clamp(min=_ADVANTAGE_STD_FLOOR)
-    return ((values - selected.mean()) / scale).masked_fill(~mask, 0.0)
+    unused = ~mask
+    centred = (values - values.masked_fill(unused, 0.0).sum() / count).masked_fill_(unused, 0.0)
+    scale = (torch.linalg.vector_norm(centred) / count.sqrt()).clamp(min=_ADVANTAGE_STD_FLOOR)
+    return centred.div_(scale)
 
 
 def advantage_terms(
@@ -141,12 +143,12 @@ def advantage_terms(
             process_advantages = discounted_returns(process, positions, process_gamma)
 
     active = mask & contributes[:, None]
-    outcome_advantages = outcome_advantages[:, None].expand_as(process)
+    outcome_advantages = (outcome_weight * outcome_advantages)[:, None].expand_as(process)
     if outcome_gamma != 1.0:
         tokens_left = mask.flip(-1).cumsum(-1).flip(-1) - mask.long()
         outcome_advantages = outcome_advantages * outcome_gamma ** tokens_left.to(dtype)
-    outcome_term = (outcome_weight * outcome_advantages).masked_fill(~active, 0.0)
-    process_term = (process_weight * process_advantages).masked_fill(~(active & process_contributes[:, None]), 0.0)
+    outcome_term = torch.where(active, outcome_advantages, 0.0)
+    process_term = (process_weight * process_advantages).masked_fill_(~(active & process_contributes[:, None]), 0.0)
     return outcome_term, process_term, active
 
 
@@ -204,7 +206,7 @@ def combine_rewards(
         process_gamma=process_gamma,
         reward_mask=reward_mask,
     )
-    advantages = outcome_term + process_term
+    advantages = process_term.add_(outcome_term)
     if whiten or estimator == "reinforce_plus_plus":
         advantages = whiten_tokens(advantages, active)
     return advantages

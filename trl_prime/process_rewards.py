@@ -7,6 +7,7 @@ published normalisation. Not covered: baselines and returns (`advantages.py`), a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -125,6 +126,10 @@ def aggregate_process_rewards(
     return sums.gather(1, unit_ids).masked_fill(~positions, 0.0)
 
 
+# Of `discounted_returns`
+_ROWS_AT_ONCE = 256
+
+
 def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
     """
     Discounted reward-to-go, the sum over s >= t of `gamma^(s-t) * rewards_s` (Eq 5).
@@ -140,19 +145,34 @@ def discounted_returns(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) 
     Returns:
         `torch.Tensor`: `(B, T)`.
     """
+    if len(rewards) > _ROWS_AT_ONCE:
+        # In parts that fit into a processor's cache
+        parts = zip(rewards.split(_ROWS_AT_ONCE), mask.split(_ROWS_AT_ONCE), strict=True)
+        return torch.cat([discounted_returns(*part, gamma) for part in parts])
     mask = mask.bool()
     returns = rewards.masked_fill(~mask, 0.0)
-    if gamma == 1.0:
+    if gamma == 1.0 or not returns.numel():
         return returns.flip(-1).cumsum(-1).flip(-1)
-    # The recurrence G_t = r_t + d_t * G_(t+1) solved by doubling: after k rounds G_t spans 2^k tokens and `decay` is the
-    # product of the d over that span.
-    decay = torch.ones_like(returns).masked_fill(mask, gamma)
-    span = 1
-    while span < returns.shape[1]:
-        returns = torch.cat([returns[:, :-span] + decay[:, :-span] * returns[:, span:], returns[:, -span:]], dim=1)
-        decay = torch.cat([decay[:, :-span] * decay[:, span:], decay[:, -span:]], dim=1)
-        span *= 2
-    return returns
+    num_rows, num_tokens = returns.shape
+    # Positions side by side, so that all have the same discount: number of the first position from t on
+    number = mask.cumsum(-1) - mask.long()
+    size = max(math.isqrt(num_tokens), 1)
+    num_blocks = num_tokens // size + 1
+    blocks = returns.new_zeros(num_rows, num_blocks * size).scatter_add(1, number, returns)
+    blocks = blocks.view(num_rows, num_blocks, size)
+    # Within a block, and from the heads of the blocks after it: two products with gamma^(s-t) in the place of T steps
+    later = blocks[:, :, 0].new_zeros(num_rows, num_blocks + 1)
+    blocks = blocks @ _discounts(size, gamma, returns)
+    later[:, :-1] = blocks[:, :, 0] @ _discounts(num_blocks, gamma**size, returns)
+    until_end = gamma ** torch.arange(size, 0, -1, device=returns.device, dtype=returns.dtype)
+    return (blocks + later[:, 1:, None] * until_end).view(num_rows, -1).gather(1, number)
+
+
+def _discounts(size: int, gamma: float, like: torch.Tensor) -> torch.Tensor:
+    """`(size, size)`: `gamma^(s-t)` in row s and column t for s >= t, else zero."""
+    distance = torch.arange(size, device=like.device)[:, None] - torch.arange(size, device=like.device)
+    discounts = gamma ** distance.clamp(min=0).to(like.dtype)
+    return discounts.masked_fill(distance < 0, 0.0)
 
 
 def normalize_process_rewards(

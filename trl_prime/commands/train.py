@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..names import nearest
-from ..prime_config import SETTINGS_NAME
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .work import work
@@ -295,6 +294,8 @@ def save_settings(output_dir: Path, *arguments: Any) -> None:
         output_dir (`Path`): Folder of the run, made if needed.
         *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
     """
+    from ..prime_config import SETTINGS_NAME
+
     settings: dict[str, Any] = {}
     for part in arguments:
         settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
