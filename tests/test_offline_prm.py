@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import build_model, logged, same, weights
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -20,7 +19,6 @@ from test_implicit_prm import make_trained
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.cli import main
-from trl_prime.commands.prm import parse_prm_arguments
 from trl_prime.data.outcomes import (
     adapt_outcomes,
     load_outcome_dataset,
@@ -509,15 +507,6 @@ def test_two_processes_train_like_one_with_the_doubled_batch(one_process, kind, 
 
 
 # --- The command ---
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_parse_and_validate(recipe, tmp_path):
-    flags = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    _, args, model_args = parse_prm_arguments(["--config", str(recipe), *flags])
-    given = yaml.safe_load(recipe.read_text())
-    assert (args.beta, args.loss_type) == (given["beta"], given["loss_type"])
-    assert model_args.model_name_or_path == given["model_name_or_path"]
 
 
 def prm_flags(tmp_path, **settings):

@@ -12,10 +12,11 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 from trl.chat_template_utils import qwen2_5_chat_template
 
-from trl_prime import ImplicitPRM, PRIMEConfig
+from trl_prime import ImplicitPRM, OfflinePRMConfig, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands import launching
 from trl_prime.commands.dataset_arguments import DatasetArguments
+from trl_prime.commands.prm import OfflinePRMScriptArguments
 from trl_prime.commands.train import PRIMEScriptArguments
 from trl_prime.data.task import Task
 
@@ -39,7 +40,7 @@ REPLACED = {
     "per_device_train_batch_size": None,
     "gradient_accumulation_steps": "1",
     "max_completion_length": "8",
-    "max_length": "64",
+    "max_length": "256",
     "report_to": "none",
     "save_strategy": "no",
     "save_steps": "100",
@@ -66,6 +67,9 @@ def rows(dataset_format):
     if dataset_format == "eurus2_sft":
         turns = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
         return [{"conversations": turns, "system": "count", "id": str(i)} for i in range(16)]
+    if dataset_format == "gsm8k_solutions":
+        solved = {f"model{i}": {"solution": f"so {i}", "is_correct": bool(i)} for i in range(2)}
+        return [{"question": f"{i} plus 1", **solved} for i in range(16)]
     tests = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
     return [
         {
@@ -92,7 +96,7 @@ def reward_digit(completions, solution, **kwargs):
 def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(launching._LAUNCHED, "1")  # its processes are not started
     given = yaml.safe_load(recipe.read_text())
-    command = "sft" if recipe.parent.name == "sft" else "train"
+    command = recipe.parent.name if recipe.parent.name in ("sft", "prm") else "train"
     flags = {name: value for name, value in REPLACED.items() if name in given}
     flags |= {name: REPLACED[name] for name in ("use_cpu", "bf16", "report_to", "max_steps", "gradient_checkpointing")}
     flags |= {"output_dir": tmp_path / "run", "disable_tqdm": "true", "logging_steps": "1", "save_strategy": "no"}
@@ -107,7 +111,7 @@ def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
     assert set(flags) <= {*REPLACED, "disable_tqdm"}
 
     settings = {}
-    for name in ("train", "sft"):
+    for name in ("train", "sft", "prm"):
         monkeypatch.setattr(f"trl_prime.commands.{name}.parse_launched_arguments", recorded(settings))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,7 +142,9 @@ def recorded(settings):
 
 
 def known_fields(recipe):
-    types = [DatasetArguments, SFTConfig] if recipe.parent.name == "sft" else [PRIMEScriptArguments, PRIMEConfig]
+    types = {"sft": [DatasetArguments, SFTConfig], "prm": [OfflinePRMScriptArguments, OfflinePRMConfig]}.get(
+        recipe.parent.name, [PRIMEScriptArguments, PRIMEConfig]
+    )
     launcher = {action.dest for action in launching._launcher()._actions} | {"accelerate_config"}
     return {name for cls in [*types, ModelConfig] for name in cls.__dataclass_fields__} | launcher
 

@@ -1,7 +1,8 @@
 """`trl-prime prm`: train an implicit PRM offline, on completions with outcome labels or on preference pairs.
 
 `trl-prime prm --config recipes/gsm8k/prm/offline-ce.yaml [--any_field value]`. A recipe holds fields of
-`OfflinePRMConfig`, of TRL's `ModelConfig` and of `OfflinePRMScriptArguments`; any of them can be given as a flag, which wins.
+`OfflinePRMConfig`, of TRL's `ModelConfig` and of `OfflinePRMScriptArguments`; any of them can be given as a flag, which wins. Flags of
+accelerate's launcher start it on several processes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from .arguments import parse_arguments
+from .launching import check_launch, launch_if_asked, parse_launched_arguments
+from .train import check_model_name, model_init_kwargs, resume_point
+from .work import work
 
 
 @dataclass
@@ -53,6 +56,14 @@ class OfflinePRMScriptArguments(ScriptArguments):
     )
 
 
+def _types() -> list[type]:
+    from trl import ModelConfig
+
+    from ..offline_prm_config import OfflinePRMConfig
+
+    return [OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig]
+
+
 def parse_prm_arguments(argv: list[str]) -> tuple[OfflinePRMScriptArguments, Any, Any]:
     """
     The recipe and the flags as dataclasses: script arguments, [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
@@ -60,22 +71,24 @@ def parse_prm_arguments(argv: list[str]) -> tuple[OfflinePRMScriptArguments, Any
     Raises:
         ValueError: The recipe has a field that does not exist; the message names the nearest.
     """
-    from trl import ModelConfig
-
-    from ..offline_prm_config import OfflinePRMConfig
-
-    return parse_arguments([OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig], argv, prog="trl-prime prm")
+    return parse_launched_arguments(_types(), argv, "trl-prime prm")
 
 
 def run(argv: list[str]) -> int:
     """Train by a recipe; the exit code."""
+    exit_code = launch_if_asked(_types(), argv, "trl-prime prm")
+    if exit_code is not None:
+        return exit_code
     script_args, args, model_args = parse_prm_arguments(argv)
+    check_launch(args.world_size, args.bf16)
     if not (script_args.dataset_name and model_args.model_name_or_path):
         raise ValueError("Give `model_name_or_path` and `dataset_name`.")
     if script_args.dataset_streaming:
         raise ValueError(
             "dataset_streaming is True, but groups and lengths have to be known before training. Leave it out."
         )
+    resume_from = resume_point(args)
+    check_model_name("model_name_or_path", model_args.model_name_or_path)
 
     from trl import get_peft_config, get_quantization_config
 
@@ -84,12 +97,7 @@ def run(argv: list[str]) -> int:
 
     with args.main_process_first(desc="loading the data set"):
         train_dataset, eval_dataset = _load_data(script_args, args)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
     if (quantization_config := get_quantization_config(model_args)) is not None:
         args.model_init_kwargs["quantization_config"] = quantization_config
     trainer = OfflinePRMTrainer(
@@ -107,18 +115,19 @@ def run(argv: list[str]) -> int:
             "eval_pairwise_accuracy": "held out",
         }
         MetricsProgressCallback.replace_default(trainer, "PRM", shown)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
-    if eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
+    with work():
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
+        if eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            if trainer.accelerator.is_main_process:
+                _print_metrics(metrics)
         if trainer.accelerator.is_main_process:
-            _print_metrics(metrics)
-    if trainer.accelerator.is_main_process:
-        print(f"PRM: {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            print(f"PRM: {args.output_dir}")
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
 
 
