@@ -46,8 +46,8 @@ def run(loss_type: str, seed: int, task, train_dataset: Dataset, held_out, optio
     right = sum(train_dataset["label"][:])
     special = {
         "dpo": {"max_pairs_per_prompt": SAMPLES // 2},
-        # Right and wrong completions count alike
-        "kto": {"desirable_weight": (len(train_dataset) - right) / right},
+        # By default right and wrong completions count alike
+        "kto": {"desirable_weight": options.desirable_weight or (len(train_dataset) - right) / right},
     }
     args = OfflinePRMConfig(
         str(folder / f"{loss_type}-{seed}"),
@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="Optimizer steps, of 128 completions.")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument(
+        "--desirable-weight", type=float, default=None, help="Of KTO; wrong over right completions if not given."
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "offline_prm.json")
     parser.add_argument("--folder", type=Path, default=None, help="Where base models are kept between calls.")
     options = parser.parse_args()
