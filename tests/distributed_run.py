@@ -124,3 +124,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for settings in json.loads(Path(sys.argv[1]).read_text()):
         train(settings)
+    if torch.distributed.is_initialized():
+        # Its threads may not outlive the interpreter
+        torch.distributed.destroy_process_group()

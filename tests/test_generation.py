@@ -415,7 +415,9 @@ def test_evaluation_uses_the_engine_too(run):
 def test_a_rollout_function_gives_tokens_masks_and_columns(make_trainer, engine, random_prm, monkeypatch, vllm):
     """Tokens of its environment learn nothing, and its columns stay with their rows when groups are dropped."""
     batches, update = [], module.PRMUpdater.update
-    monkeypatch.setattr(module.PRMUpdater, "update", lambda self, batch: batches.append(batch) or update(self, batch))
+    monkeypatch.setattr(
+        module.PRMUpdater, "update", lambda self, batch, *logps: batches.append(batch) or update(self, batch, *logps)
+    )
     engine.offset = 0.3
 
     def rollout(prompts, trainer):
@@ -544,7 +546,9 @@ def run_with_tools(make_trainer, engine, tool_tokenizer, monkeypatch):
 def updates(monkeypatch):
     """The batches that the PRM is updated on."""
     seen, update = [], module.PRMUpdater.update
-    monkeypatch.setattr(module.PRMUpdater, "update", lambda self, batch: seen.append(batch) or update(self, batch))
+    monkeypatch.setattr(
+        module.PRMUpdater, "update", lambda self, batch, *logps: seen.append(batch) or update(self, batch, *logps)
+    )
     return seen
 
 

@@ -19,7 +19,7 @@ import pytest
 from trl_prime.rewards.sandbox import Limits, RemoteSandbox, SandboxUnavailable, open_sandbox, remote
 
 LIMITS = Limits(wall_seconds=10)
-BREAK = b"{}"
+BREAK = b"{"
 
 
 def _interpreter():
