@@ -1,0 +1,390 @@
+"""Does PRIME learn from fewer rollouts than outcome rewards alone, and how much could a perfect PRM give?
+
+On the built-in task, from the same base model and with the same number of rollouts, trained by
+
+- `rloo`: `PRIMETrainer` with outcome rewards only;
+- `grpo`: TRL's own `GRPOTrainer`;
+- `prime`: `PRIMETrainer`, its PRM learning from outcomes as it goes;
+- `oracle`: `rloo` with a process reward of -1 at the first wrong step, which only this task can tell: the ceiling.
+
+`tune` tries the same number of settings for each on seeds that are not reported, and keeps the one with the highest mean
+accuracy over the run. `report` trains the reported seeds by those. Every run is kept in `--folder`, and one that is there
+is not made again. The step ratio is the steps that `rloo` needs to reach its final accuracy over those of another method.
+
+    python benchmarks/learning.py tune --digits 15
+    python benchmarks/learning.py report --digits 15
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TUNING_SEEDS = (100, 101)
+BATCH_SIZE, NUM_GENERATIONS = 64, 8
+STEPS_BETWEEN_MEASURES = 10
+# Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
+LEARNT = 0.1
+# As many settings for each method
+GRIDS = {
+    "rloo": [{"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
+    "grpo": [{"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
+    "oracle": [
+        {"learning_rate": rate, "process_gamma": gamma} for rate, gamma in itertools.product((2e-4, 4e-4), (0.0, 1.0))
+    ],
+    "prime": [
+        {"learning_rate": rate, "process_gamma": gamma} for rate, gamma in itertools.product((1e-4, 2e-4), (0.0, 1.0))
+    ],
+}
+# The share of right completions falls below one in ten at the start, so the filter of the paper would drop nearly all
+COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0, "process_reward_norm": "std"}
+PRM = {"prm_beta": 0.5, "prm_learning_rate": 5e-4, "prm_replay_batches": 4}
+ORACLE_WEIGHT = 3.0
+
+
+def oracle_combination(rewards):
+    """Advantages with -1 at the first token of the first wrong line as process reward (one character is one token)."""
+    import torch
+
+    from trl_prime.data.running_sums import STEP_DELIMITER, first_wrong_step
+    from trl_prime.process_rewards import normalize_process_rewards
+
+    process_rewards = torch.zeros_like(rewards.process_rewards)
+    for row, (prompt, completion) in enumerate(zip(rewards.prompts, rewards.completions, strict=True)):
+        step = first_wrong_step(prompt, completion)
+        if step is not None:
+            lines = completion.split(STEP_DELIMITER)
+            process_rewards[row, sum(len(line) + 1 for line in lines[:step])] = -1.0
+    process_rewards = process_rewards * rewards.completion_mask
+    gamma = rewards.settings["process_gamma"]
+    process_rewards = normalize_process_rewards(process_rewards, rewards.completion_mask, "std", gamma=gamma)
+    return rewards.combine(
+        process_rewards=process_rewards, reward_mask=rewards.completion_mask, process_weight=ORACLE_WEIGHT
+    )
+
+
+def train(method: str, num_digits: int, seed: int, settings: dict, steps: int, folder: Path) -> dict:
+    """Train once, measuring on held-out problems as it goes; the curve and the settings."""
+    import torch
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from trl_prime import PRIMEConfig, PRIMETrainer
+    from trl_prime.data.running_sums import prepare
+    from trl_prime.evaluation.held_out import measure_policy, measure_prm
+
+    torch.set_num_threads(1)
+    task = prepare(folder / f"base-{num_digits}-{seed}", seed=seed, num_digits=num_digits)
+    max_completion_length = 2 * num_digits + 2
+    shared = {
+        "seed": seed,
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "num_generations": NUM_GENERATIONS,
+        "max_completion_length": max_completion_length,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "loss_type": "dapo",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    output_dir = str(folder / "trainer")
+    data = {"model": task.model, "reward_funcs": task.reward_funcs, "train_dataset": task.train_dataset}
+    if method == "grpo":
+        trainer = GRPOTrainer(args=GRPOConfig(output_dir, **shared), **data)
+    elif method == "prime":
+        trainer = PRIMETrainer(args=PRIMEConfig(output_dir, **{**COMMON, **PRM, **shared}), **data)
+    else:
+        outcomes_only = {"process_weight": 0.0} if method == "rloo" else {}
+        args = PRIMEConfig(output_dir, **{**COMMON, "prm_update": "none", **outcomes_only, **shared})
+        hook = oracle_combination if method == "oracle" else None
+        trainer = PRIMETrainer(args=args, reward_combination=hook, **data)
+    trainer.remove_callback(PrinterCallback)
+    curve: list[dict] = []
+    measuring = 0.0
+
+    class Measure(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.measure(0)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % STEPS_BETWEEN_MEASURES == 0:
+                self.measure(state.global_step)
+
+        def measure(self, step: int) -> None:
+            nonlocal measuring
+            begin = time.perf_counter()
+            accuracies, problems, samples, rewards = measure_policy(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+                task.eval_dataset,
+                task.reward_funcs[0],
+                max_new_tokens=max_completion_length,
+                num_samples=1,
+                batch_size=256,
+                seed=step,
+            )
+            if method == "prime":
+                prm = trainer.implicit_prm
+                accuracies["first_error_auc"] = measure_prm(prm, problems, samples, rewards, 1, task.step_labels)[
+                    "first_error_auc"
+                ]
+            measuring += time.perf_counter() - begin
+            seconds = time.perf_counter() - start - measuring
+            curve.append({"step": step, "completions": step * BATCH_SIZE, "seconds": round(seconds, 1), **accuracies})
+
+    trainer.add_callback(Measure())
+    start = time.perf_counter()
+    trainer.train()
+    return {
+        "task": f"running sums of {num_digits}",
+        "method": method,
+        "seed": seed,
+        "settings": settings,
+        "steps": steps,
+        "curve": curve,
+    }
+
+
+def final_accuracy(run: dict) -> float:
+    """Mean sampled accuracy of the last three measures."""
+    return statistics.fmean(point["sampled"] for point in run["curve"][-3:])
+
+
+def mean_accuracy(run: dict) -> float:
+    return statistics.fmean(point["sampled"] for point in run["curve"])
+
+
+def steps_to_reach(run: dict, accuracy: float) -> float | None:
+    """First step, by linear interpolation, at which the sampled accuracy is reached; None if it is not."""
+    if run["curve"][0]["sampled"] >= accuracy:
+        return 0.0
+    for before, after in itertools.pairwise(run["curve"]):
+        if after["sampled"] >= accuracy:
+            share = (accuracy - before["sampled"]) / (after["sampled"] - before["sampled"])
+            return before["step"] + share * (after["step"] - before["step"])
+    return None
+
+
+def step_ratio(rloo: dict, other: dict) -> float | None:
+    """Steps of outcome rewards alone over steps of the other, to the final accuracy of the former.
+
+    A method that does not get there counts with all its steps, so that the ratio is then too high. None where outcome
+    rewards alone did not learn: any method is at such a target from the start.
+    """
+    target = final_accuracy(rloo)
+    if target - rloo["curve"][0]["sampled"] < LEARNT:
+        return None
+    steps = steps_to_reach(other, target)
+    return (steps_to_reach(rloo, target) or rloo["steps"]) / max(other["steps"] if steps is None else steps, 1.0)
+
+
+def interval(values: list[float], num_draws: int = 10_000) -> list[float]:
+    """95 % bootstrap interval of the median."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(num_draws))
+    return [medians[int(0.025 * num_draws)], medians[int(0.975 * num_draws)]]
+
+
+def run_all(jobs: list[tuple[str, int, int, dict]], options: argparse.Namespace) -> list[dict]:
+    """Make the runs that are not there yet, each in a process of its own; all of them, in order."""
+
+    def path_of(job) -> Path:
+        method, digits, seed, settings = job
+        text = "-".join(f"{name}={value:g}" for name, value in sorted(settings.items()))
+        return options.folder / f"{digits}-{method}-{seed}-{options.steps}-{text}.json"
+
+    def one(job) -> None:
+        path = path_of(job)
+        if path.exists():
+            return
+        method, digits, seed, settings = job
+        command = [sys.executable, __file__, "one", "--job", json.dumps(job), "--output", str(path)]
+        command += ["--steps", str(options.steps), "--folder", str(options.folder)]
+        result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{method} {digits} {seed} {settings} failed:\n{result.stderr[-3000:]}")
+        run = json.loads(path.read_text())
+        print(
+            f"{method:<6} {digits} digits  seed {seed}  {settings}  mean {mean_accuracy(run):.3f}  "
+            f"final {final_accuracy(run):.3f}  {run['curve'][-1]['seconds']:.0f} s",
+            flush=True,
+        )
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        # A base model is made by the first run that needs it, and by no two at once
+        first = {(job[1], job[2]): job for job in reversed(jobs)}.values()
+        list(pool.map(one, first))
+        list(pool.map(one, jobs))
+    return [json.loads(path_of(job).read_text()) for job in jobs]
+
+
+def tune(options: argparse.Namespace) -> dict[str, dict[str, dict]]:
+    """Settings with the highest mean accuracy on the tuning seeds, by digits and method."""
+    jobs = [
+        (method, digits, seed, settings)
+        for digits in options.digits
+        for method in options.methods
+        for settings in GRIDS[method]
+        for seed in TUNING_SEEDS[: options.tuning_seeds]
+    ]
+    found: dict[tuple, list[float]] = {}
+    for (method, digits, _, settings), run in zip(jobs, run_all(jobs, options), strict=True):
+        found.setdefault((digits, method, json.dumps(settings)), []).append(mean_accuracy(run))
+    tuning: dict[str, dict[str, dict]] = {}
+    for (digits, method, settings), accuracies in found.items():
+        entry = tuning.setdefault(str(digits), {}).setdefault(method, {"tried": []})
+        entry["tried"].append({"settings": json.loads(settings), "mean_accuracy": statistics.fmean(accuracies)})
+    for methods in tuning.values():
+        for entry in methods.values():
+            entry["best"] = max(entry["tried"], key=lambda tried: tried["mean_accuracy"])["settings"]
+    return tuning
+
+
+def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """A row for each difficulty, and all runs."""
+    jobs = [
+        (method, digits, seed, tuning[str(digits)][method]["best"])
+        for digits in options.digits
+        for seed in options.seeds
+        for method in options.methods
+    ]
+    runs = run_all(jobs, options)
+    rows = []
+    for digits in options.digits:
+        of = {
+            method: [run for job, run in zip(jobs, runs, strict=True) if job[:2] == (method, digits)]
+            for method in options.methods
+        }
+        row = {"task": f"running sums of {digits}", "seeds": len(options.seeds)}
+        for method, group in of.items():
+            finals = [final_accuracy(run) for run in group]
+            row[f"final_{method}"] = statistics.median(finals)
+            row[f"final_{method}_interval"] = interval(finals)
+            row[f"seconds_{method}"] = statistics.median(run["curve"][-1]["seconds"] for run in group)
+            if method != "rloo":
+                ratios = [step_ratio(rloo, run) for rloo, run in zip(of["rloo"], group, strict=True)]
+                ratios = [ratio for ratio in ratios if ratio is not None]
+                name = "step_ratio" if method == "prime" else f"step_ratio_{method}"
+                row[name] = statistics.median(ratios) if ratios else None
+                row["interval" if method == "prime" else f"{name}_interval"] = interval(ratios) if ratios else None
+                row[f"reached_{method}"] = sum(
+                    steps_to_reach(run, final_accuracy(rloo)) is not None
+                    for rloo, run in zip(of["rloo"], group, strict=True)
+                )
+        rows.append(row)
+    return rows, runs
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Median held-out accuracy over the steps, and the range of all seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(5 * len(tasks), 7), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for (row, kind), (column, task) in itertools.product(enumerate(("sampled", "greedy")), enumerate(tasks)):
+        axis = axes[row][column]
+        for method in GRIDS:
+            curves = [run["curve"] for run in runs if run["task"] == task and run["method"] == method]
+            if curves:
+                steps = [point["step"] for point in curves[0]]
+                values = [[curve[i][kind] for curve in curves] for i in range(len(steps))]
+                axis.plot(steps, [statistics.median(at) for at in values], label=method)
+                axis.fill_between(steps, [min(at) for at in values], [max(at) for at in values], alpha=0.15)
+        axis.set(title=f"{task}, {kind}", xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | method | final accuracy | steps, RLOO / method | reached | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for method in GRIDS:
+            if f"final_{method}" not in row:
+                continue
+            low, high = row[f"final_{method}_interval"]
+            ratio, reached = "1", ""
+            if method != "rloo":
+                name = "step_ratio" if method == "prime" else f"step_ratio_{method}"
+                ends = row["interval" if method == "prime" else f"{name}_interval"]
+                ratio = f"{row[name]:.2f} ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "RLOO did not learn"
+                reached = f"{row[f'reached_{method}']} of {row['seeds']}"
+            lines.append(
+                f"| {row['task']} | {method} | {row[f'final_{method}']:.1%} ({low:.1%} to {high:.1%}) | {ratio} | {reached} | "
+                f"{row[f'seconds_{method}']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
+    parser.add_argument("--digits", type=int, nargs="+", default=[15, 20], help="Lengths of the chains.")
+    parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--tuning-seeds", type=int, choices=(1, 2), default=2, help="How many seeds each setting is tried on."
+    )
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=2, help="Runs at a time, of one thread each.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="Where bases and runs are kept.")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "learning.json")
+    options = parser.parse_args()
+    if options.stage == "one":
+        method, digits, seed, settings = options.job
+        run = train(method, digits, seed, settings, options.steps, options.folder)
+        # Whole or not at all: a run that is there is not made again
+        draft = options.output.with_suffix(".part")
+        draft.write_text(json.dumps(run))
+        draft.replace(options.output)
+        return
+    result = json.loads(options.output.read_text()) if options.output.exists() else {"tuning": {}, "rows": []}
+    if options.stage == "tune":
+        for digits, methods in tune(options).items():
+            result["tuning"].setdefault(digits, {}).update(methods)
+            for method, entry in methods.items():
+                print(f"{digits} digits  {method:<6} {entry['best']}")
+    else:
+        if missing := [str(digits) for digits in options.digits if str(digits) not in result["tuning"]]:
+            parser.error(f"{options.output} holds no settings for {', '.join(missing)} digits: run 'tune' first")
+        result["rows"], result["runs"] = report(result["tuning"], options)
+        draw(result["runs"], options.output.with_suffix(".png"))
+        print(table(result["rows"]))
+    import torch
+
+    result = {"machine": platform.platform(), "torch": torch.__version__, **result}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_prime.advantages import RolloutRewards, combine_rewards
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def learning():
+    sys.path.insert(0, str(FOLDER))
+    import learning
+
+    yield learning
+    sys.path.remove(str(FOLDER))
+
+
+def run_of(*accuracies, every=10):
+    curve = [{"step": i * every, "sampled": value, "seconds": float(i)} for i, value in enumerate(accuracies)]
+    return {"steps": (len(accuracies) - 1) * every, "curve": curve}
+
+
+def test_every_method_is_tuned_by_as_many_settings(learning):
+    assert len({len(grid) for grid in learning.GRIDS.values()}) == 1
+
+
+def test_no_seed_is_both_tuned_on_and_reported_by_default(learning, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sys, "argv", ["learning.py", "report", "--output", "missing.json", "--digits", "7"])
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "error", lambda self, message: (_ for _ in ()).throw(ValueError(message))
+    )
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: seen.setdefault("options", parse(self)))
+    with pytest.raises(ValueError, match="run 'tune' first"):
+        learning.main()
+    assert not set(seen["options"].seeds) & set(learning.TUNING_SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "steps"),
+    [
+        ((0.2, 0.4, 0.6), 0.5, 15.0),
+        ((0.2, 0.4, 0.6), 0.4, 10.0),
+        ((0.2, 0.6, 0.3, 0.9), 0.5, 7.5),  # the first time
+        ((0.2, 0.4, 0.6), 0.7, None),
+        ((0.5, 0.4, 0.6), 0.3, 0.0),
+    ],
+)
+def test_steps_to_reach(learning, accuracies, target, steps):
+    assert learning.steps_to_reach(run_of(*accuracies), target) == pytest.approx(steps)
+
+
+def test_step_ratio(learning):
+    rloo = run_of(0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5)
+    twice_as_fast = run_of(0.1, 0.3, 0.5, 0.7, 0.8, 0.8, 0.8)
+    assert learning.step_ratio(rloo, twice_as_fast) == pytest.approx(2.0)
+    assert learning.step_ratio(rloo, rloo) == pytest.approx(1.0)
+    # Never there: all 60 steps for the 40 that RLOO needs
+    assert learning.step_ratio(rloo, run_of(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2)) == pytest.approx(40 / 60)
+    assert learning.step_ratio(run_of(0.1, 0.1, 0.1, 0.12), twice_as_fast) is None
+
+
+def test_interval_holds_the_median_and_stays_within_the_values(learning):
+    values = [1.0, 2.0, 3.0, 4.0, 50.0]
+    low, high = learning.interval(values)
+    assert 1.0 <= low < statistics.median(values) < high <= 50.0
+    assert learning.interval([2.0, 2.0, 2.0]) == [2.0, 2.0]
+
+
+def test_oracle_blames_the_first_wrong_line_and_nothing_before_or_after_it(learning):
+    # True sums 3, 8, 0: right; wrong from the second line on; wrong in the last line
+    completions = ["3\n8\n0", "3\n1\n3", "3\n8\n4"]
+    mask = torch.ones(3, 6, dtype=torch.bool)  # five characters and the end of the sequence
+    settings = {"estimator": "reinforce", "whiten": False, "process_gamma": 0.0, "process_weight": 0.0}
+    outcomes = torch.tensor([1.0, 0.0, 0.0])
+    rewards = RolloutRewards(
+        outcomes,
+        torch.randn(3, 6),
+        mask,
+        mask,
+        num_generations=3,
+        settings=settings,
+        prompts=["3 5 2="] * 3,
+        completions=completions,
+    )
+    process = learning.oracle_combination(rewards) - combine_rewards(
+        outcomes, torch.zeros(3, 6), mask, 3, estimator="reinforce", whiten=False
+    )
+    blamed = torch.zeros(3, 6, dtype=torch.bool)
+    blamed[1, 2] = blamed[2, 4] = True
+    assert (process[blamed] < -learning.ORACLE_WEIGHT).all()
+    assert (process[~blamed] == 0).all()
+
+
+def test_tune_keeps_the_settings_with_the_highest_mean_over_seeds(learning, monkeypatch):
+    best = {"rloo": 2, "prime": 1}
+
+    def run_all(jobs, options):
+        # One seed alone would choose the last settings
+        runs = []
+        for method, _, seed, settings in jobs:
+            i = learning.GRIDS[method].index(settings)
+            last_on_one_seed = i == len(learning.GRIDS[method]) - 1 and seed == learning.TUNING_SEEDS[0]
+            runs.append(run_of(0.1, 0.6 if i == best[method] else 0.65 if last_on_one_seed else 0.3))
+        return runs
+
+    monkeypatch.setattr(learning, "run_all", run_all)
+    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], tuning_seeds=2)
+    tuning = learning.tune(options)["10"]
+    for method, index in best.items():
+        assert tuning[method]["best"] == learning.GRIDS[method][index]
+        assert len(tuning[method]["tried"]) == len(learning.GRIDS[method])
+
+
+def test_report_pairs_the_methods_by_seed(learning, monkeypatch):
+    curves = {
+        ("rloo", 0): run_of(0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5),
+        ("rloo", 1): run_of(0.1, 0.4, 0.6, 0.75, 0.75, 0.75, 0.75),
+        ("prime", 0): run_of(0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9),  # four times as fast
+        ("prime", 1): run_of(0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 0.75),  # 30 steps against 50
+    }
+    monkeypatch.setattr(learning, "run_all", lambda jobs, options: [curves[job[0], job[2]] for job in jobs])
+    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], seeds=[0, 1])
+    tuning = {"10": {"rloo": {"best": {}}, "prime": {"best": {}}}}
+    (row,), runs = learning.report(tuning, options)
+    assert row["step_ratio"] == pytest.approx((4.0 + 30 / 50) / 2)
+    assert row["reached_prime"] == 2
+    assert row["final_rloo"] == pytest.approx((0.5 + 0.75) / 2)
+    assert row["final_prime"] == pytest.approx((0.9 + statistics.fmean((0.5, 0.75, 0.75))) / 2)
+    assert len(runs) == 4
+    assert "2 of 2" in learning.table([row])
