@@ -249,13 +249,19 @@ def tune(options: argparse.Namespace) -> dict[str, dict[str, dict]]:
         for settings in GRIDS[method]
         for seed in TUNING_SEEDS[: options.tuning_seeds]
     ]
-    found: dict[tuple, list[float]] = {}
+    found: dict[tuple, list[dict]] = {}
     for (method, digits, _, settings), run in zip(jobs, run_all(jobs, options), strict=True):
-        found.setdefault((digits, method, json.dumps(settings)), []).append(mean_accuracy(run))
+        found.setdefault((digits, method, json.dumps(settings)), []).append(run)
     tuning: dict[str, dict[str, dict]] = {}
-    for (digits, method, settings), accuracies in found.items():
+    for (digits, method, settings), runs in found.items():
         entry = tuning.setdefault(str(digits), {}).setdefault(method, {"tried": []})
-        entry["tried"].append({"settings": json.loads(settings), "mean_accuracy": statistics.fmean(accuracies)})
+        entry["tried"].append(
+            {
+                "settings": json.loads(settings),
+                "mean_accuracy": statistics.fmean(mean_accuracy(run) for run in runs),
+                "curves": [run["curve"] for run in runs],
+            }
+        )
     for methods in tuning.values():
         for entry in methods.values():
             entry["best"] = max(entry["tried"], key=lambda tried: tried["mean_accuracy"])["settings"]
