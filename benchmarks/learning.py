@@ -32,7 +32,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TUNING_SEEDS = (100, 101)
+SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
 BATCH_SIZE, NUM_GENERATIONS = 64, 8
 STEPS_BETWEEN_MEASURES = 10
 # Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
@@ -48,7 +48,7 @@ GRIDS = {
         {"learning_rate": rate, "process_gamma": gamma} for rate, gamma in itertools.product((1e-4, 2e-4), (0.0, 1.0))
     ],
 }
-# The share of right completions falls below one in ten at the start, so the filter of the paper would drop nearly all
+# Fewer than one completion in five is right at the start: the paper's band would drop most groups
 COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0, "process_reward_norm": "std"}
 PRM = {"prm_beta": 0.5, "prm_learning_rate": 5e-4, "prm_replay_batches": 4}
 ORACLE_WEIGHT = 3.0
@@ -290,14 +290,18 @@ def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[
             row[f"final_{method}_interval"] = interval(finals)
             row[f"seconds_{method}"] = statistics.median(run["curve"][-1]["seconds"] for run in group)
             if method != "rloo":
-                ratios = [step_ratio(rloo, run) for rloo, run in zip(of["rloo"], group, strict=True)]
-                ratios = [ratio for ratio in ratios if ratio is not None]
+                pairs = [
+                    (rloo, run)
+                    for rloo, run in zip(of["rloo"], group, strict=True)
+                    if step_ratio(rloo, run) is not None
+                ]
+                ratios = [step_ratio(rloo, run) for rloo, run in pairs]
+                row["seeds_compared"] = len(pairs)
                 name = "step_ratio" if method == "prime" else f"step_ratio_{method}"
                 row[name] = statistics.median(ratios) if ratios else None
                 row["interval" if method == "prime" else f"{name}_interval"] = interval(ratios) if ratios else None
                 row[f"reached_{method}"] = sum(
-                    steps_to_reach(run, final_accuracy(rloo)) is not None
-                    for rloo, run in zip(of["rloo"], group, strict=True)
+                    steps_to_reach(run, final_accuracy(rloo)) is not None for rloo, run in pairs
                 )
         rows.append(row)
     return rows, runs
@@ -343,7 +347,7 @@ def table(rows: list[dict]) -> str:
                 name = "step_ratio" if method == "prime" else f"step_ratio_{method}"
                 ends = row["interval" if method == "prime" else f"{name}_interval"]
                 ratio = f"{row[name]:.2f} ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "RLOO did not learn"
-                reached = f"{row[f'reached_{method}']} of {row['seeds']}"
+                reached = f"{row[f'reached_{method}']} of {row['seeds_compared']}"
             lines.append(
                 f"| {row['task']} | {method} | {row[f'final_{method}']:.1%} ({low:.1%} to {high:.1%}) | {ratio} | {reached} | "
                 f"{row[f'seconds_{method}']:.0f} |"
@@ -356,7 +360,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
     parser.add_argument("--digits", type=int, nargs="+", default=[15, 20], help="Lengths of the chains.")
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
         "--tuning-seeds", type=int, choices=(1, 2), default=2, help="How many seeds each setting is tried on."
     )
@@ -381,8 +385,13 @@ def main() -> None:
             for method, entry in methods.items():
                 print(f"{digits} digits  {method:<6} {entry['best']}")
     else:
-        if missing := [str(digits) for digits in options.digits if str(digits) not in result["tuning"]]:
-            parser.error(f"{options.output} holds no settings for {', '.join(missing)} digits: run 'tune' first")
+        if tuned_on := set(options.seeds) & set(TUNING_SEEDS):
+            parser.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
+        if "rloo" not in options.methods:
+            parser.error("--methods must hold rloo, which the others are compared with")
+        for digits, method in itertools.product(options.digits, options.methods):
+            if method not in result["tuning"].get(str(digits), {}):
+                parser.error(f"{options.output} holds no settings for {method} and {digits} digits: run 'tune' first")
         result["rows"], result["runs"] = report(result["tuning"], options)
         draw(result["runs"], options.output.with_suffix(".png"))
         print(table(result["rows"]))

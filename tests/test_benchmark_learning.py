@@ -29,17 +29,28 @@ def test_every_method_is_tuned_by_as_many_settings(learning):
     assert len({len(grid) for grid in learning.GRIDS.values()}) == 1
 
 
-def test_no_seed_is_both_tuned_on_and_reported_by_default(learning, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(sys, "argv", ["learning.py", "report", "--output", "missing.json", "--digits", "7"])
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "error", lambda self, message: (_ for _ in ()).throw(ValueError(message))
-    )
-    parse = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: seen.setdefault("options", parse(self)))
-    with pytest.raises(ValueError, match="run 'tune' first"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0", "100"], "--seeds holds [100]"),
+        (["--methods", "prime"], "must hold rloo"),
+        (["--methods", "rloo", "prime"], "no settings for prime and 7 digits"),
+    ],
+)
+def test_report_refuses_what_was_not_tuned_or_was_tuned_on(
+    learning, monkeypatch, capsys, tmp_path, arguments, message
+):
+    output = tmp_path / "learning.json"
+    output.write_text('{"tuning": {"7": {"rloo": {"best": {}}}}, "rows": []}')
+    monkeypatch.setattr(sys, "argv", ["learning.py", "report", "--digits", "7", "--output", str(output), *arguments])
+    monkeypatch.setattr(learning, "run_all", lambda jobs, options: pytest.fail("a model would be trained"))
+    with pytest.raises(SystemExit):
         learning.main()
-    assert not set(seen["options"].seeds) & set(learning.TUNING_SEEDS)
+    assert message in capsys.readouterr().err
+
+
+def test_the_seeds_that_are_reported_are_not_those_of_the_tuning(learning):
+    assert not set(learning.SEEDS) & set(learning.TUNING_SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +135,16 @@ def test_report_pairs_the_methods_by_seed(learning, monkeypatch):
         ("rloo", 1): run_of(0.1, 0.4, 0.6, 0.75, 0.75, 0.75, 0.75),
         ("prime", 0): run_of(0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9),  # four times as fast
         ("prime", 1): run_of(0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 0.75),  # 30 steps against 50
+        ("rloo", 2): run_of(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1),  # did not learn: no ratio
+        ("prime", 2): run_of(0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9),
     }
     monkeypatch.setattr(learning, "run_all", lambda jobs, options: [curves[job[0], job[2]] for job in jobs])
-    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], seeds=[0, 1])
+    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], seeds=[0, 1, 2])
     tuning = {"10": {"rloo": {"best": {}}, "prime": {"best": {}}}}
     (row,), runs = learning.report(tuning, options)
     assert row["step_ratio"] == pytest.approx((4.0 + 30 / 50) / 2)
-    assert row["reached_prime"] == 2
-    assert row["final_rloo"] == pytest.approx((0.5 + 0.75) / 2)
-    assert row["final_prime"] == pytest.approx((0.9 + statistics.fmean((0.5, 0.75, 0.75))) / 2)
-    assert len(runs) == 4
+    assert (row["seeds"], row["seeds_compared"], row["reached_prime"]) == (3, 2, 2)
+    assert row["final_rloo"] == pytest.approx(0.5)
+    assert row["final_prime"] == pytest.approx(0.9)
+    assert len(runs) == 6
     assert "2 of 2" in learning.table([row])
