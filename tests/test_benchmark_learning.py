@@ -88,7 +88,7 @@ def test_oracle_blames_the_first_wrong_line_and_nothing_before_or_after_it(learn
     # True sums 3, 8, 0: right; wrong from the second line on; wrong in the last line
     completions = ["3\n8\n0", "3\n1\n3", "3\n8\n4"]
     mask = torch.ones(3, 6, dtype=torch.bool)  # five characters and the end of the sequence
-    settings = {"estimator": "reinforce", "whiten": False, "process_gamma": 0.0, "process_weight": 0.0}
+    settings = {"estimator": "reinforce", "whiten": False, "process_gamma": 0.0, "process_weight": 3.0}
     outcomes = torch.tensor([1.0, 0.0, 0.0])
     rewards = RolloutRewards(
         outcomes,
@@ -105,7 +105,7 @@ def test_oracle_blames_the_first_wrong_line_and_nothing_before_or_after_it(learn
     )
     blamed = torch.zeros(3, 6, dtype=torch.bool)
     blamed[1, 2] = blamed[2, 4] = True
-    assert (process[blamed] < -learning.ORACLE_WEIGHT).all()
+    assert (process[blamed] < -3.0).all()
     assert (process[~blamed] == 0).all()
 
 

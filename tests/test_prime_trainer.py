@@ -902,7 +902,9 @@ def test_completions_table(record):
 # --- Trust in the PRM ---
 
 
-@pytest.mark.parametrize("wins, pairs", [(3.0, 10), (5.0, 10), (9.0, 10), (400.0, 400), (0.0, 0)])
+@pytest.mark.parametrize(
+    "wins, pairs", [(3.0, 10), (5.0, 10), (6.0, 10), (60.0, 100), (9.0, 10), (400.0, 400), (0.0, 0)]
+)
 def test_process_rewards_count_as_much_as_the_prm_is_better_than_chance(record, random_prm, monkeypatch, wins, pairs):
     monkeypatch.setattr(module, "pairwise_wins", lambda *args: (wins, pairs))
     recorder = record(
@@ -912,13 +914,17 @@ def test_process_rewards_count_as_much_as_the_prm_is_better_than_chance(record, 
     won, seen, expected = 8.0, 16.0, []
     for _ in range(3):
         if pairs:
-            won, seen = 0.8 * won + wins, 0.8 * seen + pairs
-        expected.append(2.0 * max(0.0, 2 * won / seen - 1))
+            won, seen = 0.9 * won + wins, 0.9 * seen + pairs
+        accuracy = won / seen
+        surely = accuracy - 1.5 * (max(accuracy * (1 - accuracy), 0.09) / seen) ** 0.5
+        expected.append(2.0 * max(0.0, 2 * surely - 1))
     assert used == pytest.approx(expected)
     assert logged(recorder.trainer, "prm/trust") == pytest.approx([weight / 2 for weight in expected])
     for rewards, output in zip(recorder.rewards, recorder.trainer.outputs, strict=True):
         outcome_only = rewards.combine(process_weight=0.0)
-        assert torch.equal(output["advantages"], outcome_only) == (wins <= pairs / 2)
+        assert torch.equal(output["advantages"], outcome_only) == (rewards.settings["process_weight"] == 0)
+    # Six wins of ten may be luck, 60 of 100 are not
+    assert (expected[-1] > 0) == (wins >= 9)
 
 
 def test_trust_is_measured_on_rollouts_that_were_not_trained_on(record):

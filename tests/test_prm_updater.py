@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 
 import pytest
 import torch
@@ -72,6 +73,44 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
     assert result == pytest.approx({"loss": loss, "grad_norm": norm, "learning_rate": LR}, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kept_labels", "rate"), [(None, 3.25 / 7), ((0.0,) * 7 + (NAN,), 3.25 / 14), ((0.0,) * 8, 3.25 / 15)]
+)
+def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(setup, kept_labels, rate):
+    prm, updater = setup(prm_intercept=True, prm_replay_batches=1)
+    if kept_labels is not None:
+        updater.replay.append(make_batch(prm, (NAN,) * 8, seed=1))
+        updater.replay[0].labels = torch.tensor(kept_labels)
+        updater._step = lambda replayed, *args, step=updater._step: (
+            step(replayed, *args) if replayed is batch else None
+        )
+    batch = make_batch(prm)
+    model, logps = copy.deepcopy(prm.model), torch.zeros_like(batch.ref_logps)
+    seen = slow_log_probs(model, *batch.inputs)
+    scores = prm.beta * ((seen - batch.ref_logps) * batch.reward_mask).sum(1)
+    judged = ~batch.labels.isnan()
+    chances = torch.sigmoid(scores + math.log(rate / (1 - rate)))[judged]
+    labels = batch.labels[judged]
+    loss = -(labels * chances.log() + (1 - labels) * (1 - chances).log()).mean()
+    loss.backward()
+    updater.update(batch, None if kept_labels else logps)
+    assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
+    for parameter, trained in zip(model.parameters(), prm.model.parameters(), strict=True):
+        assert torch.allclose(parameter - LR * parameter.grad, trained, atol=2e-5)
+    if kept_labels is None:
+        assert torch.allclose(logps[judged], seen[judged], atol=1e-4)
+
+
+@pytest.mark.parametrize(("labels", "rate"), [((1.0,) * 8, 0.98), ((0.0,) * 8, 0.02), ((NAN,) * 8, 0.5)])
+def test_intercept_stays_finite_where_all_labels_are_alike(setup, labels, rate):
+    prm, updater = setup(prm_intercept=True)
+    updater.update(make_batch(prm, labels))
+    assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
+    _, resumed = setup(prm_intercept=True)
+    resumed.load_state_dict(updater.state_dict())
+    assert resumed.intercept == updater.intercept
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_second_epoch_compares_with_the_present_scores_but_reverse_keeps_the_first(setup, loss_type):
     """Two epochs are two updates one after the other, except that "reverse" keeps the peers' scores of the first."""
@@ -130,6 +169,35 @@ def test_epochs_and_replay_train_on_the_right_batches_oldest_first(setup, epochs
         assert steps == [10 + i for i in [*kept, number]] * epochs
 
 
+def test_replay_steps_are_distinct_batches_drawn_from_all_that_are_kept(setup):
+    prm, updater = setup(prm_num_epochs=2, prm_replay_batches=6, prm_replay_steps=2)
+    steps = []
+    updater._step = lambda batch, *args: steps.append(int(batch.prompt_ids[0, 0])) or updater.scheduler.step()
+    drawn = set()
+    for number in range(30):
+        batch = make_batch(prm)
+        batch.prompt_ids[:] = number
+        steps.clear()
+        updater.update(batch)
+        kept = range(max(number - 6, 0), number)
+        size = min(len(kept), 2) + 1
+        assert len(steps) == 2 * size
+        for epoch in (steps[:size], steps[size:]):
+            *old, new = epoch
+            assert new == number and set(old) <= set(kept) and old == sorted(set(old))
+        drawn |= {number - old for old in steps}
+    assert drawn == set(range(7))
+
+
+def test_schedule_counts_the_steps_that_are_made(setup):
+    prm, updater = setup(
+        num_rollout_batches=4, prm_lr_scheduler_type="linear", prm_replay_batches=2, prm_replay_steps=1
+    )
+    # One step on the first batch, two on each of the others, of eight that were planned for
+    rates = [updater.update(make_batch(prm))["learning_rate"] for _ in range(4)]
+    assert rates == pytest.approx([LR * (1 - done / 8) for done in (0, 1, 3, 5)])
+
+
 def test_a_gradient_that_is_not_finite_is_left_out(setup):
     prm, updater = setup(prm_optim="adamw_torch", prm_weight_decay=0.1)
     batch, before = make_batch(prm), weights(prm.model)
@@ -170,9 +238,13 @@ def test_schedule(setup, schedule, warmup, expected, epochs):
     assert rates == pytest.approx([LR * factor for factor in expected])
 
 
-@pytest.mark.parametrize("loss_type", ["ce", "bon_rm"])
-def test_resumed_updater_goes_on_bit_identically(setup, loss_type):
+@pytest.mark.parametrize(
+    ("loss_type", "more"),
+    [("ce", {}), ("bon_rm", {}), ("ce", {"prm_replay_steps": 1, "prm_num_epochs": 3, "prm_intercept": True})],
+)
+def test_resumed_updater_goes_on_bit_identically(setup, loss_type, more):
     settings = {
+        **more,
         "prm_optim": "adamw_torch",
         "prm_learning_rate": 1e-2,
         "prm_lr_scheduler_type": "cosine",

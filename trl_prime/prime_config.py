@@ -79,8 +79,17 @@ class PRIMEConfig(GRPOConfig):
         prm_num_epochs (`int`, *optional*, defaults to `1`):
             Passes of the PRM over each rollout batch, one optimizer step each.
         prm_replay_batches (`int`, *optional*, defaults to `0`):
-            How many earlier rollout batches are trained on again with each new one, one optimizer step each. An outcome
+            How many earlier rollout batches are kept and trained on again with each new one, one optimizer step each. An outcome
             label does not depend on the policy, so old rollouts stay valid training data for the PRM.
+        prm_replay_steps (`int`, *optional*):
+            On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
+            to all. With many batches kept, a few steps on them teach more than as many on the last ones.
+        prm_intercept (`bool`, *optional*, defaults to `False`):
+            Whether the cross-entropy is taken of `sigmoid(q + b)`, b the log-odds of the mean label of the batches that the
+            PRM is trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and
+            believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
+            probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
+            Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
@@ -100,14 +109,16 @@ class PRIMEConfig(GRPOConfig):
             `"batch_norm"`: divide by the largest absolute reward-to-go of the batch over all processes, as in the
             published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"none"`: as in Eq 5.
         prm_trust_weighting (`bool`, *optional*, defaults to `True`):
-            Multiply `process_weight` by how much better than chance the PRM ranks completions,
-            `max(0, 2 * pairwise accuracy - 1)`, on rollouts it has not been trained on, over the pairs of recent batches.
+            Multiply `process_weight` by how much better than chance the PRM surely ranks completions,
+            `max(0, 2 * a - 1)`, a 1.5 standard errors below its pairwise accuracy on rollouts that it has not been trained on,
+            over the pairs of recent batches.
             Process rewards stay out while the PRM guesses and come in as it learns.
 
         > Parameters that control the advantages
 
         advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
-            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
+            `"rloo"` (Eq 5), `"rloo_by_position"` (the baseline of a process return is that of the peers at the same token),
+            `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
             (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the outcome term of the advantage.
@@ -247,6 +258,20 @@ class PRIMEConfig(GRPOConfig):
             "help": "Earlier rollout batches that the PRM is trained on again with each new one, one optimizer step each."
         },
     )
+    prm_replay_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the batches that prm_replay_batches keeps, train the PRM on this many drawn at random with each new "
+            "one. Defaults to all."
+        },
+    )
+    prm_intercept: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
+            "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
+        },
+    )
     prm_micro_batch_size: int | None = field(
         default=None,
         metadata={
@@ -278,7 +303,7 @@ class PRIMEConfig(GRPOConfig):
     prm_trust_weighting: bool = field(
         default=True,
         metadata={
-            "help": "Multiply `process_weight` by max(0, 2 * pairwise accuracy - 1) of the PRM on recent rollouts, so that "
+            "help": "Multiply `process_weight` by max(0, 2 * a - 1), a 1.5 standard errors below the pairwise accuracy of the PRM on recent rollouts, so that "
             "process rewards stay out while the PRM guesses."
         },
     )
@@ -287,7 +312,7 @@ class PRIMEConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="rloo",
         metadata={
-            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
+            "help": "'rloo' (Eq 5), 'rloo_by_position', 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
             "'value' (section 5.4)."
         },
     )
@@ -386,6 +411,7 @@ class PRIMEConfig(GRPOConfig):
         for name, least in {
             "prm_num_epochs": 1,
             "prm_replay_batches": 0,
+            "prm_replay_steps": 1,
             "prm_warmup_steps": 0,
             "prm_micro_batch_size": 1,
         }.items():
@@ -419,6 +445,16 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 "prm_fused_lm_head=True does not go with prm_reference='policy': PRM and reference must round alike, and the "
                 "policy's fused head divides by the sampling temperature. Leave prm_fused_lm_head out."
+            )
+        if self.prm_replay_steps is not None and self.prm_replay_steps > self.prm_replay_batches:
+            raise ValueError(
+                f"prm_replay_steps is {self.prm_replay_steps}, but prm_replay_batches={self.prm_replay_batches} batches are kept "
+                "to draw them from. Raise prm_replay_batches or leave prm_replay_steps out."
+            )
+        if self.prm_intercept and self.prm_loss_type != "ce":
+            raise ValueError(
+                f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
+                "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

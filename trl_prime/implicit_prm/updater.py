@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import random
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,8 @@ class PRMUpdater:
         self.num_generations = num_generations
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
+        # Log-odds added to the scores inside the cross-entropy loss, as of the last update
+        self.intercept = 0.0
         if args.gradient_checkpointing:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
             if isinstance(prm.model, PeftModel):
@@ -92,7 +95,9 @@ class PRMUpdater:
             args.prm_lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.prm_warmup_steps,
-            num_training_steps=num_rollout_batches * args.prm_num_epochs * (1 + args.prm_replay_batches),
+            num_training_steps=num_rollout_batches
+            * args.prm_num_epochs
+            * (1 + self._num_replayed(args.prm_replay_batches)),
         )
 
     @property
@@ -108,7 +113,7 @@ class PRMUpdater:
         self, batch: PRMBatch, first_logps: torch.Tensor | None = None, last_logps: torch.Tensor | None = None
     ) -> dict[str, float]:
         """
-        Train on a rollout batch and on those kept for replay, oldest first.
+        Train on a rollout batch and, before it, on those kept for replay or on `prm_replay_steps` of them, oldest first.
 
         Args:
             batch ([`PRMBatch`]): The rollouts.
@@ -120,9 +125,15 @@ class PRMUpdater:
             `learning_rate` of the first step.
         """
         learning_rate = self.scheduler.get_last_lr()[0]
-        results, num_steps = [], self.args.prm_num_epochs * (1 + len(self.replay))
+        if self.args.prm_intercept:
+            self.intercept = self._base_rate_log_odds([*self.replay, batch])
+        num_replayed = self._num_replayed(len(self.replay))
+        # By the place in the schedule: the same on all processes and in a resumed run
+        rng = random.Random(f"{self.args.seed} {self.scheduler.last_epoch}")
+        results, num_steps = [], self.args.prm_num_epochs * (1 + num_replayed)
         for _ in range(self.args.prm_num_epochs):
-            for replayed in [*self.replay, batch]:
+            drawn = [self.replay[i] for i in sorted(rng.sample(range(len(self.replay)), num_replayed))]
+            for replayed in [*drawn, batch]:
                 # The scores taken before the update are still those of the present PRM at the very first step
                 fresh = replayed is batch and not results and self.args.prm_update != "before"
                 keep_scores = fresh or self.args.prm_update == "reverse"
@@ -137,6 +148,9 @@ class PRMUpdater:
         results = [result for result in results if result is not None]
         loss, grad_norm = torch.tensor(results).mean(0).tolist() if results else (float("nan"), float("nan"))
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _num_replayed(self, num_kept: int) -> int:
+        return num_kept if self.args.prm_replay_steps is None else min(num_kept, self.args.prm_replay_steps)
 
     def _step(self, batch: PRMBatch, keep_scores: bool, seen_logps: torch.Tensor | None) -> tuple[float, float] | None:
         """One optimizer step on the mean loss over the rows that count on all processes; loss and gradient norm."""
@@ -171,7 +185,7 @@ class PRMUpdater:
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
                 losses = prm_row_losses(
-                    scores,
+                    scores + self.intercept,
                     batch.labels[index],
                     args.prm_loss_type,
                     None if peer_scores is None else peer_scores[index],
@@ -194,6 +208,15 @@ class PRMUpdater:
         self.scheduler.step()
         return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm
 
+    def _base_rate_log_odds(self, batches: list[PRMBatch]) -> float:
+        """Log-odds of the mean label of all processes, which is taken to be between 0.02 and 0.98; 0 without any label."""
+        labels = torch.cat([batch.labels for batch in batches])
+        total, count = self.accelerator.reduce(torch.stack([labels.nansum(), (~labels.isnan()).sum()]), "sum").tolist()
+        if not count:
+            return 0.0
+        rate = min(max(total / count, 0.02), 0.98)
+        return math.log(rate / (1 - rate))
+
     def _scores(self, batch: PRMBatch) -> torch.Tensor:
         """`(B,)` scores of the present PRM, without gradient."""
         with self.accelerator.autocast():
@@ -213,6 +236,7 @@ class PRMUpdater:
             "scheduler": self.scheduler.state_dict(),
             "replay": [vars(batch) for batch in self.replay],
             "skipped_steps": self.skipped_steps,
+            "intercept": self.intercept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,7 +253,7 @@ class PRMUpdater:
                     }
                 )
             )
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:
