@@ -55,12 +55,18 @@ GRIDS = {
 COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0, "process_reward_norm": "std"}
 PRM = {
     "prm_beta": 0.5,
-    "prm_learning_rate": 3e-3,
+    "prm_learning_rate": 1e-3,
     "prm_replay_batches": 64,
     "prm_replay_steps": 3,
     "prm_intercept": True,
 }
-PRM_LORA_RANK = 2
+# Of the last of the three layers. A whole model learns the few prompts of a batch by heart
+PRM_ADAPTER = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "layers_to_transform": [2],
+}
 # Its rewards are right from the start and say at which token, so it needs neither trust nor reward-to-go
 ORACLE = {"process_gamma": 0.0, "prm_trust_weighting": False}
 
@@ -126,9 +132,8 @@ def train(method: str, num_digits: int, seed: int, settings: dict, steps: int, f
     if method == "grpo":
         trainer = GRPOTrainer(args=GRPOConfig(output_dir, **shared), **data)
     elif method == "prime":
-        adapter = LoraConfig(r=PRM_LORA_RANK, lora_alpha=2 * PRM_LORA_RANK, target_modules="all-linear")
         args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **shared})
-        trainer = PRIMETrainer(args=args, prm_peft_config=adapter, **data)
+        trainer = PRIMETrainer(args=args, prm_peft_config=LoraConfig(**PRM_ADAPTER), **data)
     else:
         fixed = {"process_weight": 0.0} if method == "rloo" else ORACLE
         args = PRIMEConfig(output_dir, **{**COMMON, "prm_update": "none", **fixed, **shared})
@@ -373,7 +378,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
-    parser.add_argument("--digits", type=int, nargs="+", default=[15, 20], help="Lengths of the chains.")
+    parser.add_argument("--digits", type=int, nargs="+", default=[20], help="Lengths of the chains.")
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
