@@ -43,7 +43,10 @@ CASES = {
     "filter": (8, {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2}),
     "policy as reference": (8, {"prm_reference": "policy"}),
     "adapters": (8, {"lora": "policy prm"}),
-    "adapter of the PRM": (8, {"lora": "prm"}),
+    "adapter of the PRM": (
+        8,
+        {"lora": "prm", "prm_intercept": True, "prm_replay_batches": 2, "prm_replay_steps": 1},
+    ),
     "from a folder": (8, {"model": "a folder"}),
     "fused head": (8, {"prm_fused_lm_head": True, "lora": "prm", "gradient_accumulation_steps": 2}),
 }
