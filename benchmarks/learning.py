@@ -47,8 +47,8 @@ GRIDS = {
         for rate, weight in itertools.product((2e-4, 4e-4), (1.0, 3.0))
     ],
     "prime": [
-        {"learning_rate": rate, "advantage_estimator": estimator}
-        for rate, estimator in itertools.product((1e-4, 2e-4), ("rloo", "rloo_by_position"))
+        {"learning_rate": rate, "process_weight": weight}
+        for rate, weight in itertools.product((1e-4, 2e-4), (1.0, 2.0))
     ],
 }
 # Fewer than one completion in five is right at the start: the paper's band would drop most groups
@@ -58,7 +58,6 @@ PRM = {
     "prm_learning_rate": 1e-3,
     "prm_replay_batches": 64,
     "prm_replay_steps": 3,
-    "prm_intercept": True,
 }
 # Of the last of the three layers. A whole model learns the few prompts of a batch by heart
 PRM_ADAPTER = {

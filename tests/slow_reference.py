@@ -9,8 +9,7 @@ import torch
 
 NAN = float("nan")
 GRANULARITIES = ("token", "step", "whole")
-BASELINES = ("rloo", "rloo_by_position", "rloo_reference_code", "grpo")
-ESTIMATORS = ("rloo", "rloo_by_position", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
+ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
 
 
 def tensor(values, dtype=torch.float64):
@@ -103,16 +102,16 @@ def slow_terms(
         first = i // num_generations * num_generations
         judged = [j for j in range(first, first + num_generations) if not math.isnan(outcomes[j])]
         peers = [j for j in judged if j != i]
-        if math.isnan(outcome) or (not peers and estimator in BASELINES):
+        if math.isnan(outcome) or (not peers and estimator in ESTIMATORS[:3]):
             continue
         group_means = [mean[j] for j in judged if spot[j]]
         peer_means = [mean[j] for j in peers if spot[j] and spot[i]]
         centre = {t: rewards[i][t] for t in spot[i]}
-        if estimator in BASELINES[:3]:
+        if estimator in ("rloo", "rloo_reference_code"):
             outcome -= statistics.fmean(outcomes[j] for j in peers)
             if peer_means and estimator == "rloo":
                 centre = {t: r - statistics.fmean(peer_means) for t, r in centre.items()}
-            elif peer_means and estimator == "rloo_reference_code":
+            elif peer_means:
                 k = len(group_means)
                 centre = {t: r * k / (k - 1) - sum(group_means) / (k - 1) for t, r in centre.items()}
         elif estimator == "grpo":
@@ -122,7 +121,7 @@ def slow_terms(
             if peer_means:
                 average, spread = statistics.fmean(group_means), statistics.stdev(group_means)
                 centre = {t: (r - average) / spread for t, r in centre.items()}
-        if not peer_means and estimator in BASELINES:
+        if not peer_means and estimator in ESTIMATORS[:3]:
             centre = None
         own = spots(mask[i])
         for t in own:
@@ -135,14 +134,6 @@ def slow_terms(
                 process = -sum(r for s, r in centre.items() if s < t)
             else:
                 process = sum(gammas[1] ** k * centre[s] for k, s in enumerate(s for s in spot[i] if s >= t))
-            if estimator == "rloo_by_position":
-                with_rewards = [j for j in peers if spot[j]]
-                process -= statistics.fmean(
-                    sum(gammas[1] ** k * rewards[j][s] for k, s in enumerate(s for s in spot[j] if s >= t))
-                    if mask[j][t]
-                    else 0.0
-                    for j in with_rewards
-                )
             process_term[i][t] = weights[1] * process
     return outcome_term, process_term, active
 

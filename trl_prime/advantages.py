@@ -15,7 +15,7 @@ import torch
 
 from .process_rewards import discounted_returns
 
-ESTIMATORS = ("rloo", "rloo_by_position", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
+ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
 
 # Spreads below these are rounding, not signal, and are not scaled up. Outcomes and advantages are of order one; the score
 # of a completion, its process rewards summed, says something from 0.01 log-odds on.
@@ -25,16 +25,12 @@ _ADVANTAGE_STD_FLOOR = 1e-3
 
 
 def _peer_mean(values: torch.Tensor, valid: torch.Tensor, num_generations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `(B, ...)` values the mean over the other valid rows of the group, and `(B,)` whether there was any."""
-    groups = values.masked_fill(~valid.view(-1, *[1] * (values.dim() - 1)), 0.0).view(
-        -1, num_generations, *values.shape[1:]
-    )
+    """`(B,)` mean over the other valid rows of the group, and `(B,)` whether there was any."""
+    values = values.masked_fill(~valid, 0.0).view(-1, num_generations)
     valid = valid.view(-1, num_generations).to(values.dtype)
     num_peers = valid.sum(1, keepdim=True) - valid
-    mean = (groups.sum(1, keepdim=True) - groups) / num_peers.clamp(min=1).view(
-        *num_peers.shape, *[1] * (values.dim() - 1)
-    )
-    return mean.view_as(values), (num_peers > 0).flatten()
+    mean = (values.sum(1, keepdim=True) - values) / num_peers.clamp(min=1)
+    return mean.flatten(), (num_peers > 0).flatten()
 
 
 def _group_mean_std(
@@ -112,7 +108,7 @@ def advantage_terms(
     process = process.masked_fill(~(positions & judged[:, None]), 0.0)
     mean_process = process.sum(1) / positions.sum(1).clamp(min=1)
 
-    if estimator in ("rloo", "rloo_by_position", "rloo_reference_code", "grpo"):
+    if estimator in ("rloo", "rloo_reference_code", "grpo"):
         outcome_baseline, has_peers = _peer_mean(outcomes, judged, num_generations)
         process_baseline, has_process_peers = _peer_mean(mean_process, has_process, num_generations)
         # A completion whose peers could not be judged has nothing to be compared with
@@ -135,12 +131,7 @@ def advantage_terms(
                 num_valid = has_process.view(-1, num_generations).sum(1).repeat_interleave(num_generations)
                 excess = (process - mean_process[:, None]) / (num_valid - 1).clamp(min=1)[:, None]
                 centred = centred + excess
-        if estimator == "rloo_by_position":
-            # A peer that has ended collects nothing any more: its return is zero there
-            returns = discounted_returns(process, positions, process_gamma).masked_fill(~mask, 0.0)
-            process_advantages = returns - _peer_mean(returns, has_process, num_generations)[0]
-        else:
-            process_advantages = discounted_returns(centred, positions, process_gamma)
+        process_advantages = discounted_returns(centred, positions, process_gamma)
     else:
         contributes = judged
         process_contributes = has_process
@@ -185,8 +176,6 @@ def combine_rewards(
         num_generations (`int`): K, completions per prompt. B is a multiple of it, groups are contiguous.
         estimator (`str`):
             `"rloo"` (Eq 5): leave-one-out baselines; of the process reward, the mean per token of the peers.
-            `"rloo_by_position"`: of the process term, the mean reward-to-go of the peers at the same token (zero after
-            their end), so that nothing that all completions have in common at a position moves the policy.
             `"rloo_reference_code"`: as the published code computes it, (r_t - mean_t r_t) / (K - 1) more than Eq 5.
             `"grpo"` (Eq 7): centred by the mean and divided by the (unbiased) standard deviation of the group.
             `"reinforce"` (Eq 8): no baseline. `"reinforce_plus_plus"` (arXiv 2501.03262): the same, always whitened.

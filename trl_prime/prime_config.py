@@ -79,17 +79,11 @@ class PRIMEConfig(GRPOConfig):
         prm_num_epochs (`int`, *optional*, defaults to `1`):
             Passes of the PRM over each rollout batch, one optimizer step each.
         prm_replay_batches (`int`, *optional*, defaults to `0`):
-            How many earlier rollout batches are kept and trained on again with each new one, one optimizer step each. An outcome
-            label does not depend on the policy, so old rollouts stay valid training data for the PRM.
+            How many earlier rollout batches are kept and trained on again with each new one, one optimizer step each. An
+            outcome label does not depend on the policy, so old rollouts stay valid training data for the PRM.
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
-            to all. With many batches kept, a few steps on them teach more than as many on the last ones.
-        prm_intercept (`bool`, *optional*, defaults to `False`):
-            Whether the cross-entropy is taken of `sigmoid(q + b)`, b the log-odds of the mean label of the batches that the
-            PRM is trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and
-            believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
-            probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
-            Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
+            to all. A few of many teach more than as many of the last.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
@@ -111,14 +105,12 @@ class PRIMEConfig(GRPOConfig):
         prm_trust_weighting (`bool`, *optional*, defaults to `True`):
             Multiply `process_weight` by how much better than chance the PRM surely ranks completions,
             `max(0, 2 * a - 1)`, a 1.5 standard errors below its pairwise accuracy on rollouts that it has not been trained on,
-            over the pairs of recent batches.
-            Process rewards stay out while the PRM guesses and come in as it learns.
+            over the pairs of recent batches. Process rewards stay out while the PRM guesses and come in as it learns.
 
         > Parameters that control the advantages
 
         advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
-            `"rloo"` (Eq 5), `"rloo_by_position"` (the baseline of a process return is that of the peers at the same token),
-            `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
+            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
             (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the outcome term of the advantage.
@@ -265,13 +257,6 @@ class PRIMEConfig(GRPOConfig):
             "one. Defaults to all."
         },
     )
-    prm_intercept: bool = field(
-        default=False,
-        metadata={
-            "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
-            "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
-        },
-    )
     prm_micro_batch_size: int | None = field(
         default=None,
         metadata={
@@ -303,8 +288,8 @@ class PRIMEConfig(GRPOConfig):
     prm_trust_weighting: bool = field(
         default=True,
         metadata={
-            "help": "Multiply `process_weight` by max(0, 2 * a - 1), a 1.5 standard errors below the pairwise accuracy of the PRM on recent rollouts, so that "
-            "process rewards stay out while the PRM guesses."
+            "help": "Multiply `process_weight` by max(0, 2 * a - 1), a 1.5 standard errors below the pairwise accuracy of the "
+            "PRM on recent rollouts, so that process rewards stay out while the PRM guesses."
         },
     )
 
@@ -312,7 +297,7 @@ class PRIMEConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="rloo",
         metadata={
-            "help": "'rloo' (Eq 5), 'rloo_by_position', 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
+            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
             "'value' (section 5.4)."
         },
     )
@@ -450,11 +435,6 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"prm_replay_steps is {self.prm_replay_steps}, but prm_replay_batches={self.prm_replay_batches} batches are kept "
                 "to draw them from. Raise prm_replay_batches or leave prm_replay_steps out."
-            )
-        if self.prm_intercept and self.prm_loss_type != "ce":
-            raise ValueError(
-                f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
-                "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

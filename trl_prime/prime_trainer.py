@@ -402,7 +402,7 @@ class PRIMETrainer(GRPOTrainer):
         prm_logps, updated_logps, scores = self._score_and_update(batch)
         wins, pairs = pairwise_wins(scores, labels, self.num_generations)
         self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
-        self._log("prm/accuracy", absolute_accuracy(scores + self._prm_intercept, labels))
+        self._log("prm/accuracy", absolute_accuracy(scores, labels))
         if self.args.prm_update == "before":
             prm_logps = updated_logps = self._prm_logps(batch)
         if updated_logps is not None:
@@ -550,10 +550,6 @@ class PRIMETrainer(GRPOTrainer):
         self._log("prm/skipped_steps", updater.skipped_steps)
         return prm_logps, last_logps, self._scores(batch, prm_logps) if single else scores
 
-    @property
-    def _prm_intercept(self) -> float:
-        return self._prm_updater.intercept if self._prm_updater else 0.0
-
     def _prm_logps(self, batch: PRMBatch, among: torch.Tensor | bool = True) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
         rows = batch.reward_mask.any(1) & among
@@ -586,8 +582,8 @@ class PRIMETrainer(GRPOTrainer):
             self._prm_wins = _TRUST_DECAY * self._prm_wins + wins
             self._prm_pairs = _TRUST_DECAY * self._prm_pairs + pairs
         accuracy = self._prm_wins / self._prm_pairs
-        # Of few pairs some are won by luck, and the policy would follow a PRM that knows nothing. At least that of 0.9, so
-        # that a few pairs that were all won leave a doubt too
+        # Of few pairs most may be won by luck, and the policy would follow a PRM that knows nothing. The variance is at
+        # least that of an accuracy of 0.9: a few pairs that were all won leave a doubt too
         standard_error = math.sqrt(max(accuracy * (1 - accuracy), 0.09) / self._prm_pairs)
         sure = accuracy - _TRUST_STANDARD_ERRORS * standard_error
         trust = max(0.0, 2 * sure - 1) if self.args.prm_trust_weighting else 1.0
@@ -686,7 +682,7 @@ class PRIMETrainer(GRPOTrainer):
         scores = self._scores(batch, prm_logps)
         if self.num_generations_eval > 1:
             self._log("prm/pairwise_accuracy", pairwise_accuracy(scores, labels, self.num_generations_eval))
-        self._log("prm/accuracy", absolute_accuracy(scores + self._prm_intercept, labels))
+        self._log("prm/accuracy", absolute_accuracy(scores, labels))
         mask = batch.reward_mask
         process_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
         self._log("prm/process_reward", self._masked_mean(process_rewards, mask))
