@@ -337,7 +337,9 @@ def test_the_section_is_written_once_and_its_settings_are_the_configs(make_confi
     )
     assert ModelCard(other).data.to_dict() == card.data.to_dict()
     for name in SETTINGS:
-        assert f"| `{name}` | {getattr(args, name)} |" in once
+        value = getattr(args, name)
+        assert (f"| `{name}` |" in once) == (value is not None)
+        assert value is None or f"| `{name}` | {value} |" in once
     assert with_section("# Mine\n", section).startswith("# Mine\n\n<!-- trl-prime -->")
 
 

@@ -79,11 +79,11 @@ def settings_table(args: TrainingArguments, names: Sequence[str] = SETTINGS) -> 
         names (`list[str]`): Fields that it has; those of [`PRIMEConfig`] if not given.
 
     Returns:
-        `str`: The table, by name of the field.
+        `str`: The table, by name of the field, without fields that are not set.
     """
-    return "\n".join(
-        ["| setting | value |", "|---|---|", *(f"| `{name}` | {getattr(args, name)} |" for name in names)]
-    )
+    values = {name: getattr(args, name) for name in names}
+    rows = [f"| `{name}` | {value} |" for name, value in values.items() if value is not None]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
 def prm_snippet(repo_id: str, revision: str | None = None, needs_reference: bool = False) -> str:
