@@ -28,7 +28,7 @@ quickstart: install
 	HF_HUB_OFFLINE=1 $(VENV)/bin/trl-prime train --config $(CONFIG) $(ARGS)
 
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
