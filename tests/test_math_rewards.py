@@ -116,19 +116,16 @@ def test_default_instance_judges():
     assert math_reward([boxed(r"50\%"), boxed("50"), boxed("x=3")], ["0.5", "0.5", "y=3"]) == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("in_thread", [False, True])
-def test_hostile_answers_end_in_time_and_cost_the_others_nothing(reward, in_thread):
+def test_hostile_answers_end_in_time_and_cost_the_others_nothing(reward):
     good = [boxed(rf"\frac{{{2 * k}}}{{{k}}} + x") for k in range(1, 13)]
     completions = [boxed(answer) for answer in ENDLESS + OVERSIZED + AWKWARD] + good
     golds = ["3"] * (len(completions) - len(good)) + ["x+2"] * (len(good) - 1) + ["x+3"]
     rewards = []
     start = time.monotonic()
-    if in_thread:
-        thread = threading.Thread(target=lambda: rewards.extend(reward(completions, golds)), daemon=True)
-        thread.start()
-        thread.join(60)
-    else:
-        rewards.extend(reward(completions, golds))
+    # In a thread, where limits by signals would not work
+    thread = threading.Thread(target=lambda: rewards.extend(reward(completions, golds)), daemon=True)
+    thread.start()
+    thread.join(60)
     # Two workers share what takes two seconds each; the rest is for replacing them on a busy machine
     assert time.monotonic() - start < 40
     endless, oversized, awkward = (len(answers) for answers in (ENDLESS, OVERSIZED, AWKWARD))
@@ -178,30 +175,12 @@ def batch_of_a_step(first):
     return completions, golds
 
 
-def cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat") as stat:
-        user, system = stat.read().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def test_throughput_is_a_multiple_of_trls():
-    """In processor time of all processes, both warm, because other programs may be running."""
+def test_verdicts_of_a_batch_are_those_of_trl():
     accuracy_reward = pytest.importorskip("trl.rewards").accuracy_reward
     reward = MathReward(num_workers=1)
-    seconds = []
-    for first in (11, 111):
-        batch = batch_of_a_step(first)
-        start = cpu_seconds("self") + sum(map(cpu_seconds, reward.pool.worker_pids))
-        ours = reward(*batch)
-        seconds.append([cpu_seconds("self") + sum(map(cpu_seconds, reward.pool.worker_pids)) - start])
-        start = cpu_seconds("self")
-        theirs = accuracy_reward(*batch)
-        seconds[-1].append(cpu_seconds("self") - start)
-        assert ours == theirs == [1.0, 1.0, 0.0, 0.0] * 128
+    batch = batch_of_a_step(11)
+    assert reward(*batch) == accuracy_reward(*batch) == [1.0, 1.0, 0.0, 0.0] * 128
     reward.close()
-    ours, theirs = seconds[-1]
-    # About 4 in this mix, more where more answers are plain numbers; what remains is Math-Verify itself
-    assert theirs > 3 * ours, seconds
 
 
 TOKENS = r"""
