@@ -83,7 +83,7 @@ class PRIMEConfig(GRPOConfig):
             outcome label does not depend on the policy, so old rollouts stay valid training data for the PRM.
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
-            to all. A few of many teach more than as many of the last.
+            to all.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
