@@ -1,6 +1,6 @@
 """Does PRIME learn from fewer rollouts than outcome rewards alone, and how much could a perfect PRM give?
 
-On the built-in task, from the same base model and with the same number of rollouts, trained by
+On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-20`), from the same base model and with the same number of rollouts, trained by
 
 - `rloo`: `PRIMETrainer` with outcome rewards only;
 - `grpo`: TRL's own `GRPOTrainer`;
@@ -11,13 +11,14 @@ On the built-in task, from the same base model and with the same number of rollo
 accuracy over the run. `report` trains the reported seeds by those. Every run is kept in `--folder`, and one that is there
 is not made again. The step ratio is the steps that `rloo` needs to reach its final accuracy over those of another method.
 
-    python benchmarks/learning.py tune --digits 15
-    python benchmarks/learning.py report --digits 15
+    python benchmarks/learning.py tune --tasks chain-20
+    python benchmarks/learning.py report --tasks chain-20
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -89,7 +90,22 @@ def oracle_combination(rewards):
     return rewards.combine(process_rewards=process_rewards, reward_mask=rewards.completion_mask)
 
 
-def train(method: str, num_digits: int, seed: int, settings: dict, steps: int, folder: Path) -> dict:
+def make_task(name: str, seed: int, folder: Path):
+    """Base model, problems and reward of `sums-20` and the like, and the longest completion in tokens."""
+    from trl_prime.data.running_sums import every_sum_reward, prepare
+
+    kind, _, length = name.partition("-")
+    num_digits = int(length)
+    # A longer chain is learned later: 20 digits after 200 steps on some seeds not at all
+    task = prepare(
+        folder / f"base-{num_digits}-{seed}", seed=seed, num_digits=num_digits, warm_up_steps=20 * num_digits
+    )
+    if kind == "chain":
+        task = dataclasses.replace(task, reward_funcs=[every_sum_reward])
+    return task, 2 * num_digits + 2
+
+
+def train(method: str, task_name: str, seed: int, settings: dict, steps: int, folder: Path) -> dict:
     """Train once, measuring on held-out problems as it goes; the curve and the settings."""
     import torch
     from peft import LoraConfig
@@ -98,15 +114,10 @@ def train(method: str, num_digits: int, seed: int, settings: dict, steps: int, f
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_prime import PRIMEConfig, PRIMETrainer
-    from trl_prime.data.running_sums import prepare
     from trl_prime.evaluation.held_out import measure_policy, measure_prm
 
     torch.set_num_threads(1)
-    # A longer chain is learned later: 20 digits after 200 steps on some seeds not at all
-    task = prepare(
-        folder / f"base-{num_digits}-{seed}", seed=seed, num_digits=num_digits, warm_up_steps=20 * num_digits
-    )
-    max_completion_length = 2 * num_digits + 2
+    task, max_completion_length = make_task(task_name, seed, folder)
     shared = {
         "seed": seed,
         "max_steps": steps,
@@ -176,7 +187,7 @@ def train(method: str, num_digits: int, seed: int, settings: dict, steps: int, f
     start = time.perf_counter()
     trainer.train()
     return {
-        "task": f"running sums of {num_digits}",
+        "task": task_name,
         "method": method,
         "seed": seed,
         "settings": settings,
@@ -225,27 +236,27 @@ def interval(values: list[float], num_draws: int = 10_000) -> list[float]:
     return [medians[int(0.025 * num_draws)], medians[int(0.975 * num_draws)]]
 
 
-def run_all(jobs: list[tuple[str, int, int, dict]], options: argparse.Namespace) -> list[dict]:
+def run_all(jobs: list[tuple[str, str, int, dict]], options: argparse.Namespace) -> list[dict]:
     """Make the runs that are not there yet, each in a process of its own; all of them, in order."""
 
     def path_of(job) -> Path:
-        method, digits, seed, settings = job
+        method, task, seed, settings = job
         text = "-".join(f"{name}={value}" for name, value in sorted(settings.items()))
-        return options.folder / f"{digits}-{method}-{seed}-{options.steps}-{text}.json"
+        return options.folder / f"{task}-{method}-{seed}-{options.steps}-{text}.json"
 
     def one(job) -> None:
         path = path_of(job)
         if path.exists():
             return
-        method, digits, seed, settings = job
+        method, task, seed, settings = job
         command = [sys.executable, __file__, "one", "--job", json.dumps(job), "--output", str(path)]
         command += ["--steps", str(options.steps), "--folder", str(options.folder)]
         result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if result.returncode:
-            raise RuntimeError(f"{method} {digits} {seed} {settings} failed:\n{result.stderr[-3000:]}")
+            raise RuntimeError(f"{method} {task} {seed} {settings} failed:\n{result.stderr[-3000:]}")
         run = json.loads(path.read_text())
         print(
-            f"{method:<6} {digits} digits  seed {seed}  {settings}  mean {mean_accuracy(run):.3f}  "
+            f"{method:<6} {task}  seed {seed}  {settings}  mean {mean_accuracy(run):.3f}  "
             f"final {final_accuracy(run):.3f}  {run['curve'][-1]['seconds']:.0f} s",
             flush=True,
         )
@@ -260,20 +271,20 @@ def run_all(jobs: list[tuple[str, int, int, dict]], options: argparse.Namespace)
 
 
 def tune(options: argparse.Namespace) -> dict[str, dict[str, dict]]:
-    """Settings with the highest mean accuracy on the tuning seeds, by digits and method."""
+    """Settings with the highest mean accuracy on the tuning seeds, by task and method."""
     jobs = [
-        (method, digits, seed, settings)
-        for digits in options.digits
+        (method, task, seed, settings)
+        for task in options.tasks
         for method in options.methods
         for settings in GRIDS[method]
         for seed in TUNING_SEEDS[: options.tuning_seeds]
     ]
     found: dict[tuple, list[dict]] = {}
-    for (method, digits, _, settings), run in zip(jobs, run_all(jobs, options), strict=True):
-        found.setdefault((digits, method, json.dumps(settings)), []).append(run)
+    for (method, task, _, settings), run in zip(jobs, run_all(jobs, options), strict=True):
+        found.setdefault((task, method, json.dumps(settings)), []).append(run)
     tuning: dict[str, dict[str, dict]] = {}
-    for (digits, method, settings), runs in found.items():
-        entry = tuning.setdefault(str(digits), {}).setdefault(method, {"tried": []})
+    for (task, method, settings), runs in found.items():
+        entry = tuning.setdefault(task, {}).setdefault(method, {"tried": []})
         entry["tried"].append(
             {
                 "settings": json.loads(settings),
@@ -288,21 +299,21 @@ def tune(options: argparse.Namespace) -> dict[str, dict[str, dict]]:
 
 
 def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """A row for each difficulty, and all runs."""
+    """A row for each task, and all runs."""
     jobs = [
-        (method, digits, seed, tuning[str(digits)][method]["best"])
-        for digits in options.digits
+        (method, task, seed, tuning[task][method]["best"])
+        for task in options.tasks
         for seed in options.seeds
         for method in options.methods
     ]
     runs = run_all(jobs, options)
     rows = []
-    for digits in options.digits:
+    for task in options.tasks:
         of = {
-            method: [run for job, run in zip(jobs, runs, strict=True) if job[:2] == (method, digits)]
+            method: [run for job, run in zip(jobs, runs, strict=True) if job[:2] == (method, task)]
             for method in options.methods
         }
-        row = {"task": f"running sums of {digits}", "seeds": len(options.seeds)}
+        row = {"task": task, "seeds": len(options.seeds)}
         for method, group in of.items():
             finals = [final_accuracy(run) for run in group]
             row[f"final_{method}"] = statistics.median(finals)
@@ -377,7 +388,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
-    parser.add_argument("--digits", type=int, nargs="+", default=[20], help="Lengths of the chains.")
+    parser.add_argument("--tasks", nargs="+", default=["chain-20"], help="sums-N or chain-N, for N digits.")
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
@@ -390,8 +401,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "learning.json")
     options = parser.parse_args()
     if options.stage == "one":
-        method, digits, seed, settings = options.job
-        run = train(method, digits, seed, settings, options.steps, options.folder)
+        method, task, seed, settings = options.job
+        run = train(method, task, seed, settings, options.steps, options.folder)
         # Whole or not at all: a run that is there is not made again
         draft = options.output.with_suffix(".part")
         draft.write_text(json.dumps(run))
@@ -399,25 +410,25 @@ def main() -> None:
         return
     result = json.loads(options.output.read_text()) if options.output.exists() else {"tuning": {}, "rows": []}
     if options.stage == "tune":
-        for digits, methods in tune(options).items():
-            result["tuning"].setdefault(digits, {}).update(methods)
+        for task, methods in tune(options).items():
+            result["tuning"].setdefault(task, {}).update(methods)
             for method, entry in methods.items():
-                print(f"{digits} digits  {method:<6} {entry['best']}")
+                print(f"{task}  {method:<6} {entry['best']}")
     else:
         if tuned_on := set(options.seeds) & set(TUNING_SEEDS):
             parser.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
         if "rloo" not in options.methods:
             parser.error("--methods must hold rloo, which the others are compared with")
-        for digits, method in itertools.product(options.digits, options.methods):
-            if method not in result["tuning"].get(str(digits), {}):
-                parser.error(f"{options.output} holds no settings for {method} and {digits} digits: run 'tune' first")
+        for task, method in itertools.product(options.tasks, options.methods):
+            if method not in result["tuning"].get(task, {}):
+                parser.error(f"{options.output} holds no settings for {method} and {task}: run 'tune' first")
         result["rows"], result["runs"] = report(result["tuning"], options)
         draw(result["runs"], options.output.with_suffix(".png"))
         print(table(result["rows"]))
     import torch
 
     result = {"machine": platform.platform(), "torch": torch.__version__, **result}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

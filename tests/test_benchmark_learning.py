@@ -34,15 +34,17 @@ def test_every_method_is_tuned_by_as_many_settings(learning):
     [
         (["--seeds", "0", "100"], "--seeds holds [100]"),
         (["--methods", "prime"], "must hold rloo"),
-        (["--methods", "rloo", "prime"], "no settings for prime and 7 digits"),
+        (["--methods", "rloo", "prime"], "no settings for prime and chain-7"),
     ],
 )
 def test_report_refuses_what_was_not_tuned_or_was_tuned_on(
     learning, monkeypatch, capsys, tmp_path, arguments, message
 ):
     output = tmp_path / "learning.json"
-    output.write_text('{"tuning": {"7": {"rloo": {"best": {}}}}, "rows": []}')
-    monkeypatch.setattr(sys, "argv", ["learning.py", "report", "--digits", "7", "--output", str(output), *arguments])
+    output.write_text('{"tuning": {"chain-7": {"rloo": {"best": {}}}}, "rows": []}')
+    monkeypatch.setattr(
+        sys, "argv", ["learning.py", "report", "--tasks", "chain-7", "--output", str(output), *arguments]
+    )
     monkeypatch.setattr(learning, "run_all", lambda jobs, options: pytest.fail("a model would be trained"))
     with pytest.raises(SystemExit):
         learning.main()
@@ -122,8 +124,8 @@ def test_tune_keeps_the_settings_with_the_highest_mean_over_seeds(learning, monk
         return runs
 
     monkeypatch.setattr(learning, "run_all", run_all)
-    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], tuning_seeds=2)
-    tuning = learning.tune(options)["10"]
+    options = argparse.Namespace(tasks=["chain-10"], methods=["rloo", "prime"], tuning_seeds=2)
+    tuning = learning.tune(options)["chain-10"]
     for method, index in best.items():
         assert tuning[method]["best"] == learning.GRIDS[method][index]
         assert len(tuning[method]["tried"]) == len(learning.GRIDS[method])
@@ -139,8 +141,8 @@ def test_report_pairs_the_methods_by_seed(learning, monkeypatch):
         ("prime", 2): run_of(0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9),
     }
     monkeypatch.setattr(learning, "run_all", lambda jobs, options: [curves[job[0], job[2]] for job in jobs])
-    options = argparse.Namespace(digits=[10], methods=["rloo", "prime"], seeds=[0, 1, 2])
-    tuning = {"10": {"rloo": {"best": {}}, "prime": {"best": {}}}}
+    options = argparse.Namespace(tasks=["chain-10"], methods=["rloo", "prime"], seeds=[0, 1, 2])
+    tuning = {"chain-10": {"rloo": {"best": {}}, "prime": {"best": {}}}}
     (row,), runs = learning.report(tuning, options)
     assert row["step_ratio"] == pytest.approx((4.0 + 30 / 50) / 2)
     assert (row["seeds"], row["seeds_compared"], row["reached_prime"]) == (3, 2, 2)

@@ -9,6 +9,7 @@ from trl_prime.data import running_sums
 from trl_prime.data.running_sums import (
     build_model,
     build_tokenizer,
+    every_sum_reward,
     first_wrong_step,
     make_dataset,
     make_splits,
@@ -144,6 +145,15 @@ def test_reward_of_a_batch():
     assert running_sum_reward(["1\n7", [], "4"], ["7", "7", "5"], trainer_state=None) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError):
         running_sum_reward(["1", "2"], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [("3\n8\n0", 1.0), ("3\n8\n0\n", 1.0), ("4\n8\n0", 0.0), ("3\n8", 0.0), ("3\n8\n0\n0", 0.0), ("", 0.0)],
+)
+def test_every_sum_counts(completion, reward):
+    assert every_sum_reward([completion], ["3\n8\n0"], solution=["0"]) == [reward]
+    assert every_sum_reward([[{"role": "assistant", "content": completion}], []], ["3\n8\n0"] * 2) == [reward, 0.0]
 
 
 @pytest.mark.parametrize(

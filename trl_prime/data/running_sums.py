@@ -304,6 +304,12 @@ def _lines(completion: str) -> list[str]:
     return completion.removesuffix(STEP_DELIMITER).split(STEP_DELIMITER) if completion else []
 
 
+def _text(completion: str | list[dict[str, str]]) -> str:
+    if isinstance(completion, str):
+        return completion
+    return completion[-1]["content"] if completion else ""
+
+
 def running_sum_reward(
     completions: list[str] | list[list[dict[str, str]]], solution: list[str], **kwargs: Any
 ) -> list[float]:
@@ -322,12 +328,35 @@ def running_sum_reward(
     Raises:
         ValueError: If there are not as many solutions as completions.
     """
-    rewards = []
-    for completion, digit in zip(completions, solution, strict=True):
-        if not isinstance(completion, str):
-            completion = completion[-1]["content"] if completion else ""
-        rewards.append(float(_lines(completion)[-1:] == [digit]))
-    return rewards
+    return [
+        float(_lines(_text(completion))[-1:] == [digit])
+        for completion, digit in zip(completions, solution, strict=True)
+    ]
+
+
+def every_sum_reward(
+    completions: list[str] | list[list[dict[str, str]]], steps: list[str], **kwargs: Any
+) -> list[float]:
+    """Outcome reward: is every line right, and none missing?
+
+    Of ten chains that go wrong, `running_sum_reward` finds one right by luck, because there are ten digits to end on. Here
+    none is.
+
+    Args:
+        completions: As for `running_sum_reward`.
+        steps: The reference completion of each sample.
+        **kwargs: Other columns that TRL passes; not used.
+
+    Returns:
+        1.0 or 0.0 for each completion.
+
+    Raises:
+        ValueError: If there are not as many references as completions.
+    """
+    return [
+        float(_lines(_text(completion)) == _lines(reference))
+        for completion, reference in zip(completions, steps, strict=True)
+    ]
 
 
 def step_labels(prompt: str, completion: str) -> list[bool]:
