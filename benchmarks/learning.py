@@ -39,6 +39,8 @@ BATCH_SIZE, NUM_GENERATIONS = 64, 4
 STEPS_BETWEEN_MEASURES = 10
 # Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
 LEARNT = 0.1
+# Digits in a problem, how many of the 100 sums the base was taught wrong, and whether every line is judged or the last
+TASKS = {"sums-20": (20, 17, "last"), "chain-20": (20, 17, "every"), "chain-10": (10, 30, "every")}
 # As many settings for each method
 GRIDS = {
     "rloo": [{"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
@@ -91,16 +93,19 @@ def oracle_combination(rewards):
 
 
 def make_task(name: str, seed: int, folder: Path):
-    """Base model, problems and reward of `sums-20` and the like, and the longest completion in tokens."""
+    """Base model, problems and reward, and the longest completion in tokens."""
     from trl_prime.data.running_sums import every_sum_reward, prepare
 
-    kind, _, length = name.partition("-")
-    num_digits = int(length)
-    # A longer chain is learned later: 20 digits after 200 steps on some seeds not at all
+    num_digits, num_wrong_sums, judged = TASKS[name]
     task = prepare(
-        folder / f"base-{num_digits}-{seed}", seed=seed, num_digits=num_digits, warm_up_steps=20 * num_digits
+        folder / f"base-{num_digits}-{num_wrong_sums}-{seed}",
+        seed=seed,
+        num_digits=num_digits,
+        num_wrong_sums=num_wrong_sums,
+        # A longer chain is learned later: 20 digits after 200 steps on some seeds not at all
+        warm_up_steps=20 * num_digits,
     )
-    if kind == "chain":
+    if judged == "every":
         task = dataclasses.replace(task, reward_funcs=[every_sum_reward])
     return task, 2 * num_digits + 2
 
@@ -388,7 +393,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
-    parser.add_argument("--tasks", nargs="+", default=["chain-20"], help="sums-N or chain-N, for N digits.")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-20"])
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(

@@ -34,16 +34,16 @@ def test_every_method_is_tuned_by_as_many_settings(learning):
     [
         (["--seeds", "0", "100"], "--seeds holds [100]"),
         (["--methods", "prime"], "must hold rloo"),
-        (["--methods", "rloo", "prime"], "no settings for prime and chain-7"),
+        (["--methods", "rloo", "prime"], "no settings for prime and chain-20"),
     ],
 )
 def test_report_refuses_what_was_not_tuned_or_was_tuned_on(
     learning, monkeypatch, capsys, tmp_path, arguments, message
 ):
     output = tmp_path / "learning.json"
-    output.write_text('{"tuning": {"chain-7": {"rloo": {"best": {}}}}, "rows": []}')
+    output.write_text('{"tuning": {"chain-20": {"rloo": {"best": {}}}}, "rows": []}')
     monkeypatch.setattr(
-        sys, "argv", ["learning.py", "report", "--tasks", "chain-7", "--output", str(output), *arguments]
+        sys, "argv", ["learning.py", "report", "--tasks", "chain-20", "--output", str(output), *arguments]
     )
     monkeypatch.setattr(learning, "run_all", lambda jobs, options: pytest.fail("a model would be trained"))
     with pytest.raises(SystemExit):
