@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 
 import pytest
 import torch
@@ -70,6 +71,44 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
     result = updater.update(batch)
     assert distance(weights(prm.model), expected) < min(2e-5, 0.01 * distance(before, expected))
     assert result == pytest.approx({"loss": loss, "grad_norm": norm, "learning_rate": LR}, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kept_labels", "rate"), [(None, 3.25 / 7), ((0.0,) * 7 + (NAN,), 3.25 / 14), ((0.0,) * 8, 3.25 / 15)]
+)
+def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(setup, kept_labels, rate):
+    prm, updater = setup(prm_intercept=True, prm_replay_batches=1)
+    if kept_labels is not None:
+        updater.replay.append(make_batch(prm, (NAN,) * 8, seed=1))
+        updater.replay[0].labels = torch.tensor(kept_labels)
+        updater._step = lambda replayed, *args, step=updater._step: (
+            step(replayed, *args) if replayed is batch else None
+        )
+    batch = make_batch(prm)
+    model, logps = copy.deepcopy(prm.model), torch.zeros_like(batch.ref_logps)
+    seen = slow_log_probs(model, *batch.inputs)
+    scores = prm.beta * ((seen - batch.ref_logps) * batch.reward_mask).sum(1)
+    judged = ~batch.labels.isnan()
+    chances = torch.sigmoid(scores + math.log(rate / (1 - rate)))[judged]
+    labels = batch.labels[judged]
+    loss = -(labels * chances.log() + (1 - labels) * (1 - chances).log()).mean()
+    loss.backward()
+    updater.update(batch, None if kept_labels else logps)
+    assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
+    for parameter, trained in zip(model.parameters(), prm.model.parameters(), strict=True):
+        assert torch.allclose(parameter - LR * parameter.grad, trained, atol=2e-5)
+    if kept_labels is None:
+        assert torch.allclose(logps[judged], seen[judged], atol=1e-4)
+
+
+@pytest.mark.parametrize(("labels", "rate"), [((1.0,) * 8, 0.98), ((0.0,) * 8, 0.02), ((NAN,) * 8, 0.5)])
+def test_intercept_stays_finite_where_all_labels_are_alike(setup, labels, rate):
+    prm, updater = setup(prm_intercept=True)
+    updater.update(make_batch(prm, labels))
+    assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
+    _, resumed = setup(prm_intercept=True)
+    resumed.load_state_dict(updater.state_dict())
+    assert resumed.intercept == updater.intercept
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -201,7 +240,7 @@ def test_schedule(setup, schedule, warmup, expected, epochs):
 
 @pytest.mark.parametrize(
     ("loss_type", "more"),
-    [("ce", {}), ("bon_rm", {}), ("ce", {"prm_replay_steps": 1, "prm_num_epochs": 3})],
+    [("ce", {}), ("bon_rm", {}), ("ce", {"prm_replay_steps": 1, "prm_num_epochs": 3, "prm_intercept": True})],
 )
 def test_resumed_updater_goes_on_bit_identically(setup, loss_type, more):
     settings = {

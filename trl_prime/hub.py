@@ -58,6 +58,7 @@ SETTINGS = (
     "prm_replay_batches",
     "prm_replay_steps",
     "prm_loss_type",
+    "prm_intercept",
     "prm_beta",
     "prm_learning_rate",
     "prm_reference",

@@ -84,6 +84,12 @@ class PRIMEConfig(GRPOConfig):
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
             to all.
+        prm_intercept (`bool`, *optional*, defaults to `False`):
+            Whether the cross-entropy is taken of `sigmoid(q + b)`, b the log-odds of the mean label of the batches that the
+            PRM is trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and
+            believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
+            probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
+            Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
@@ -255,6 +261,13 @@ class PRIMEConfig(GRPOConfig):
         metadata={
             "help": "Of the batches that prm_replay_batches keeps, train the PRM on this many drawn at random with each new "
             "one. Defaults to all."
+        },
+    )
+    prm_intercept: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
+            "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
         },
     )
     prm_micro_batch_size: int | None = field(
@@ -435,6 +448,11 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"prm_replay_steps is {self.prm_replay_steps}, but prm_replay_batches={self.prm_replay_batches} batches are kept "
                 "to draw them from. Raise prm_replay_batches or leave prm_replay_steps out."
+            )
+        if self.prm_intercept and self.prm_loss_type != "ce":
+            raise ValueError(
+                f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
+                "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

@@ -84,6 +84,8 @@ class PRMUpdater:
         self.num_generations = num_generations
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
+        # Log-odds added to the scores inside the cross-entropy loss, as of the last update
+        self.intercept = 0.0
         if args.gradient_checkpointing:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
             if isinstance(prm.model, PeftModel):
@@ -123,6 +125,8 @@ class PRMUpdater:
             `learning_rate` of the first step.
         """
         learning_rate = self.scheduler.get_last_lr()[0]
+        if self.args.prm_intercept:
+            self.intercept = self._base_rate_log_odds([*self.replay, batch])
         num_replayed = self._num_replayed(len(self.replay))
         # By the place in the schedule: the same on all processes and in a resumed run
         rng = random.Random(f"{self.args.seed} {self.scheduler.last_epoch}")
@@ -181,7 +185,7 @@ class PRMUpdater:
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
                 losses = prm_row_losses(
-                    scores,
+                    scores + self.intercept,
                     batch.labels[index],
                     args.prm_loss_type,
                     None if peer_scores is None else peer_scores[index],
@@ -204,6 +208,15 @@ class PRMUpdater:
         self.scheduler.step()
         return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm
 
+    def _base_rate_log_odds(self, batches: list[PRMBatch]) -> float:
+        """Log-odds of the mean label of all processes, which is taken to be between 0.02 and 0.98; 0 without any label."""
+        labels = torch.cat([batch.labels for batch in batches])
+        total, count = self.accelerator.reduce(torch.stack([labels.nansum(), (~labels.isnan()).sum()]), "sum").tolist()
+        if not count:
+            return 0.0
+        rate = min(max(total / count, 0.02), 0.98)
+        return math.log(rate / (1 - rate))
+
     def _scores(self, batch: PRMBatch) -> torch.Tensor:
         """`(B,)` scores of the present PRM, without gradient."""
         with self.accelerator.autocast():
@@ -223,6 +236,7 @@ class PRMUpdater:
             "scheduler": self.scheduler.state_dict(),
             "replay": [vars(batch) for batch in self.replay],
             "skipped_steps": self.skipped_steps,
+            "intercept": self.intercept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,7 +253,7 @@ class PRMUpdater:
                     }
                 )
             )
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:
