@@ -8,8 +8,9 @@ On the built-in task at several lengths, judged by its last line (`sums-20`) or 
 - `oracle`: `rloo` with a process reward of -1 at the first wrong step, which only this task can tell: the ceiling.
 
 `tune` tries the same number of settings for each on seeds that are not reported, and keeps the one with the highest mean
-accuracy over the run. `report` trains the reported seeds by those. Every run is kept in `--folder`, and one that is there
-is not made again. The step ratio is the steps that `rloo` needs to reach its final accuracy over those of another method.
+accuracy over the run. `report` trains the reported seeds by those. `ablate` changes one thing of `prime` at a time, on the
+first of these seeds. Every run is kept in `--folder`, and one that is there is not made again. The step ratio is the steps
+that `rloo` needs to reach its final accuracy over those of another method.
 
     python benchmarks/learning.py tune --tasks chain-20
     python benchmarks/learning.py report --tasks chain-20
@@ -40,18 +41,46 @@ STEPS_BETWEEN_MEASURES = 10
 # Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
 LEARNT = 0.1
 # Digits in a problem, how many of the 100 sums the base was taught wrong, and whether every line is judged or the last
-TASKS = {"sums-20": (20, 17, "last"), "chain-20": (20, 17, "every"), "chain-10": (10, 30, "every")}
+TASKS = {
+    "sums-10": (10, 30, "last"),
+    "sums-20": (20, 17, "last"),
+    "chain-10": (10, 30, "every"),
+    "chain-20": (20, 17, "every"),
+}
+# What `ablate` changes of the tuned `prime`. `start` is of this file: the model that the PRM starts from
+ABLATIONS = {
+    "as tuned": {},
+    "no intercept": {"prm_intercept": False},
+    "no trust weighting": {"prm_trust_weighting": False},
+    "no replay": {"prm_replay_batches": 0, "prm_replay_steps": None},
+    "update before": {"prm_update": "before"},
+    "reference: the policy": {"prm_reference": "policy"},
+    "PRM from random weights": {"start": "random"},
+    "PRM from an offline one": {"start": "offline"},
+    "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
+    "filter 0.2 to 0.8": {"accuracy_low": 0.2, "accuracy_high": 0.8},
+    "loss dpo": {"prm_loss_type": "dpo", "prm_intercept": False},
+    "estimator grpo": {"advantage_estimator": "grpo"},
+    "estimator reinforce": {"advantage_estimator": "reinforce"},
+    "rewards per step": {"process_reward_granularity": "step"},
+    "process_gamma 0": {"process_gamma": 0.0},
+}
+NUM_ABLATION_SEEDS = 3
+# Of the offline PRM: completions of the base, as many as this number of rollout batches
+OFFLINE_BATCHES = 20
+# Samples a problem among which the final PRM chooses
+BEST_OF = 16
 # As many settings for each method
 GRIDS = {
-    "rloo": [{"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
-    "grpo": [{"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
+    "rloo": [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)],
+    "grpo": [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)],
     "oracle": [
         {"learning_rate": rate, "process_weight": weight}
         for rate, weight in itertools.product((2e-4, 4e-4), (1.0, 3.0))
     ],
     "prime": [
         {"learning_rate": rate, "process_weight": weight}
-        for rate, weight in itertools.product((1e-4, 2e-4), (1.0, 2.0))
+        for rate, weight in itertools.product((2e-4, 4e-4), (0.5, 1.0))
     ],
 }
 # Fewer than one completion in five is right at the start: the paper's band would drop most groups
@@ -59,8 +88,9 @@ COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0, "process_reward_norm": "std
 PRM = {
     "prm_beta": 0.5,
     "prm_learning_rate": 1e-3,
+    "prm_intercept": True,
     "prm_replay_batches": 64,
-    "prm_replay_steps": 3,
+    "prm_replay_steps": 6,
 }
 # Of the last of the three layers. A whole model learns the few prompts of a batch by heart
 PRM_ADAPTER = {
@@ -110,19 +140,91 @@ def make_task(name: str, seed: int, folder: Path):
     return task, 2 * num_digits + 2
 
 
+def base_samples(task, num_samples: int, problems, max_completion_length: int):
+    """Each problem `num_samples` times, a completion of the base for each, and its outcome."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_prime.evaluation.held_out import generate, outcomes
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(task.model), AutoTokenizer.from_pretrained(task.model)
+    rows = problems.select([row for row in range(len(problems)) for _ in range(num_samples)])
+    completions = generate(
+        model, tokenizer, rows["prompt"][:], max_new_tokens=max_completion_length, temperature=1.0, batch_size=256
+    )
+    return rows, completions, outcomes(task.reward_funcs[0], rows, completions)
+
+
+def offline_prm(task, seed: int, max_completion_length: int, output_dir: str):
+    """A PRM trained on outcomes of the base alone: as many completions as `OFFLINE_BATCHES` rollout batches have."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
+
+    from trl_prime import OfflinePRMConfig, OfflinePRMTrainer
+
+    num_prompts = OFFLINE_BATCHES * BATCH_SIZE // NUM_GENERATIONS
+    problems = task.train_dataset.select(range(len(task.train_dataset) - num_prompts, len(task.train_dataset)))
+    rows, completions, rewards = base_samples(task, NUM_GENERATIONS, problems, max_completion_length)
+    data = Dataset.from_dict(
+        {"prompt": rows["prompt"][:], "completion": completions, "label": (rewards > 0.5).tolist()}
+    )
+    args = OfflinePRMConfig(
+        output_dir,
+        seed=seed,
+        beta=PRM["prm_beta"],
+        learning_rate=PRM["prm_learning_rate"],
+        # As many optimizer steps as online with as many batches
+        max_steps=OFFLINE_BATCHES * (1 + PRM["prm_replay_steps"]),
+        per_device_train_batch_size=BATCH_SIZE,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = OfflinePRMTrainer(task.model, args, data, peft_config=LoraConfig(**PRM_ADAPTER))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.implicit_prm
+
+
+def choose(prm, task, max_completion_length: int) -> dict[str, float]:
+    """Accuracy on held-out problems of one sample of the base, of the vote of many, and of the one that the PRM prefers."""
+    import numpy as np
+
+    from trl_prime.evaluation.best_of_n import best_of_n, draws, vote
+    from trl_prime.evaluation.majority import group_answers
+
+    rows, completions, rewards = base_samples(task, BEST_OF, task.eval_dataset, max_completion_length)
+    correct = rewards.nan_to_num().view(-1, BEST_OF).numpy()
+    scores = np.array([scored.reward for scored in prm.score(rows["prompt"][:], completions)]).reshape(-1, BEST_OF)
+    texts = np.array(completions, dtype=object).reshape(-1, BEST_OF).tolist()
+    groups = group_answers(texts, lambda pairs: [False] * len(pairs))
+    return {
+        "mean": float(correct.mean()),
+        "majority": float(vote(groups, correct, draws(BEST_OF, BEST_OF)).mean()),
+        "best": float(best_of_n(scores, correct, BEST_OF).mean()),
+    }
+
+
 def train(method: str, task_name: str, seed: int, settings: dict, steps: int, folder: Path) -> dict:
     """Train once, measuring on held-out problems as it goes; the curve and the settings."""
     import torch
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_prime import PRIMEConfig, PRIMETrainer
+    from trl_prime.data.running_sums import build_model
     from trl_prime.evaluation.held_out import measure_policy, measure_prm
 
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)
+    config = dict(settings)
+    start = config.pop("start", "policy")
     shared = {
         "seed": seed,
         "max_steps": steps,
@@ -140,7 +242,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        **settings,
+        **config,
     }
     output_dir = str(folder / "trainer")
     data = {"model": task.model, "reward_funcs": task.reward_funcs, "train_dataset": task.train_dataset}
@@ -148,7 +250,14 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         trainer = GRPOTrainer(args=GRPOConfig(output_dir, **shared), **data)
     elif method == "prime":
         args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **shared})
-        trainer = PRIMETrainer(args=args, prm_peft_config=LoraConfig(**PRM_ADAPTER), **data)
+        if start == "policy":
+            prm = {"prm_peft_config": LoraConfig(**PRM_ADAPTER)}
+        elif start == "random":
+            # No adapter: there is nothing to keep
+            prm = {"prm_model": build_model(AutoTokenizer.from_pretrained(task.model), seed=seed + 1)}
+        else:
+            prm = {"prm_model": offline_prm(task, seed, max_completion_length, output_dir)}
+        trainer = PRIMETrainer(args=args, **prm, **data)
     else:
         fixed = {"process_weight": 0.0} if method == "rloo" else ORACLE
         args = PRIMEConfig(output_dir, **{**COMMON, "prm_update": "none", **fixed, **shared})
@@ -191,7 +300,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     trainer.add_callback(Measure())
     start = time.perf_counter()
     trainer.train()
-    return {
+    run = {
         "task": task_name,
         "method": method,
         "seed": seed,
@@ -199,6 +308,9 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "steps": steps,
         "curve": curve,
     }
+    if method == "prime":
+        run["best_of_n"] = choose(trainer.implicit_prm, task, max_completion_length)
+    return run
 
 
 def final_accuracy(run: dict) -> float:
@@ -324,6 +436,15 @@ def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[
             row[f"final_{method}"] = statistics.median(finals)
             row[f"final_{method}_interval"] = interval(finals)
             row[f"seconds_{method}"] = statistics.median(run["curve"][-1]["seconds"] for run in group)
+            if method == "prime":
+                row["first_error_auc"] = [
+                    statistics.median(run["curve"][i]["first_error_auc"] for run in group)
+                    for i in range(len(group[0]["curve"]))
+                ]
+                row["best_of_n"] = {
+                    name: statistics.fmean(run["best_of_n"][name] for run in group)
+                    for name in ("mean", "majority", "best")
+                }
             if method != "rloo":
                 pairs = [
                     (rloo, run)
@@ -340,6 +461,50 @@ def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[
                 )
         rows.append(row)
     return rows, runs
+
+
+def ablate(tuning: dict, options: argparse.Namespace) -> dict[str, list[dict]]:
+    """A row for each ablation, by task: means over the seeds, and the range of the final accuracy."""
+    seeds = options.seeds[:NUM_ABLATION_SEEDS]
+    jobs = [
+        ("prime", task, seed, {**tuning[task]["prime"]["best"], **changed})
+        for task in options.tasks
+        for changed in ABLATIONS.values()
+        for seed in seeds
+    ]
+    runs = iter(run_all(jobs, options))
+    rows: dict[str, list[dict]] = {}
+    for task in options.tasks:
+        for name, changed in ABLATIONS.items():
+            group = list(itertools.islice(runs, len(seeds)))
+            finals = [final_accuracy(run) for run in group]
+            rows.setdefault(task, []).append(
+                {
+                    "changed": name,
+                    "settings": changed,
+                    "seeds": len(seeds),
+                    "mean": statistics.fmean(map(mean_accuracy, group)),
+                    "final": statistics.fmean(finals),
+                    "final_range": [min(finals), max(finals)],
+                    "first_error_auc": [
+                        statistics.fmean(run["curve"][i]["first_error_auc"] for run in group)
+                        for i in (1, len(group[0]["curve"]) // 2, -1)
+                    ],
+                    "curves": [run["curve"] for run in group],
+                }
+            )
+    return rows
+
+
+def ablation_table(rows: list[dict]) -> str:
+    lines = ["| changed | mean over the run | final accuracy | AUC of the PRM |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = row["final_range"]
+        auc = ", ".join(f"{value:.2f}" for value in row["first_error_auc"])
+        lines.append(
+            f"| {row['changed']} | {row['mean']:.1%} | {row['final']:.1%} ({low:.1%} to {high:.1%}) | {auc} |"
+        )
+    return "\n".join(lines)
 
 
 def draw(runs: list[dict], path: Path) -> None:
@@ -392,7 +557,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tune", "report", "one"), help="'one' is what the others start.")
+    parser.add_argument("stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start.")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-20"])
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -420,6 +585,8 @@ def main() -> None:
             for method, entry in methods.items():
                 print(f"{task}  {method:<6} {entry['best']}")
     else:
+        if options.stage == "ablate":
+            options.methods = ["rloo", "prime"]
         if tuned_on := set(options.seeds) & set(TUNING_SEEDS):
             parser.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
         if "rloo" not in options.methods:
@@ -427,9 +594,18 @@ def main() -> None:
         for task, method in itertools.product(options.tasks, options.methods):
             if method not in result["tuning"].get(task, {}):
                 parser.error(f"{options.output} holds no settings for {method} and {task}: run 'tune' first")
-        result["rows"], result["runs"] = report(result["tuning"], options)
-        draw(result["runs"], options.output.with_suffix(".png"))
-        print(table(result["rows"]))
+        if options.stage == "ablate":
+            ablations = ablate(result["tuning"], options)
+            result["ablations"] = {**result.get("ablations", {}), **ablations}
+            for task, rows in ablations.items():
+                print(f"{task}\n{ablation_table(rows)}")
+        else:
+            rows, runs = report(result["tuning"], options)
+            # Of other tasks, what was reported before
+            for name, new in (("rows", rows), ("runs", runs)):
+                result[name] = [old for old in result.get(name, []) if old["task"] not in options.tasks] + new
+            draw(result["runs"], options.output.with_suffix(".png"))
+            print(table(result["rows"]))
     import torch
 
     result = {"machine": platform.platform(), "torch": torch.__version__, **result}

@@ -21,8 +21,12 @@ def learning():
 
 
 def run_of(*accuracies, every=10):
-    curve = [{"step": i * every, "sampled": value, "seconds": float(i)} for i, value in enumerate(accuracies)]
-    return {"steps": (len(accuracies) - 1) * every, "curve": curve}
+    curve = [
+        {"step": i * every, "sampled": value, "seconds": float(i), "first_error_auc": value / 2}
+        for i, value in enumerate(accuracies)
+    ]
+    best_of_n = {"mean": 0.1, "majority": 0.2, "best": accuracies[-1]}
+    return {"steps": (len(accuracies) - 1) * every, "curve": curve, "best_of_n": best_of_n}
 
 
 def test_every_method_is_tuned_by_as_many_settings(learning):
@@ -148,5 +152,42 @@ def test_report_pairs_the_methods_by_seed(learning, monkeypatch):
     assert (row["seeds"], row["seeds_compared"], row["reached_prime"]) == (3, 2, 2)
     assert row["final_rloo"] == pytest.approx(0.5)
     assert row["final_prime"] == pytest.approx(0.9)
+    assert row["best_of_n"] == pytest.approx({"mean": 0.1, "majority": 0.2, "best": (0.9 + 0.75 + 0.9) / 3})
+    assert row["first_error_auc"] == pytest.approx([0.05, 0.25, 0.45, 0.45, 0.45, 0.45, 0.45])
     assert len(runs) == 6
     assert "2 of 2" in learning.table([row])
+
+
+def test_ablate_changes_one_thing_of_the_tuned_settings_and_averages_over_seeds(learning, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(
+        learning,
+        "run_all",
+        lambda wanted, options: (
+            jobs.extend(wanted) or [run_of(0.1, 0.1 + 0.1 * job[2], 0.5, 0.5, 0.5) for job in wanted]
+        ),
+    )
+    options = argparse.Namespace(tasks=["chain-10"], seeds=[0, 1, 2, 3])
+    rows = learning.ablate({"chain-10": {"prime": {"best": {"process_gamma": 1.0}}}}, options)["chain-10"]
+    assert [row["changed"] for row in rows] == list(learning.ABLATIONS)
+    assert [job[2] for job in jobs] == [0, 1, 2] * len(rows)
+    assert {job[3]["process_gamma"] for job in jobs} == {0.0, 1.0}
+    assert rows[0]["mean"] == pytest.approx((0.1 + 0.2 + 0.5 * 3) / 5)
+    assert rows[0]["first_error_auc"] == pytest.approx([0.1, 0.25, 0.25])
+    assert "| as tuned |" in learning.ablation_table(rows)
+
+
+def test_the_final_prm_chooses_among_samples_of_the_base(learning, monkeypatch):
+    import types
+
+    size = learning.BEST_OF
+    # Two problems: on the first most agree on a wrong answer, on the second on the right one
+    completions = ["7"] * (size - 2) + ["3", "3"] + ["5"] * size
+    right = torch.tensor([0.0] * (size - 2) + [1.0, 1.0] + [1.0] * size)
+    rows = {"prompt": ["1 2="] * (2 * size)}
+    monkeypatch.setattr(learning, "base_samples", lambda *args: (rows, completions, right))
+    prm = types.SimpleNamespace(
+        score=lambda prompts, texts: [types.SimpleNamespace(reward=-float(text)) for text in texts]
+    )
+    chosen = learning.choose(prm, types.SimpleNamespace(eval_dataset=None), 4)
+    assert chosen == pytest.approx({"mean": (2 + size) / (2 * size), "majority": 0.5, "best": 1.0})
