@@ -520,13 +520,15 @@ def draw(runs: list[dict], path: Path) -> None:
     )
     for (row, kind), (column, task) in itertools.product(enumerate(("sampled", "greedy")), enumerate(tasks)):
         axis = axes[row][column]
-        for method in GRIDS:
+        for number, method in enumerate(GRIDS):
             curves = [run["curve"] for run in runs if run["task"] == task and run["method"] == method]
             if curves:
                 steps = [point["step"] for point in curves[0]]
                 values = [[curve[i][kind] for curve in curves] for i in range(len(steps))]
-                axis.plot(steps, [statistics.median(at) for at in values], label=method)
-                axis.fill_between(steps, [min(at) for at in values], [max(at) for at in values], alpha=0.15)
+                color = f"C{number}"  # the same for a method in all panels
+                axis.plot(steps, [statistics.median(at) for at in values], color, label=method)
+                low, high = ([end(at) for at in values] for end in (min, max))
+                axis.fill_between(steps, low, high, color=color, alpha=0.15)
         axis.set(title=f"{task}, {kind}", xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
         axis.legend()
     figure.savefig(path, dpi=110)
