@@ -1,6 +1,7 @@
 """Does PRIME learn from fewer rollouts than outcome rewards alone, and how much could a perfect PRM give?
 
-On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-20`), from the same base model and with the same number of rollouts, trained by
+On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-10`), from the same base
+model and with the same number of rollouts, trained by
 
 - `rloo`: `PRIMETrainer` with outcome rewards only;
 - `grpo`: TRL's own `GRPOTrainer`;
@@ -12,8 +13,8 @@ accuracy over the run. `report` trains the reported seeds by those. `ablate` cha
 first of these seeds. Every run is kept in `--folder`, and one that is there is not made again. The step ratio is the steps
 that `rloo` needs to reach its final accuracy over those of another method.
 
-    python benchmarks/learning.py tune --tasks chain-20
-    python benchmarks/learning.py report --tasks chain-20
+    python benchmarks/learning.py tune --tasks chain-10
+    python benchmarks/learning.py report --tasks chain-10
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)
     config = dict(settings)
-    start = config.pop("start", "policy")
+    prm_start = config.pop("start", "policy")
     shared = {
         "seed": seed,
         "max_steps": steps,
@@ -250,9 +251,9 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         trainer = GRPOTrainer(args=GRPOConfig(output_dir, **shared), **data)
     elif method == "prime":
         args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **shared})
-        if start == "policy":
+        if prm_start == "policy":
             prm = {"prm_peft_config": LoraConfig(**PRM_ADAPTER)}
-        elif start == "random":
+        elif prm_start == "random":
             # No adapter: there is nothing to keep
             prm = {"prm_model": build_model(AutoTokenizer.from_pretrained(task.model), seed=seed + 1)}
         else:
@@ -560,7 +561,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start.")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-20"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-10"])
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
