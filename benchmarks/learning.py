@@ -588,11 +588,11 @@ def main() -> None:
             for method, entry in methods.items():
                 print(f"{task}  {method:<6} {entry['best']}")
     else:
-        if options.stage == "ablate":
-            options.methods = ["rloo", "prime"]
         if tuned_on := set(options.seeds) & set(TUNING_SEEDS):
             parser.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
-        if "rloo" not in options.methods:
+        if options.stage == "ablate":
+            options.methods = ["prime"]
+        elif "rloo" not in options.methods:
             parser.error("--methods must hold rloo, which the others are compared with")
         for task, method in itertools.product(options.tasks, options.methods):
             if method not in result["tuning"].get(task, {}):
