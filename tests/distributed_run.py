@@ -1,6 +1,7 @@
 """Training runs one after the other, for `torchrun` or a single process: `distributed_run.py RUNS.json`.
 
-The file holds a list of settings: fields of `PRIMEConfig` and those that `train` takes out. Unless `sample` is set, the
+The file holds a list of settings: fields of `PRIMEConfig` and those that `train` takes out; with `offline`, those of
+`offline_prm_run.py`. Unless `sample` is set, the
 completions do not depend on random numbers, only on the place in the whole batch, so that runs on one and on several
 processes see the same. Each process writes the weights that it has, whole, and the main process its log.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from offline_prm_run import train_offline
 from peft import LoraConfig
 
 from trl_prime import PRIMEConfig, PRIMETrainer
@@ -123,7 +125,10 @@ def train(settings):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for settings in json.loads(Path(sys.argv[1]).read_text()):
-        train(settings)
+        if settings.pop("offline", False):
+            train_offline(settings, gathered)
+        else:
+            train(settings)
     if torch.distributed.is_initialized():
         # Its threads may not outlive the interpreter
         torch.distributed.destroy_process_group()

@@ -1,19 +1,17 @@
-"""Offline training runs one after the other, for `torchrun` or a single process: `offline_prm_run.py RUNS.json`."""
+"""An offline training run of `distributed_run.py`: settings are fields of `OfflinePRMConfig`, and `lora` and `eval`."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from distributed_run import gathered
 from peft import LoraConfig
 
 from trl_prime import OfflinePRMConfig, OfflinePRMTrainer
 
 
-def train(settings):
+def train_offline(settings, gathered):
     folder = Path(settings["output_dir"])
     lora, evaluates = settings.pop("lora", False), settings.pop("eval", False)
     rows = [{"prompt": f"{i // 3}=", "completion": f"{37 * i % 101}", "label": i % 3 == 0} for i in range(48)]
@@ -51,12 +49,3 @@ def train(settings):
     torch.save({part: gathered(model) for part, model in parts.items()}, folder / f"result_{rank}.pt")
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(trainer.state.log_history))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for settings in json.loads(Path(sys.argv[1]).read_text()):
-        train(settings)
-    if torch.distributed.is_initialized():
-        # Its threads may not outlive the interpreter
-        torch.distributed.destroy_process_group()

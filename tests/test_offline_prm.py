@@ -13,7 +13,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from slow_reference import slow_dpo_pair_losses, slow_kto, slow_ragged_pairwise, softplus
-from test_distributed import KINDS, assert_close, launch, results
+from test_distributed import assert_close
 from test_hub import hub  # noqa: F401
 from test_implicit_prm import make_trained
 
@@ -468,42 +468,6 @@ def test_a_pushed_prm_is_loaded_by_its_name(make_offline, hub, tmp_path):  # noq
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.datasets == "me/rollouts" and "implicit-prm" in card.data.tags
     assert "offline" in card.text and "2412.01981" in card.text and "`loss_type` | ce" in card.text
-
-
-DISTRIBUTED = {
-    "ce": {"eval": True},
-    "dpo": {"loss_type": "dpo", "precompute_ref_log_probs": True},
-    "lora": {"lora": True},
-}
-
-
-def train_on(num_processes, folder, **distribution):
-    size = {"per_device_train_batch_size": 8 // num_processes}
-    runs = [{"output_dir": str(folder / name), **size, **case, **distribution} for name, case in DISTRIBUTED.items()]
-    launch(num_processes, runs, folder, script="offline_prm_run.py")
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    train_on(1, folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_like_one_with_the_doubled_batch(one_process, kind, tmp_path):
-    train_on(2, tmp_path, **KINDS[kind])
-    for name in DISTRIBUTED:
-        (alone,), (first, second) = results(one_process / name, 1), results(tmp_path / name, 2)
-        assert_close(first, second, atol=0)
-        assert_close(first, alone, atol=2e-5)
-        ours, theirs = (json.loads((folder / name / "result.json").read_text()) for folder in (tmp_path, one_process))
-        # Not the held-out loss: Trainer takes the mean of its means, in which a last batch filled up counts like the others
-        for key in ("loss", "accuracy", "pairwise_accuracy", "eval_accuracy", "eval_pairwise_accuracy"):
-            values = [[entry[key] for entry in log if key in entry] for log in (ours, theirs)]
-            assert values[0] == pytest.approx(values[1], rel=1e-3)
-        saved = dict(ImplicitPRM.from_pretrained(tmp_path / name).model.named_parameters())
-        assert_close({"prm": saved}, {"prm": first["prm"]}, atol=1e-6)
 
 
 # --- The command ---

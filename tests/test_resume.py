@@ -16,23 +16,30 @@ STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KILLED_RUN = {**STEPS, "per_device_train_batch_size": 8, "sample": True, "prm_replay_batches": 1}
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    launch(1, [{"output_dir": str(root), **KILLED_RUN}], root)
-    return root
-
-
 # The first and the last that TRL writes of a checkpoint
-@pytest.mark.parametrize("method", ["save_model", "_save_rng_state"])
-def test_a_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_run, tmp_path, method):
-    run = {"output_dir": str(tmp_path), **KILLED_RUN}
-    launch(1, [{**run, "killed_at": [method, 4]}], tmp_path, exit_code=-signal.SIGKILL)
-    begun = method != "save_model"
-    assert (tmp_path / "checkpoint-4").exists() is begun
-    launch(1, [{**run, "resume": True}], tmp_path)
-    assert_close(results(tmp_path, 1)[0], results(whole_run, 1)[0], atol=0)
-    steps = [entry["step"] for entry in json.loads((tmp_path / "result.json").read_text()) if "prm/loss" in entry]
+KILLED_IN = ("save_model", "_save_rng_state")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One that was not stopped, and those killed while they saved and resumed; what these had left, by its folder."""
+    root = tmp_path_factory.mktemp("runs")
+    settings = {name: {"output_dir": str(root / name), **KILLED_RUN} for name in ("whole", *KILLED_IN)}
+    left = {}
+    for method in KILLED_IN:
+        launch(1, [{**settings[method], "killed_at": [method, 4]}], root, exit_code=-signal.SIGKILL)
+        left[method] = sorted(path.name for path in (root / method).glob("checkpoint-*"))
+    launch(1, [settings["whole"], *({**settings[method], "resume": True} for method in KILLED_IN)], root)
+    return root, left
+
+
+@pytest.mark.parametrize("method", KILLED_IN)
+def test_a_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(runs, method):
+    root, left = runs
+    begun = [] if method == "save_model" else ["checkpoint-4"]
+    assert left[method] == ["checkpoint-2", *begun]
+    assert_close(results(root / method, 1)[0], results(root / "whole", 1)[0], atol=0)
+    steps = [entry["step"] for entry in json.loads((root / method / "result.json").read_text()) if "prm/loss" in entry]
     assert steps == [1, 2, 3, 4]  # two of them from the checkpoint
 
 
