@@ -1,6 +1,6 @@
 """Does PRIME learn from fewer rollouts than outcome rewards alone, and how much could a perfect PRM give?
 
-On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-10`), from the same base
+On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-20`), from the same base
 model and with the same number of rollouts, trained by
 
 - `rloo`: `PRIMETrainer` with outcome rewards only;
@@ -13,8 +13,8 @@ accuracy over the run. `report` trains the reported seeds by those. `ablate` cha
 first of these seeds. Every run is kept in `--folder`, and one that is there is not made again. The step ratio is the steps
 that `rloo` needs to reach its final accuracy over those of another method.
 
-    python benchmarks/learning.py tune --tasks chain-10
-    python benchmarks/learning.py report --tasks chain-10
+    python benchmarks/learning.py tune --tasks chain-20
+    python benchmarks/learning.py report --tasks chain-20
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ STEPS_BETWEEN_MEASURES = 10
 LEARNT = 0.1
 # Digits in a problem, how many of the 100 sums the base was taught wrong, and whether every line is judged or the last
 TASKS = {
-    "sums-10": (10, 30, "last"),
     "sums-20": (20, 17, "last"),
     "chain-10": (10, 30, "every"),
     "chain-20": (20, 17, "every"),
@@ -51,10 +50,11 @@ TASKS = {
 # What `ablate` changes of the tuned `prime`. `start` is of this file: the model that the PRM starts from
 ABLATIONS = {
     "as tuned": {},
+    "no KL penalty": {"beta": 0.0},
     "no intercept": {"prm_intercept": False},
-    "no trust weighting": {"prm_trust_weighting": False},
+    "trust weighting": {"prm_trust_weighting": True},
     "no replay": {"prm_replay_batches": 0, "prm_replay_steps": None},
-    "update before": {"prm_update": "before"},
+    "update after": {"prm_update": "after"},
     "reference: the policy": {"prm_reference": "policy"},
     "PRM from random weights": {"start": "random"},
     "PRM from an offline one": {"start": "offline"},
@@ -64,29 +64,32 @@ ABLATIONS = {
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
     "rewards per step": {"process_reward_granularity": "step"},
-    "process_gamma 0": {"process_gamma": 0.0},
+    "reward-to-go": {"process_gamma": 1.0},
+    "scaled to the spread": {"process_reward_norm": "std"},
 }
 NUM_ABLATION_SEEDS = 3
 # Of the offline PRM: completions of the base, as many as this number of rollout batches
 OFFLINE_BATCHES = 20
 # Samples a problem among which the final PRM chooses
 BEST_OF = 16
-# As many settings for each method
+# As many settings for each method; `beta` is the weight of TRL's KL penalty
 GRIDS = {
-    "rloo": [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)],
-    "grpo": [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)],
-    "oracle": [
-        {"learning_rate": rate, "process_weight": weight}
-        for rate, weight in itertools.product((2e-4, 4e-4), (1.0, 3.0))
-    ],
+    "rloo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
+    "grpo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
+    "oracle": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
     "prime": [
-        {"learning_rate": rate, "process_weight": weight}
-        for rate, weight in itertools.product((2e-4, 4e-4), (0.5, 1.0))
+        {"learning_rate": rate, "beta": beta, "process_weight": beta}
+        for rate, beta in itertools.product((2e-4, 4e-4), (0.3, 1.0))
     ],
 }
 # Fewer than one completion in five is right at the start: the paper's band would drop most groups
-COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0, "process_reward_norm": "std"}
+COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0}
+# Process rewards as they are, in log-odds, and at once: they are small where the PRM knows nothing
 PRM = {
+    "process_gamma": 0.0,
+    "process_reward_norm": "none",
+    "prm_trust_weighting": False,
+    "prm_update": "before",
     "prm_beta": 0.5,
     "prm_learning_rate": 1e-3,
     "prm_intercept": True,
@@ -101,7 +104,7 @@ PRM_ADAPTER = {
     "layers_to_transform": [2],
 }
 # Its rewards are right from the start and say at which token, so it needs neither trust nor reward-to-go
-ORACLE = {"process_gamma": 0.0, "prm_trust_weighting": False}
+ORACLE = {"process_gamma": 0.0, "process_weight": 3.0, "prm_trust_weighting": False}
 
 
 def oracle_combination(rewards):
@@ -233,7 +236,6 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "num_generations": NUM_GENERATIONS,
         "max_completion_length": max_completion_length,
         "lr_scheduler_type": "constant",
-        "beta": 0.0,
         "loss_type": "dapo",
         "use_cpu": True,
         "bf16": False,
@@ -561,7 +563,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start.")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-10"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-20"])
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(

@@ -168,7 +168,7 @@ def test_ablate_changes_one_thing_of_the_tuned_settings_and_averages_over_seeds(
         ),
     )
     options = argparse.Namespace(tasks=["chain-10"], seeds=[0, 1, 2, 3])
-    rows = learning.ablate({"chain-10": {"prime": {"best": {"process_gamma": 1.0}}}}, options)["chain-10"]
+    rows = learning.ablate({"chain-10": {"prime": {"best": {"process_gamma": 0.0}}}}, options)["chain-10"]
     assert [row["changed"] for row in rows] == list(learning.ABLATIONS)
     assert [job[2] for job in jobs] == [0, 1, 2] * len(rows)
     assert {job[3]["process_gamma"] for job in jobs} == {0.0, 1.0}
