@@ -1,12 +1,12 @@
 """Does PRIME learn from fewer rollouts than outcome rewards alone, and how much could a perfect PRM give?
 
-On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-20`), from the same base
-model and with the same number of rollouts, trained by
+On the built-in task at several lengths, judged by its last line (`sums-20`) or by every line (`chain-20`), and on a task of
+reasoning-gym (`spell_backward`), from the same base model and with the same number of rollouts, trained by
 
 - `rloo`: `PRIMETrainer` with outcome rewards only;
 - `grpo`: TRL's own `GRPOTrainer`;
 - `prime`: `PRIMETrainer`, its PRM learning from outcomes as it goes;
-- `oracle`: `rloo` with a process reward of -1 at the first wrong step, which only this task can tell: the ceiling.
+- `oracle`: `rloo` with a process reward of -1 at the first wrong step, which only these tasks can tell: the ceiling.
 
 `tune` tries the same number of settings for each on seeds that are not reported, and keeps the one with the highest mean
 accuracy over the run. `report` trains the reported seeds by those. `ablate` changes one thing of `prime` at a time, on the
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -47,6 +48,8 @@ TASKS = {
     "chain-10": (10, 30, "every"),
     "chain-20": (20, 17, "every"),
 }
+# Of reasoning-gym, see `reasoning_gym_task.py`
+GYM_TASK = "spell_backward"
 # What `ablate` changes of the tuned `prime`. `start` is of this file: the model that the PRM starts from
 ABLATIONS = {
     "as tuned": {},
@@ -107,19 +110,27 @@ PRM_ADAPTER = {
 ORACLE = {"process_gamma": 0.0, "process_weight": 3.0, "prm_trust_weighting": False}
 
 
-def oracle_combination(rewards):
-    """Advantages with -1 at the first token of the first wrong line as process reward (one character is one token)."""
+def first_wrong_token(task, prompt: str, completion: str) -> int | None:
+    """Index of the first token of the first wrong step; in all tasks one character is one token."""
+    from trl_prime.data.running_sums import STEP_DELIMITER
+
+    step = next((i for i, right in enumerate(task.step_labels(prompt, completion)) if not right), None)
+    if step is None or task.name == GYM_TASK:
+        return step
+    return sum(len(line) + 1 for line in completion.split(STEP_DELIMITER)[:step])
+
+
+def oracle_combination(rewards, task):
+    """Advantages with -1 at the first wrong token as process reward."""
     import torch
 
-    from trl_prime.data.running_sums import STEP_DELIMITER, first_wrong_step
     from trl_prime.process_rewards import normalize_process_rewards
 
     process_rewards = torch.zeros_like(rewards.process_rewards)
     for row, (prompt, completion) in enumerate(zip(rewards.prompts, rewards.completions, strict=True)):
-        step = first_wrong_step(prompt, completion)
-        if step is not None:
-            lines = completion.split(STEP_DELIMITER)
-            process_rewards[row, sum(len(line) + 1 for line in lines[:step])] = -1.0
+        token = first_wrong_token(task, prompt, completion)
+        if token is not None:
+            process_rewards[row, token] = -1.0
     process_rewards = process_rewards * rewards.completion_mask
     gamma = rewards.settings["process_gamma"]
     process_rewards = normalize_process_rewards(process_rewards, rewards.completion_mask, "std", gamma=gamma)
@@ -130,6 +141,10 @@ def make_task(name: str, seed: int, folder: Path):
     """Base model, problems and reward, and the longest completion in tokens."""
     from trl_prime.data.running_sums import every_sum_reward, prepare
 
+    if name == GYM_TASK:
+        from reasoning_gym_task import prepare_reasoning_gym
+
+        return prepare_reasoning_gym(folder / f"base-{name}-{seed}", seed)
     num_digits, num_wrong_sums, judged = TASKS[name]
     task = prepare(
         folder / f"base-{num_digits}-{num_wrong_sums}-{seed}",
@@ -213,6 +228,17 @@ def choose(prm, task, max_completion_length: int) -> dict[str, float]:
     }
 
 
+def step_auc(prm, task, problems, completions: list[str]) -> float:
+    """AUC of the PRM's rewards for the first wrong step."""
+    from trl_prime.evaluation.held_out import first_error_auc
+
+    prompts = problems["prompt"][:]
+    truth = [task.step_labels(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    scored = prm.score(prompts, completions)
+    steps = [each.token_rewards if task.name == GYM_TASK else each.step_rewards for each in scored]
+    return first_error_auc(steps, truth)
+
+
 def train(method: str, task_name: str, seed: int, settings: dict, steps: int, folder: Path) -> dict:
     """Train once, measuring on held-out problems as it goes; the curve and the settings."""
     import torch
@@ -223,7 +249,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
 
     from trl_prime import PRIMEConfig, PRIMETrainer
     from trl_prime.data.running_sums import build_model
-    from trl_prime.evaluation.held_out import measure_policy, measure_prm
+    from trl_prime.evaluation.held_out import measure_policy
 
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)
@@ -264,7 +290,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     else:
         fixed = {"process_weight": 0.0} if method == "rloo" else ORACLE
         args = PRIMEConfig(output_dir, **{**COMMON, "prm_update": "none", **fixed, **shared})
-        hook = oracle_combination if method == "oracle" else None
+        hook = functools.partial(oracle_combination, task=task) if method == "oracle" else None
         trainer = PRIMETrainer(args=args, reward_combination=hook, **data)
     trainer.remove_callback(PrinterCallback)
     curve: list[dict] = []
@@ -281,7 +307,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         def measure(self, step: int) -> None:
             nonlocal measuring
             begin = time.perf_counter()
-            accuracies, problems, samples, rewards = measure_policy(
+            accuracies, problems, samples, _ = measure_policy(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.processing_class,
                 task.eval_dataset,
@@ -292,10 +318,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
                 seed=step,
             )
             if method == "prime":
-                prm = trainer.implicit_prm
-                accuracies["first_error_auc"] = measure_prm(prm, problems, samples, rewards, 1, task.step_labels)[
-                    "first_error_auc"
-                ]
+                accuracies["first_error_auc"] = step_auc(trainer.implicit_prm, task, problems, samples)
             measuring += time.perf_counter() - begin
             seconds = time.perf_counter() - start - measuring
             curve.append({"step": step, "completions": step * BATCH_SIZE, "seconds": round(seconds, 1), **accuracies})
@@ -563,7 +586,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start.")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chain-20"])
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, GYM_TASK], default=["chain-20"])
     parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from trl_prime.advantages import RolloutRewards, combine_rewards
+from trl_prime.data.running_sums import step_labels
+from trl_prime.data.task import Task
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -90,9 +92,21 @@ def test_interval_holds_the_median_and_stays_within_the_values(learning):
     assert learning.interval([2.0, 2.0, 2.0]) == [2.0, 2.0]
 
 
-def test_oracle_blames_the_first_wrong_line_and_nothing_before_or_after_it(learning):
-    # True sums 3, 8, 0: right; wrong from the second line on; wrong in the last line
-    completions = ["3\n8\n0", "3\n1\n3", "3\n8\n4"]
+@pytest.mark.parametrize(
+    ("task", "prompt", "completions", "blamed"),
+    [
+        # True sums 3, 8, 0: right; wrong from the second line on; wrong in the last line
+        ("running_sums", "3 5 2=", ["3\n8\n0", "3\n1\n3", "3\n8\n4"], [None, 2, 4]),
+        # Right; wrong from the second letter on; ended too soon
+        ("spell_backward", "tones=", ["senot", "sanot", "sen"], [None, 1, 3]),
+    ],
+)
+def test_oracle_blames_the_first_wrong_step_and_nothing_before_or_after_it(
+    learning, task, prompt, completions, blamed
+):
+    from reasoning_gym_task import letter_labels
+
+    labels = step_labels if task == "running_sums" else letter_labels
     mask = torch.ones(3, 6, dtype=torch.bool)  # five characters and the end of the sequence
     settings = {"estimator": "reinforce", "whiten": False, "process_gamma": 0.0, "process_weight": 3.0}
     outcomes = torch.tensor([1.0, 0.0, 0.0])
@@ -103,16 +117,15 @@ def test_oracle_blames_the_first_wrong_line_and_nothing_before_or_after_it(learn
         mask,
         num_generations=3,
         settings=settings,
-        prompts=["3 5 2="] * 3,
+        prompts=[prompt] * 3,
         completions=completions,
     )
-    process = learning.oracle_combination(rewards) - combine_rewards(
+    process = learning.oracle_combination(rewards, Task(task, "", None, None, [], labels)) - combine_rewards(
         outcomes, torch.zeros(3, 6), mask, 3, estimator="reinforce", whiten=False
     )
-    blamed = torch.zeros(3, 6, dtype=torch.bool)
-    blamed[1, 2] = blamed[2, 4] = True
-    assert (process[blamed] < -3.0).all()
-    assert (process[~blamed] == 0).all()
+    is_blamed = torch.tensor([[i == token for i in range(6)] for token in blamed])
+    assert (process[is_blamed] < -3.0).all()
+    assert (process[~is_blamed] == 0).all()
 
 
 def test_tune_keeps_the_settings_with_the_highest_mean_over_seeds(learning, monkeypatch):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 STEP_DELIMITER = "\n"
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
-VOCABULARY = [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *"0123456789", " ", "=", STEP_DELIMITER]
+SPECIAL_TOKENS = [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN]
+VOCABULARY = [*SPECIAL_TOKENS, *"0123456789", " ", "=", STEP_DELIMITER]
 
 # A (sum so far, next number) pair mapped to the digit that stands for their sum.
 WrongSums = dict[tuple[int, int], int]
@@ -115,18 +116,21 @@ def make_splits(num_train: int, num_test: int, *, num_digits: int = 10, seed: in
     return _to_dataset(train), _to_dataset(test)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the character-level tokenizer: one character, one token.
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Build a character-level tokenizer: one character, one token.
+
+    Args:
+        vocabulary: `SPECIAL_TOKENS` and the characters; those of this task by default.
 
     Returns:
         Tokenizer with distinct padding, end-of-sequence and unknown tokens, padding on the left. It adds no tokens of
-        its own, and decoding gives back exactly the text. Characters that the task does not use are dropped.
+        its own, and decoding gives back exactly the text. Other characters are dropped.
     """
     from transformers import Qwen2Tokenizer
 
     # Beside a Qwen2 model, AutoTokenizer loads a Qwen2Tokenizer whatever was saved, so this has to be one. Without
     # merges it is character-level; its vocabulary names a space and a newline the byte-level way.
-    names = [token.replace(" ", "Ġ").replace("\n", "Ċ") for token in VOCABULARY]
+    names = [token.replace(" ", "Ġ").replace("\n", "Ċ") for token in vocabulary]
     return Qwen2Tokenizer(
         vocab={name: i for i, name in enumerate(names)},
         merges=[],
