@@ -337,7 +337,8 @@ def reasoning_gym_rows(task: str, split: str = "train", *, size: int = 500, seed
         split (`str`): Every split has a seed of its own, so that held-out problems are drawn apart. A task with few
             distinct problems can still draw the same one twice.
         size (`int`): How many problems.
-        seed (`int`): reasoning-gym's own seed for the split `"train"`.
+        seed (`int`): reasoning-gym's own seed for the split `"train"`. Row i depends on `seed + i` alone, so seeds that lie
+            closer together than `size` have problems in common.
         config: Further settings of the task.
 
     Returns:
