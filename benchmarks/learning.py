@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -42,6 +43,8 @@ BATCH_SIZE, NUM_GENERATIONS = 64, 4
 STEPS_BETWEEN_MEASURES = 10
 # Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
 LEARNT = 0.1
+# To which the steps are counted beside those to the final accuracy of `rloo`, which lies on a plateau where luck decides
+TARGETS = (0.5, 0.8)
 # Digits in a problem, how many of the 100 sums the base was taught wrong, and whether every line is judged or the last
 TASKS = {
     "sums-20": (20, 17, "last"),
@@ -359,6 +362,13 @@ def steps_to_reach(run: dict, accuracy: float) -> float | None:
     return None
 
 
+def median_steps(runs: list[dict], accuracy: float) -> float | None:
+    """Median steps to an accuracy; None where more than half of the runs do not reach it."""
+    steps = [steps_to_reach(run, accuracy) for run in runs]
+    median = statistics.median(math.inf if number is None else number for number in steps)
+    return median if median < math.inf else None
+
+
 def step_ratio(rloo: dict, other: dict) -> float | None:
     """Steps of outcome rewards alone over steps of the other, to the final accuracy of the former.
 
@@ -461,6 +471,8 @@ def report(tuning: dict, options: argparse.Namespace) -> tuple[list[dict], list[
             finals = [final_accuracy(run) for run in group]
             row[f"final_{method}"] = statistics.median(finals)
             row[f"final_{method}_interval"] = interval(finals)
+            row[f"mean_{method}"] = statistics.median(map(mean_accuracy, group))
+            row[f"steps_{method}"] = [median_steps(group, target) for target in TARGETS]
             row[f"seconds_{method}"] = statistics.median(run["curve"][-1]["seconds"] for run in group)
             if method == "prime":
                 row["first_error_auc"] = [
@@ -561,9 +573,10 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def table(rows: list[dict]) -> str:
+    targets = " | ".join(f"steps to {target:.0%}" for target in TARGETS)
     lines = [
-        "| task | method | final accuracy | steps, RLOO / method | reached | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| task | method | mean accuracy | final accuracy | {targets} | steps, RLOO / method | reached | seconds |",
+        "|---" * (7 + len(TARGETS)) + "|",
     ]
     for row in rows:
         for method in GRIDS:
@@ -576,9 +589,10 @@ def table(rows: list[dict]) -> str:
                 ends = row["interval" if method == "prime" else f"{name}_interval"]
                 ratio = f"{row[name]:.2f} ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "RLOO did not learn"
                 reached = f"{row[f'reached_{method}']} of {row['seeds_compared']}"
+            steps = " | ".join("never" if number is None else f"{number:.0f}" for number in row[f"steps_{method}"])
             lines.append(
-                f"| {row['task']} | {method} | {row[f'final_{method}']:.1%} ({low:.1%} to {high:.1%}) | {ratio} | {reached} | "
-                f"{row[f'seconds_{method}']:.0f} |"
+                f"| {row['task']} | {method} | {row[f'mean_{method}']:.1%} | {row[f'final_{method}']:.1%} ({low:.1%} to "
+                f"{high:.1%}) | {steps} | {ratio} | {reached} | {row[f'seconds_{method}']:.0f} |"
             )
     return "\n".join(lines)
 

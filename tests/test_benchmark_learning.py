@@ -85,6 +85,12 @@ def test_step_ratio(learning):
     assert learning.step_ratio(run_of(0.1, 0.1, 0.1, 0.12), twice_as_fast) is None
 
 
+def test_median_steps(learning):
+    runs = [run_of(0.1, 0.5, 0.9), run_of(0.1, 0.3, 0.5), run_of(0.1, 0.1, 0.1)]
+    assert learning.median_steps(runs, 0.5) == 20.0
+    assert learning.median_steps(runs, 0.9) is None  # one of three
+
+
 def test_interval_holds_the_median_and_stays_within_the_values(learning):
     values = [1.0, 2.0, 3.0, 4.0, 50.0]
     low, high = learning.interval(values)
@@ -167,6 +173,8 @@ def test_report_pairs_the_methods_by_seed(learning, monkeypatch):
     assert row["final_prime"] == pytest.approx(0.9)
     assert row["best_of_n"] == pytest.approx({"mean": 0.1, "majority": 0.2, "best": (0.9 + 0.75 + 0.9) / 3})
     assert row["first_error_auc"] == pytest.approx([0.05, 0.25, 0.45, 0.45, 0.45, 0.45, 0.45])
+    assert row["steps_prime"] == pytest.approx([10.0, 17.5])
+    assert row["steps_rloo"] == [pytest.approx(40.0), None]
     assert len(runs) == 6
     assert "2 of 2" in learning.table([row])
 
