@@ -1,9 +1,9 @@
 """Training runs one after the other, for `torchrun` or a single process: `distributed_run.py RUNS.json`.
 
 The file holds a list of settings: fields of `PRIMEConfig` and those that `train` takes out; with `offline`, those of
-`offline_prm_run.py`. Unless `sample` is set, the
-completions do not depend on random numbers, only on the place in the whole batch, so that runs on one and on several
-processes see the same. Each process writes the weights that it has, whole, and the main process its log.
+`offline_prm_run.py`. Unless `sample` is set, the completions do not depend on random numbers, only on the place in the
+whole batch, so that runs on one and on several processes see the same. Each process writes the weights that it has,
+whole, and the main process its log.
 """
 
 import json
