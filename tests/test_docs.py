@@ -129,8 +129,8 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
 
 
 def test_names_in_the_text_exist():
-    """Settings, metrics, functions and columns that pages name are fields, or occur in the package, the recipes or TRL."""
-    files = [path for folder in ("trl_prime", "recipes") for path in (ROOT / folder).rglob("*.*")]
+    """Settings, metrics, functions and columns that pages name are fields, or occur in the package, recipes, benchmarks or TRL."""
+    files = [path for folder in ("trl_prime", "recipes", "benchmarks") for path in (ROOT / folder).rglob("*.*")]
     files = [path for path in files if path.suffix in (".py", ".yaml")]
     files.append(Path(inspect.getfile(GRPOTrainer)))
     known = fields("train") | set(trl_rewards())
