@@ -69,7 +69,6 @@ ABLATIONS = {
     "loss dpo": {"prm_loss_type": "dpo", "prm_intercept": False},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
-    "rewards per step": {"process_reward_granularity": "step"},
     "reward-to-go": {"process_gamma": 1.0},
     "scaled to the spread": {"process_reward_norm": "std"},
 }
@@ -231,6 +230,17 @@ def choose(prm, task, max_completion_length: int) -> dict[str, float]:
     }
 
 
+def scoring_prm(trainer):
+    """The PRM of a trainer, measured against the policy as it is now where it has no reference of its own."""
+    from trl_prime import ImplicitPRM
+
+    prm = trainer.implicit_prm
+    if prm.reference is not None:
+        return prm
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return ImplicitPRM(prm.model, policy, prm.tokenizer, beta=prm.beta, step_delimiter=prm.step_delimiter)
+
+
 def step_auc(prm, task, problems, completions: list[str]) -> float:
     """AUC of the PRM's rewards for the first wrong step."""
     from trl_prime.evaluation.held_out import first_error_auc
@@ -321,7 +331,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
                 seed=step,
             )
             if method == "prime":
-                accuracies["first_error_auc"] = step_auc(trainer.implicit_prm, task, problems, samples)
+                accuracies["first_error_auc"] = step_auc(scoring_prm(trainer), task, problems, samples)
             measuring += time.perf_counter() - begin
             seconds = time.perf_counter() - start - measuring
             curve.append({"step": step, "completions": step * BATCH_SIZE, "seconds": round(seconds, 1), **accuracies})
@@ -338,7 +348,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "curve": curve,
     }
     if method == "prime":
-        run["best_of_n"] = choose(trainer.implicit_prm, task, max_completion_length)
+        run["best_of_n"] = choose(scoring_prm(trainer), task, max_completion_length)
     return run
 
 
