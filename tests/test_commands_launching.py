@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -147,3 +148,10 @@ def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (tmp_path / "run" / "prm" / "model.safetensors").is_file()
+
+
+def test_a_command_leaves_the_process_group(tmp_path, capsys):
+    """Left to the end of the interpreter, the group aborts some processes although they have done their work."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    assert main(["env"]) == 0
+    assert not torch.distributed.is_initialized()

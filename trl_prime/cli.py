@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     # What the libraries below will change in their next major version is no concern of who runs a recipe
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])
+        exit_code = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])
+        _leave_process_group()
+        return exit_code
     except KeyboardInterrupt:
         print("trl-prime: interrupted.", file=sys.stderr)
         return 130
@@ -68,6 +70,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"trl-prime: {_sentence(error)}", file=sys.stderr)
         return exit_code
+
+
+def _leave_process_group() -> None:
+    """Its threads, if they outlive the interpreter, abort a process that has done its work."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _exit_code(error: Exception) -> int | None:
