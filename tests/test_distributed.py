@@ -45,7 +45,13 @@ CASES = {
     "adapters": (8, {"lora": "policy prm"}),
     "adapter of the PRM": (
         8,
-        {"lora": "prm", "prm_intercept": True, "prm_replay_batches": 2, "prm_replay_steps": 1},
+        {
+            "lora": "prm",
+            "prm_intercept": True,
+            "prm_guess_rate": 0.1,
+            "prm_replay_batches": 2,
+            "prm_replay_steps": 1,
+        },
     ),
     "from a folder": (8, {"model": "a folder"}),
     "fused head": (8, {"prm_fused_lm_head": True, "lora": "prm", "gradient_accumulation_steps": 2}),

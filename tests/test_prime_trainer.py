@@ -860,19 +860,22 @@ def test_metrics_are_in_range_and_averaged(train, random_prm):
     assert single[0]["prm/learning_rate"] == 1e-3
 
 
-def test_metrics_say_what_they_mean(record, random_prm):
-    recorder = record(row_rewards(MIXED), prm_model=random_prm(), max_steps=1)
+# With a guess rate, the chance of a right outcome is above 1/2 from lower scores on
+@pytest.mark.parametrize("guess_rate", [0.0, 0.2])
+def test_metrics_say_what_they_mean(record, random_prm, guess_rate):
+    recorder = record(row_rewards(MIXED), prm_model=random_prm(), max_steps=1, prm_guess_rate=guess_rate)
     entry, rewards = metrics(recorder.trainer)[0], recorder.rewards[0]
     scores, labels = rewards.process_rewards.sum(1), torch.tensor(MIXED)
     assert entry["prm/process_reward"] == pytest.approx(
         rewards.process_rewards[rewards.completion_mask].mean().item(), rel=1e-4
     )
-    assert entry["prm/accuracy"] == ((scores > 0) == (labels > 0.5)).float().mean()
+    chances = guess_rate + (1 - guess_rate) * torch.sigmoid(scores)
+    assert entry["prm/accuracy"] == ((chances > 0.5) == (labels > 0.5)).float().mean()
     wins = [
         float(scores[i] > scores[j]) for i in range(8) for j in range(8) if i // 4 == j // 4 and labels[i] > labels[j]
     ]
     assert entry["prm/pairwise_accuracy"] == pytest.approx(sum(wins) / len(wins))
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels)
+    loss = torch.nn.functional.binary_cross_entropy(chances, labels)
     assert entry["prm/loss"] == pytest.approx(loss.item(), rel=1e-3)
 
 

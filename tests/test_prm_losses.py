@@ -28,6 +28,7 @@ from trl_prime.implicit_prm.losses import (
     group_rows,
     kto_reference_point,
     kto_row_losses,
+    label_log_odds,
     outcome_scores,
     pad_groups,
     pairwise_accuracy,
@@ -335,6 +336,23 @@ def test_pairs_are_within_a_group_and_weigh_the_same():
 def test_accuracies_of_nothing_judged_are_nan():
     assert math.isnan(pairwise_accuracy(torch.zeros(2), torch.full((2,), NAN), 2))
     assert math.isnan(absolute_accuracy(torch.zeros(2), torch.full((2,), NAN)))
+
+
+@pytest.mark.parametrize("guess_rate", [0.0, 0.1, 0.25, 0.9])
+def test_label_log_odds_against_the_chances(guess_rate):
+    intercept, scores = -1.5, [-30.0, -4.0, -0.3, 0.0, 0.7, 5.0, 20.0]
+    chances = [guess_rate + (1 - guess_rate) / (1 + math.exp(-(score + intercept))) for score in scores]
+    expected = [math.log(chance / (1 - chance)) for chance in chances]
+    assert_same(label_log_odds(tensor(scores), intercept, guess_rate), expected, 1e-6)
+
+
+def test_a_lucky_answer_does_not_move_a_score_that_is_surely_wrong():
+    scores = tensor([-1000.0, 1000.0], torch.float32).requires_grad_()
+    losses = prm_row_losses(label_log_odds(scores, 0.0, 0.25), tensor([1.0, 0.0], torch.float32))
+    losses.sum().backward()
+    # By chance one of four; a completion that is surely right and found wrong has the slope of plain cross-entropy
+    assert losses[0].item() == pytest.approx(-math.log(0.25))
+    assert scores.grad.tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_absolute_accuracy_example():

@@ -74,10 +74,17 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
 
 
 @pytest.mark.parametrize(
-    ("kept_labels", "rate"), [(None, 3.25 / 7), ((0.0,) * 7 + (NAN,), 3.25 / 14), ((0.0,) * 8, 3.25 / 15)]
+    ("kept_labels", "guess_rate", "rate"),
+    [
+        (None, 0.0, 3.25 / 7),
+        ((0.0,) * 7 + (NAN,), 0.0, 3.25 / 14),
+        ((0.0,) * 8, 0.0, 3.25 / 15),
+        # Of the wrong ones a tenth by luck: 3.25 / 7 = 0.1 + 0.9 * rate
+        (None, 0.1, (3.25 / 7 - 0.1) / 0.9),
+    ],
 )
-def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(setup, kept_labels, rate):
-    prm, updater = setup(prm_intercept=True, prm_replay_batches=1)
+def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(setup, kept_labels, guess_rate, rate):
+    prm, updater = setup(prm_intercept=True, prm_replay_batches=1, prm_guess_rate=guess_rate)
     if kept_labels is not None:
         updater.replay.append(make_batch(prm, (NAN,) * 8, seed=1))
         updater.replay[0].labels = torch.tensor(kept_labels)
@@ -89,7 +96,7 @@ def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(se
     seen = slow_log_probs(model, *batch.inputs)
     scores = prm.beta * ((seen - batch.ref_logps) * batch.reward_mask).sum(1)
     judged = ~batch.labels.isnan()
-    chances = torch.sigmoid(scores + math.log(rate / (1 - rate)))[judged]
+    chances = guess_rate + (1 - guess_rate) * torch.sigmoid(scores + math.log(rate / (1 - rate)))[judged]
     labels = batch.labels[judged]
     loss = -(labels * chances.log() + (1 - labels) * (1 - chances).log()).mean()
     loss.backward()
@@ -101,9 +108,10 @@ def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(se
         assert torch.allclose(logps[judged], seen[judged], atol=1e-4)
 
 
+@pytest.mark.parametrize("guess_rate", [0.0, 0.25])
 @pytest.mark.parametrize(("labels", "rate"), [((1.0,) * 8, 0.98), ((0.0,) * 8, 0.02), ((NAN,) * 8, 0.5)])
-def test_intercept_stays_finite_where_all_labels_are_alike(setup, labels, rate):
-    prm, updater = setup(prm_intercept=True)
+def test_intercept_stays_finite_where_all_labels_are_alike(setup, labels, rate, guess_rate):
+    prm, updater = setup(prm_intercept=True, prm_guess_rate=guess_rate)
     updater.update(make_batch(prm, labels))
     assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
     _, resumed = setup(prm_intercept=True)

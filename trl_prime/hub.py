@@ -59,6 +59,7 @@ SETTINGS = (
     "prm_replay_steps",
     "prm_loss_type",
     "prm_intercept",
+    "prm_guess_rate",
     "prm_beta",
     "prm_learning_rate",
     "prm_reference",

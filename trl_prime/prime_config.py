@@ -90,6 +90,11 @@ class PRIMEConfig(GRPOConfig):
             believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
             probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
             Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
+        prm_guess_rate (`float`, *optional*, defaults to `0.0`):
+            Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
+            four options is to be chosen, 0.1 where the answer is a digit. The cross-entropy is then taken of
+            `g + (1 - g) * sigmoid(q + b)`, with b from what is left of the mean label, so that a right answer after a wrong
+            step need not be explained by the step. Ours; Eq 4 is 0. Needs `prm_loss_type="ce"`.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
@@ -268,6 +273,13 @@ class PRIMEConfig(GRPOConfig):
         metadata={
             "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
             "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
+        },
+    )
+    prm_guess_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
+            "options is to be chosen: the PRM's cross-entropy allows for it. Needs prm_loss_type 'ce'."
         },
     )
     prm_micro_batch_size: int | None = field(
@@ -453,6 +465,16 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
                 "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
+            )
+        if not 0 <= self.prm_guess_rate < 1:
+            raise ValueError(
+                f"prm_guess_rate is {self.prm_guess_rate}, but it is a share of the wrong completions: choose one from 0 to below "
+                "1, for example 0.25 where one of four options is to be chosen."
+            )
+        if self.prm_guess_rate and self.prm_loss_type != "ce":
+            raise ValueError(
+                f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which compares "
+                "completions. Use prm_loss_type='ce' or leave prm_guess_rate out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

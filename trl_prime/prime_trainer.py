@@ -56,7 +56,7 @@ from .hub import (
     with_section,
 )
 from .implicit_prm.backends import make_backend, unshared
-from .implicit_prm.losses import absolute_accuracy, outcome_scores, pairwise_accuracy, pairwise_wins
+from .implicit_prm.losses import absolute_accuracy, label_log_odds, outcome_scores, pairwise_accuracy, pairwise_wins
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
 from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
@@ -402,7 +402,7 @@ class PRIMETrainer(GRPOTrainer):
         prm_logps, updated_logps, scores = self._score_and_update(batch)
         wins, pairs = pairwise_wins(scores, labels, self.num_generations)
         self._log("prm/pairwise_accuracy", wins / pairs if pairs else float("nan"))
-        self._log("prm/accuracy", absolute_accuracy(scores + self._prm_intercept, labels))
+        self._log("prm/accuracy", absolute_accuracy(self._label_log_odds(scores), labels))
         if self.args.prm_update == "before":
             prm_logps = updated_logps = self._prm_logps(batch)
         if updated_logps is not None:
@@ -550,9 +550,9 @@ class PRIMETrainer(GRPOTrainer):
         self._log("prm/skipped_steps", updater.skipped_steps)
         return prm_logps, last_logps, self._scores(batch, prm_logps) if single else scores
 
-    @property
-    def _prm_intercept(self) -> float:
-        return self._prm_updater.intercept if self._prm_updater else 0.0
+    def _label_log_odds(self, scores: torch.Tensor) -> torch.Tensor:
+        intercept = self._prm_updater.intercept if self._prm_updater else 0.0
+        return label_log_odds(scores, intercept, self.args.prm_guess_rate)
 
     def _prm_logps(self, batch: PRMBatch, among: torch.Tensor | bool = True) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
@@ -686,7 +686,7 @@ class PRIMETrainer(GRPOTrainer):
         scores = self._scores(batch, prm_logps)
         if self.num_generations_eval > 1:
             self._log("prm/pairwise_accuracy", pairwise_accuracy(scores, labels, self.num_generations_eval))
-        self._log("prm/accuracy", absolute_accuracy(scores + self._prm_intercept, labels))
+        self._log("prm/accuracy", absolute_accuracy(self._label_log_odds(scores), labels))
         mask = batch.reward_mask
         process_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
         self._log("prm/process_reward", self._masked_mean(process_rewards, mask))

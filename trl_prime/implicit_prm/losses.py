@@ -1,12 +1,14 @@
 """Losses and accuracies of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
 
-Covered: cross-entropy, the detached DPO loss and its two best-of-N weightings; DPO on pairs and KTO, for training offline;
+Covered: cross-entropy, with an intercept and a rate of lucky guesses; the detached DPO loss and its two best-of-N weightings; DPO on pairs and KTO, for training offline;
 accuracy within groups and in absolute terms. Not covered: where scores come from (`model.py`) and the optimizer
 (`updater.py`, `offline_prm_trainer.py`). A score q is the process reward summed over a completion, that is the log-odds of
 a right outcome. B = completions, K = completions per prompt.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,25 @@ def outcome_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) ->
     """`(B,)` scores q: `beta` times the `(B, T)` log-ratios in nats, summed over the unmasked tokens, at least float32."""
     log_ratios = log_ratios.to(torch.promote_types(log_ratios.dtype, torch.float32))
     return beta * log_ratios.masked_fill(~mask.bool(), 0.0).sum(-1)
+
+
+def label_log_odds(scores: torch.Tensor, intercept: float = 0.0, guess_rate: float = 0.0) -> torch.Tensor:
+    """
+    Log-odds that a completion is labelled right, where some wrong ones are too: of `g + (1 - g) * sigmoid(q + b)`, the
+    three-parameter logistic model of item response theory. Ours; with `g = b = 0` those of Eq 4.
+
+    Args:
+        scores (`torch.Tensor`): scores q, of any shape.
+        intercept (`float`): b, the log-odds of being right where the PRM tells nothing.
+        guess_rate (`float`): g, the share of wrong completions that are right by luck; from 0 to below 1.
+
+    Returns:
+        `torch.Tensor`: like `scores`. Never below the log-odds of `guess_rate`.
+    """
+    scores = scores + intercept
+    if not guess_rate:
+        return scores
+    return torch.logaddexp(scores, math.log(guess_rate / (1 - guess_rate)) + F.softplus(scores))
 
 
 def _opponents(labels: torch.Tensor, peer_labels: torch.Tensor) -> torch.Tensor:

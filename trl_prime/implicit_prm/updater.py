@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
-from .losses import counted_rows, group_rows, outcome_scores, prm_row_losses
+from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
 from .scoring import completion_logps, length_sorted_chunks
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class PRMUpdater:
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
                 losses = prm_row_losses(
-                    scores + self.intercept,
+                    label_log_odds(scores, self.intercept, args.prm_guess_rate),
                     batch.labels[index],
                     args.prm_loss_type,
                     None if peer_scores is None else peer_scores[index],
@@ -209,12 +209,16 @@ class PRMUpdater:
         return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm
 
     def _base_rate_log_odds(self, batches: list[PRMBatch]) -> float:
-        """Log-odds of the mean label of all processes, which is taken to be between 0.02 and 0.98; 0 without any label."""
+        """
+        Log-odds of the share of right completions on all processes, lucky guesses taken off. The share is taken to be
+        between 0.02 and 0.98; 0 without any label.
+        """
         labels = torch.cat([batch.labels for batch in batches])
         total, count = self.accelerator.reduce(torch.stack([labels.nansum(), (~labels.isnan()).sum()]), "sum").tolist()
         if not count:
             return 0.0
-        rate = min(max(total / count, 0.02), 0.98)
+        guess_rate = self.args.prm_guess_rate
+        rate = min(max((total / count - guess_rate) / (1 - guess_rate), 0.02), 0.98)
         return math.log(rate / (1 - rate))
 
     def _scores(self, batch: PRMBatch) -> torch.Tensor:
