@@ -66,7 +66,8 @@ ABLATIONS = {
     "PRM from an offline one": {"start": "offline"},
     "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
     "filter 0.2 to 0.8": {"accuracy_low": 0.2, "accuracy_high": 0.8},
-    "loss dpo": {"prm_loss_type": "dpo", "prm_intercept": False},
+    "no guess rate": {"prm_guess_rate": 0.0},
+    "loss dpo": {"prm_loss_type": "dpo", "prm_intercept": False, "prm_guess_rate": 0.0},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
     "reward-to-go": {"process_gamma": 1.0},
@@ -78,13 +79,14 @@ OFFLINE_BATCHES = 20
 # Samples a problem among which the final PRM chooses
 BEST_OF = 16
 # As many settings for each method; `beta` is the weight of TRL's KL penalty
+RATES = (1e-4, 2e-4, 4e-4)
 GRIDS = {
-    "rloo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
-    "grpo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
-    "oracle": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product((2e-4, 4e-4), (0.0, 0.1))],
+    "rloo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
+    "grpo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
+    "oracle": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
     "prime": [
         {"learning_rate": rate, "beta": beta, "process_weight": beta}
-        for rate, beta in itertools.product((2e-4, 4e-4), (0.3, 1.0))
+        for rate, beta in itertools.product(RATES, (0.3, 1.0))
     ],
 }
 # Fewer than one completion in five is right at the start: the paper's band would drop most groups
@@ -101,6 +103,8 @@ PRM = {
     "prm_replay_batches": 64,
     "prm_replay_steps": 6,
 }
+# What differs by task: where the last line is judged, one wrong chain in ten ends on the right digit
+PRM_BY_TASK = {"sums-20": {"prm_guess_rate": 0.1, "prm_learning_rate": 3e-3}}
 # Of the last of the three layers. A whole model learns the few prompts of a batch by heart
 PRM_ADAPTER = {
     "r": 16,
@@ -291,7 +295,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     if method == "grpo":
         trainer = GRPOTrainer(args=GRPOConfig(output_dir, **shared), **data)
     elif method == "prime":
-        args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **shared})
+        args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **PRM_BY_TASK.get(task_name, {}), **shared})
         if prm_start == "policy":
             prm = {"prm_peft_config": LoraConfig(**PRM_ADAPTER)}
         elif prm_start == "random":
@@ -515,21 +519,21 @@ def ablate(tuning: dict, options: argparse.Namespace) -> dict[str, list[dict]]:
     """A row for each ablation, by task: means over the seeds, and the range of the final accuracy."""
     seeds = options.seeds[:NUM_ABLATION_SEEDS]
     jobs = [
-        ("prime", task, seed, {**tuning[task]["prime"]["best"], **changed})
+        ("prime", task, seed, {**tuning[task]["prime"]["best"], **ABLATIONS[name]})
         for task in options.tasks
-        for changed in ABLATIONS.values()
+        for name in options.ablations
         for seed in seeds
     ]
     runs = iter(run_all(jobs, options))
     rows: dict[str, list[dict]] = {}
     for task in options.tasks:
-        for name, changed in ABLATIONS.items():
+        for name in options.ablations:
             group = list(itertools.islice(runs, len(seeds)))
             finals = [final_accuracy(run) for run in group]
             rows.setdefault(task, []).append(
                 {
                     "changed": name,
-                    "settings": changed,
+                    "settings": ABLATIONS[name],
                     "seeds": len(seeds),
                     "mean": statistics.fmean(map(mean_accuracy, group)),
                     "final": statistics.fmean(finals),
@@ -616,6 +620,7 @@ def main() -> None:
     parser.add_argument(
         "--tuning-seeds", type=int, choices=(1, 2), default=2, help="How many seeds each setting is tried on."
     )
+    parser.add_argument("--ablations", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time, of one thread each.")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="Where bases and runs are kept.")
