@@ -80,10 +80,11 @@ OFFLINE_BATCHES = 20
 BEST_OF = 16
 # As many settings for each method; `beta` is the weight of TRL's KL penalty
 RATES = (1e-4, 2e-4, 4e-4)
+KL_GRID = [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))]
 GRIDS = {
-    "rloo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
-    "grpo": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
-    "oracle": [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))],
+    "rloo": KL_GRID,
+    "grpo": KL_GRID,
+    "oracle": KL_GRID,
     "prime": [
         {"learning_rate": rate, "beta": beta, "process_weight": beta}
         for rate, beta in itertools.product(RATES, (0.3, 1.0))
@@ -652,9 +653,10 @@ def main() -> None:
             if method not in result["tuning"].get(task, {}):
                 parser.error(f"{options.output} holds no settings for {method} and {task}: run 'tune' first")
         if options.stage == "ablate":
-            ablations = ablate(result["tuning"], options)
-            result["ablations"] = {**result.get("ablations", {}), **ablations}
-            for task, rows in ablations.items():
+            kept = result.setdefault("ablations", {})
+            for task, rows in ablate(result["tuning"], options).items():
+                # Of other ablations, what was reported before
+                kept[task] = rows + [row for row in kept.get(task, []) if row["changed"] not in options.ablations]
                 print(f"{task}\n{ablation_table(rows)}")
         else:
             rows, runs = report(result["tuning"], options)

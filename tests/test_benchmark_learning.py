@@ -1,4 +1,5 @@
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -196,6 +197,19 @@ def test_ablate_changes_one_thing_of_the_tuned_settings_and_averages_over_seeds(
     assert rows[0]["mean"] == pytest.approx((0.1 + 0.2 + 0.5 * 3) / 5)
     assert rows[0]["first_error_auc"] == pytest.approx([0.1, 0.25, 0.25])
     assert "| as tuned |" in learning.ablation_table(rows)
+
+
+def test_some_ablations_replace_their_own_rows_and_keep_the_others(learning, monkeypatch, tmp_path):
+    output = tmp_path / "learning.json"
+    kept = [{"changed": "no replay"}, {"changed": "as tuned", "mean": 0.9}]
+    tuning = {"chain-10": {"prime": {"best": {}}}}
+    output.write_text(json.dumps({"tuning": tuning, "rows": [], "ablations": {"chain-10": kept}}))
+    monkeypatch.setattr(learning, "run_all", lambda jobs, options: [run_of(0.1, 0.3, 0.5) for _ in jobs])
+    command = ["ablate", "--tasks", "chain-10", "--ablations", "as tuned", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *command])
+    learning.main()
+    rows = json.loads(output.read_text())["ablations"]["chain-10"]
+    assert {row["changed"]: row.get("mean") for row in rows} == {"no replay": None, "as tuned": pytest.approx(0.3)}
 
 
 def test_the_final_prm_chooses_among_samples_of_the_base(learning, monkeypatch):

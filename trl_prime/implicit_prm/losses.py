@@ -1,9 +1,9 @@
 """Losses and accuracies of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
 
-Covered: cross-entropy, with an intercept and a rate of lucky guesses; the detached DPO loss and its two best-of-N weightings; DPO on pairs and KTO, for training offline;
-accuracy within groups and in absolute terms. Not covered: where scores come from (`model.py`) and the optimizer
-(`updater.py`, `offline_prm_trainer.py`). A score q is the process reward summed over a completion, that is the log-odds of
-a right outcome. B = completions, K = completions per prompt.
+Covered: cross-entropy, with an intercept and a rate of lucky guesses; the detached DPO loss and its two best-of-N
+weightings; DPO on pairs and KTO, for training offline; accuracy within groups and in absolute terms. Not covered: where
+scores come from (`model.py`) and the optimizer (`updater.py`, `offline_prm_trainer.py`). A score q is the process reward
+summed over a completion, that is the log-odds of a right outcome. B = completions, K = completions per prompt.
 """
 
 from __future__ import annotations
