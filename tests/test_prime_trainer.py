@@ -648,13 +648,13 @@ def test_oversampling_keeps_whole_groups_that_pass_first(record, groups, kept, s
     assert logged(trainer, "filter/trained")[0] == passing.float().mean()
 
     table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
-    assert len(table) == 16 and [*table["prompt"]] == prompts[0] and [*table["outcome"]] == values
+    assert len(table) == 16 and [*table["prompt"]] == prompts[0] and [*table["prime/outcome"]] == values
     expected = numpy.zeros(16, dtype=bool)
     expected[rows] = passing.numpy()
-    assert [*table["trained"]] == [*expected]
+    assert [*table["prime/trained"]] == [*expected]
     mean = (output["advantages"] * loss_mask(output)).sum(1) / loss_mask(output).sum(1).clamp(min=1)
     numpy.testing.assert_allclose(table["advantage"][rows], mean, atol=1e-6)
-    assert not table["advantage"][~expected].any() and not table["process_reward"][~expected].any()
+    assert not table["advantage"][~expected].any() and not table["prime/process_reward"][~expected].any()
 
 
 def test_oversampling_by_half_and_longer_prompts_of_dropped_groups(record):
@@ -892,17 +892,37 @@ def test_accuracy_after_the_update_is_that_of_the_last_epoch(record, random_prm)
 
 
 def test_completions_table(record):
-    recorder = record(row_rewards([None, *MIXED[1:]]), log_completions=True, max_steps=1)
+    notes = [f"completion {i}" for i in range(8)]
+
+    def judge(log_extra, **kwargs):
+        log_extra("outcome", notes)
+        return [None, *MIXED[1:]]
+
+    recorder = record(judge, log_completions=True, max_steps=1)
     output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
     table = pandas.read_parquet(f"{recorder.trainer.args.output_dir}/completions/completions_00001.parquet")
     assert len(table) == 8
-    assert {"step", "prompt", "completion", "outcome", "process_reward", "advantage", "trained"} <= {*table.columns}
-    numpy.testing.assert_allclose(table["outcome"], rewards.outcome_rewards)
-    numpy.testing.assert_allclose(table["process_reward"], rewards.process_rewards.sum(1), atol=1e-6)
+    assert {"step", "prompt", "completion", "advantage"} <= {*table.columns}
+    numpy.testing.assert_allclose(table["prime/outcome"], rewards.outcome_rewards)
+    numpy.testing.assert_allclose(table["prime/process_reward"], rewards.process_rewards.sum(1), atol=1e-6)
     mean = (output["advantages"] * loss_mask(output)).sum(1) / loss_mask(output).sum(1).clamp(min=1)
     numpy.testing.assert_allclose(table["advantage"], mean, atol=1e-6)
-    assert [*table["trained"]] == [False] + [True] * 7
+    assert [*table["prime/trained"]] == [False] + [True] * 7
     assert [*table["completion"]] == [*rewards.completions]
+    assert [*table["outcome"]] == notes, "a user's own column keeps its name"
+
+
+def test_completions_table_of_an_evaluation_before_training(make_trainer):
+    def reward(completion_ids, log_extra, **kwargs):
+        log_extra("trained", ["no"] * len(completion_ids))
+        return parity_reward(completion_ids)
+
+    rows = Dataset.from_list([{"prompt": "1+1="}])
+    trainer = make_trainer(reward_funcs=reward, eval_dataset=rows, log_completions=True, per_device_eval_batch_size=4)
+    trainer.evaluate()
+    table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_00000.parquet")
+    assert [*table["trained"]] == ["no"] * 4 and [*table["prime/trained"]] == [False] * 4
+    numpy.testing.assert_equal([*table["prime/outcome"]], [*table["reward"]])
 
 
 # --- Trust in the PRM ---

@@ -43,7 +43,10 @@ def write_run(folder, history=None, **files):
 
 def write_completions(folder, step, rows):
     (folder / "completions").mkdir(exist_ok=True)
-    table = pyarrow.Table.from_pylist([{"step": step, **row} for row in rows])
+    ours = {name: f"prime/{name}" for name in ("outcome", "process_reward", "trained")}
+    rows = [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+    # A reward function has a column of its own by the name of one of ours
+    table = pyarrow.Table.from_pylist([{"step": step, "outcome": "judged by hand", **row} for row in rows])
     pyarrow.parquet.write_table(table, folder / "completions" / f"completions_{step:05d}.parquet")
 
 
@@ -192,7 +195,7 @@ def test_the_table_of_the_last_step_is_read(tmp_path):
     (found,) = read_run(tmp_path).completions
     assert found["completion"] == "at 100000" and found["prompt"] == [{"role": "user", "content": "p"}]
     # What was not trained on was not scored: zero is no process reward
-    assert found["process_reward"] is None
+    assert found["process_reward"] is None and found["outcome"] == 1.0
 
 
 # --- Completions ---

@@ -24,6 +24,8 @@ POLICY_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "v
 REWARD_SCALES = ("group", "batch", "none")
 # In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
 SETTINGS_NAME = "prime_config.json"
+# PRIME's columns of the completions table begin with this, because reward functions and `log_extra` name columns as well
+TABLE_PREFIX = "prime/"
 
 
 @dataclass

@@ -61,7 +61,7 @@ from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_
 from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
-from .prime_config import PRIMEConfig
+from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_rewards import (
     aggregate_process_rewards,
     implicit_process_rewards,
@@ -691,9 +691,7 @@ class PRIMETrainer(GRPOTrainer):
         process_rewards = implicit_process_rewards(prm_logps, batch.ref_logps, mask, self.implicit_prm.beta)
         self._log("prm/process_reward", self._masked_mean(process_rewards, mask))
         if self.log_completions:
-            self._logs["extra"]["outcome"].extend(outcomes.tolist())
-            self._logs["extra"]["process_reward"].extend(self.accelerator.gather(process_rewards.sum(1)).tolist())
-            self._logs["extra"]["trained"].extend([False] * len(outcomes))
+            self._log_columns(outcomes, self.accelerator.gather(process_rewards.sum(1)), torch.zeros_like(judged))
 
     def _masked_mean(self, values: torch.Tensor, mask: torch.Tensor) -> float:
         """Mean over the unmasked tokens of all processes; NaN if there are none."""
@@ -723,15 +721,18 @@ class PRIMETrainer(GRPOTrainer):
         for name, values in columns.items():
             column = torch.zeros(num_rows, device=rows.device)
             column[rows] = self.accelerator.gather(values.float())
-            columns[name] = column.tolist()
+            columns[name] = column
         trained = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
         trained[rows] = trains
         for _ in range(num_rows):
             self._logs["advantages"].pop()
-        self._logs["advantages"].extend(columns["advantage"])
-        self._logs["extra"]["outcome"].extend(all_outcomes.tolist())
-        self._logs["extra"]["process_reward"].extend(columns["process_reward"])
-        self._logs["extra"]["trained"].extend(trained.tolist())
+        self._logs["advantages"].extend(columns["advantage"].tolist())
+        self._log_columns(all_outcomes, columns["process_reward"], trained)
+
+    def _log_columns(self, outcomes: torch.Tensor, process_rewards: torch.Tensor, trained: torch.Tensor) -> None:
+        """Add PRIME's columns, `(B,)` each, to the completions table. Reward functions may log columns of any other name."""
+        for name, values in (("outcome", outcomes), ("process_reward", process_rewards), ("trained", trained)):
+            self._logs["extra"][TABLE_PREFIX + name].extend(values.tolist())
 
     # --- Saving and loading ---
 

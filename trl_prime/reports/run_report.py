@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..hub import SETTINGS
-from ..prime_config import SETTINGS_NAME
+from ..prime_config import SETTINGS_NAME, TABLE_PREFIX
 from .heat_map import finite
 from .page import render_page
 from .score_page import Completion, card_data, make_cards, step_scale, token_scale
@@ -211,7 +211,9 @@ def _read_completions(run: Run) -> list[dict[str, Any]]:
 
 def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as it was logged: what was not scored by the PRM has no process reward, and messages only their own keys."""
-    row = dict(row)
+    # PRIME's columns lose their prefix and take the place of a user's column of that name
+    ours = {name.removeprefix(TABLE_PREFIX): value for name, value in row.items() if name.startswith(TABLE_PREFIX)}
+    row = {**row, **ours}
     # Written as zero where the row was not trained on; a real sum of rewards is never exactly that
     if not row.get("trained") and row.get("process_reward") == 0:
         row["process_reward"] = None
