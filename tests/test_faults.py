@@ -97,6 +97,20 @@ def test_what_is_no_list_of_rewards_is_refused_with_the_functions_name(
     assert same(weights(trainer.model), weights(build_model()))
 
 
+def test_a_reward_function_of_the_trainer_can_be_called_by_hand(make_trainer):
+    def by_completion(prompts, completions, **kwargs):
+        return [float(len(completion)) for completion in completions][: kwargs.get("keep")]
+
+    def by_ids(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    first, second = make_trainer(reward_funcs=[by_completion, by_ids]).reward_funcs
+    assert first(["p", "p"], ["a", "bcd"]) == first(["p", "p"], completions=["a", "bcd"]) == [1.0, 3.0]
+    assert second(completion_ids=[[1, 2]]) == second([[1, 2]]) == [2.0]
+    with pytest.raises(ValueError, match="returned 1 rewards for 2 completions"):
+        first(["p", "p"], ["a", "bcd"], keep=1)
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -33,13 +33,17 @@ def checked_reward_func(func: Callable, name: str) -> Callable:
         ValueError: When called, if the result has another length than the completions.
     """
 
-    def checked(rewards: Any, completions: list) -> list[float | None]:
+    def checked(rewards: Any, args: tuple, kwargs: dict[str, Any]) -> list[float | None]:
         if isinstance(rewards, (str, dict)) or not isinstance(rewards, Iterable):
             raise TypeError(
                 f"The reward function '{name}' returned {rewards!r:.100}; return a list with one number per completion."
             )
         rewards = list(rewards)
-        if len(rewards) != len(completions):
+        # TRL passes the completions by name. Who calls the function by hand may pass them by position, or leave them out.
+        completions = kwargs.get("completions")
+        if completions is None and args:
+            completions = inspect.signature(func).bind(*args, **kwargs).arguments.get("completions")
+        if completions is not None and len(rewards) != len(completions):
             raise ValueError(
                 f"The reward function '{name}' returned {len(rewards)} rewards for {len(completions)} completions; return "
                 "one per completion, None for one that it cannot judge."
@@ -72,17 +76,17 @@ def checked_reward_func(func: Callable, name: str) -> Callable:
     if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__):
 
         @functools.wraps(func)
-        async def wrapper(**kwargs: Any) -> list[float | None]:
+        async def wrapper(*args: Any, **kwargs: Any) -> list[float | None]:
             with naming():
-                rewards = await func(**kwargs)
-            return checked(rewards, kwargs["completions"])
+                rewards = await func(*args, **kwargs)
+            return checked(rewards, args, kwargs)
     else:
 
         @functools.wraps(func)
-        def wrapper(**kwargs: Any) -> list[float | None]:
+        def wrapper(*args: Any, **kwargs: Any) -> list[float | None]:
             with naming():
-                rewards = func(**kwargs)
-            return checked(rewards, kwargs["completions"])
+                rewards = func(*args, **kwargs)
+            return checked(rewards, args, kwargs)
 
     return wrapper
 
