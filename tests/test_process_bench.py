@@ -55,6 +55,15 @@ def test_the_chosen_threshold_is_the_best_of_all():
         assert slow_f1(step_rewards, labels, threshold)[2] == pytest.approx(best)
 
 
+def test_a_threshold_for_more_solutions_than_memory_holds_the_square_of():
+    # Wrong steps at 0, 1, 2, ... and right ones from half way on: each right solution that is kept costs a wrong one
+    count = 400_000
+    step_rewards = [[float(i)] for i in range(count)] * 2
+    labels = [0] * count + [-1] * count
+    threshold = choose_threshold(step_rewards, labels)
+    assert slow_f1(step_rewards, labels, threshold)[2] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_the_threshold_lies_between_right_and_wrong_steps():
     step_rewards = [[3.0, 2.0], [4.0, -1.0, 9.0], [-2.0], [2.5]]
     assert choose_threshold(step_rewards, [-1, 1, 0, -1]) == pytest.approx(0.5)

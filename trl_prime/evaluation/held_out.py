@@ -128,8 +128,13 @@ def first_error_auc(step_rewards: Sequence[torch.Tensor], step_labels: Sequence[
                 break
     if not wrong or not right:
         return float("nan")
-    margin = torch.tensor(right, dtype=torch.float64)[:, None] - torch.tensor(wrong, dtype=torch.float64)[None, :]
-    return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()
+    # The wrong steps below each right one, and those that tie with it, by binary search: memory grows with the steps, not
+    # with their pairs
+    right_rewards = torch.tensor(right, dtype=torch.float64)
+    wrong_rewards = torch.tensor(wrong, dtype=torch.float64).sort().values
+    below = torch.searchsorted(wrong_rewards, right_rewards)
+    not_above = torch.searchsorted(wrong_rewards, right_rewards, right=True)
+    return (below + not_above).double().mean().item() / (2 * len(wrong))
 
 
 def measure_policy(

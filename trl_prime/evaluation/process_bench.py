@@ -97,9 +97,12 @@ def choose_threshold(step_rewards: Sequence[Sequence[float]], labels: Sequence[i
     highest = np.nextafter(rewards[np.isfinite(rewards)].max(), np.inf)
     upper = np.minimum(before, highest)
     candidates = np.unique(upper)
-    found = (at < candidates[:, None]) & (candidates[:, None] <= upper)
-    f1 = np.nan_to_num(_accuracies_of_rows(found, is_right)[2])
-    best = candidates[f1.argmax()]
+    possible = at < upper
+    erroneous, correct = (
+        _num_containing(candidates, at[kind & possible], upper[kind & possible]) / kind.sum()
+        for kind in (~is_right, is_right)
+    )
+    best = candidates[_harmonic_mean(erroneous, correct).argmax()]
     ends = np.concatenate([at[np.isfinite(at)], upper])
     lower = ends[ends < best]
     return float((best + lower.max()) / 2) if lower.size else float(best)
@@ -165,10 +168,9 @@ def _accuracies(found: np.ndarray, is_right: np.ndarray, weights: np.ndarray) ->
     return erroneous, correct, _harmonic_mean(erroneous, correct)
 
 
-def _accuracies_of_rows(found: np.ndarray, is_right: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same for `(C, R)` verdicts, a row for each threshold."""
-    erroneous, correct = found[:, ~is_right].mean(axis=1), found[:, is_right].mean(axis=1)
-    return erroneous, correct, _harmonic_mean(erroneous, correct)
+def _num_containing(values: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """`(C,)` how many of the R intervals (lower, upper], none of them empty, contain each of the C values."""
+    return np.searchsorted(np.sort(lower), values) - np.searchsorted(np.sort(upper), values)
 
 
 def _harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
