@@ -925,6 +925,35 @@ def test_completions_table_of_an_evaluation_before_training(make_trainer):
     numpy.testing.assert_equal([*table["prime/outcome"]], [*table["reward"]])
 
 
+# --- Fewer prompts than a generation batch ---
+
+
+@pytest.mark.parametrize(
+    "settings, needed",
+    [
+        ({"gradient_accumulation_steps": 2}, 4),
+        ({"oversample_factor": 2, "accuracy_low": 0.2, "accuracy_high": 0.8}, 4),
+    ],
+    ids=["accumulation", "oversampled"],
+)
+def test_fewer_prompts_than_a_generation_batch_are_refused_before_a_model_is_loaded(make_trainer, settings, needed):
+    rows = [{"prompt": f"{i}="} for i in range(needed - 1)]
+    message = f"has {needed - 1} prompts, but one generation batch takes {needed}: .*Lower per_device_train_batch_size"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model="a/model-that-is-not-there", train_dataset=Dataset.from_list(rows), **settings)
+    trainer = make_trainer(train_dataset=Dataset.from_list([*rows, {"prompt": "7="}]), max_steps=1, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 1 and len({*trainer._logs["prompt"]}) == needed
+
+
+def test_a_stream_that_ends_before_the_first_generation_batch_is_an_error(make_trainer):
+    rows = Dataset.from_list([{"prompt": f"{i}="} for i in range(3)]).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=rows, gradient_accumulation_steps=2, max_steps=1)
+    with pytest.raises(RuntimeError, match="ended before a generation batch of 4 prompts was full"):
+        trainer.train()
+    assert same(weights(trainer.model), weights(build_model()))
+
+
 # --- Trust in the PRM ---
 
 

@@ -388,6 +388,11 @@ class PRIMEConfig(GRPOConfig):
         if self.prm_micro_batch_size is None:
             self.prm_micro_batch_size = self.per_device_train_batch_size
 
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts of one generation batch over all processes, those generated on top by `oversample_factor` included."""
+        return int(self.generation_batch_size * self.oversample_factor) // self.num_generations
+
     def _check_choices(self) -> None:
         for name, choices in {
             "prm_reference": REFERENCES,

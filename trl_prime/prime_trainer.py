@@ -739,7 +739,15 @@ class PRIMETrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if resume_from_checkpoint:
             resume_from_checkpoint = _whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.max_steps and not self.state.global_step:
+            # The length of a streamed data set is not known before
+            raise RuntimeError(
+                f"The training data set ended before a generation batch of {self.args.prompts_per_generation} prompts was full, so "
+                "that nothing was trained. Lower per_device_train_batch_size, steps_per_generation or oversample_factor, or give "
+                "more prompts."
+            )
+        return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
@@ -1005,6 +1013,8 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
     if prm_tokenizer is not None and tokenizer is not None:
         _check_same_tokenizer(tokenizer, prm_tokenizer)
 
+    if isinstance(train_dataset, Dataset):
+        _check_enough_prompts(len(train_dataset), args)
     if train_dataset is None or grpo.get("environment_factory") is not None:
         return
     columns = _columns(train_dataset)
@@ -1031,6 +1041,18 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
                     f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
                     f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
                 )
+
+
+def _check_enough_prompts(num_prompts: int, args: PRIMEConfig) -> None:
+    """TRL drops an incomplete generation batch: a run without a whole one would end without a step."""
+    needed = args.prompts_per_generation
+    if num_prompts < needed:
+        raise ValueError(
+            f"The training data set has {num_prompts} prompts, but one generation batch takes {needed}: "
+            f"generation_batch_size={args.generation_batch_size} completions, num_generations={args.num_generations} of each "
+            f"prompt, oversample_factor={args.oversample_factor:g}. Not a single step could be made. Lower "
+            "per_device_train_batch_size, steps_per_generation or oversample_factor, or give more prompts."
+        )
 
 
 def _columns(dataset: Dataset | IterableDataset) -> set[str] | None:
