@@ -33,7 +33,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, nanstd
 
 from .advantages import (
     RewardCombination,
@@ -69,6 +69,7 @@ from .process_rewards import (
     reward_positions,
 )
 from .prompt_filter import select_groups
+from .rollouts import combine_outcomes
 from .user_functions import checked_reward_func, checked_rollout_func
 
 if TYPE_CHECKING:
@@ -427,17 +428,23 @@ class PRIMETrainer(GRPOTrainer):
 
     def _outcomes_and_labels(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B,)` weighted sums of the rewards and `(B,)` labels of the PRM, of all processes; NaN = not judged."""
-        weights = self.reward_weights.to(rewards_per_func.device)
-        outcomes = (rewards_per_func * weights).nansum(1)
-        outcomes = outcomes.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
-        if outcomes.isinf().any():
+        if rewards_per_func.isinf().any():
             column = rewards_per_func.isinf().any(0).nonzero()[0].item()
             raise ValueError(
                 f"The reward function '{self.reward_func_names[column]}' returned infinity. Return None for a completion that "
                 "it cannot judge."
             )
         label = self.args.prm_label
-        labels = outcomes if label == "reward" else rewards_per_func[:, self.reward_func_names.index(label)]
+        column = None if label == "reward" else self.reward_func_names.index(label)
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        outcomes, applies = combine_outcomes(rewards_per_func, self.reward_weights, num_generations, column)
+        labels = outcomes if column is None else rewards_per_func[:, column]
+        if num_generations > 1:
+            # TRL has logged sums in which a missing reward counts as 0
+            self._metrics[mode]["reward"][-1] = outcomes.nanmean().item()
+            self._metrics[mode]["reward_std"][-1] = nanstd(outcomes).item()
+            self._warn_of_partial_sums(applies[~outcomes.isnan()])
         outside = (labels < -1e-6) | (labels > 1 + 1e-6)
         if outside.any():
             raise ValueError(
@@ -447,6 +454,17 @@ class PRIMETrainer(GRPOTrainer):
                 "and 1."
             )
         return outcomes, labels.clamp(0, 1)
+
+    def _warn_of_partial_sums(self, applies: torch.Tensor) -> None:
+        """Say once which functions were left out of outcomes: `applies` is `(B, F)`, of the completions that have one."""
+        left_out = (~applies).any(0) & (self.reward_weights != 0).to(applies.device)
+        if self.args.prm_label == "reward" and left_out.any():
+            names = [name for name, is_out in zip(self.reward_func_names, left_out.tolist(), strict=True) if is_out]
+            logger.warning_once(
+                f"{names} returned None for all completions of a prompt, so that its outcome is the sum of the other reward "
+                "functions. That is right where a function is not for that prompt. If it says right or wrong and could not "
+                "judge, set prm_label to its name, and such prompts are left out."
+            )
 
     def _is_truncated(self, output: dict[str, Any]) -> torch.Tensor:
         """`(B,)` bool of this process: the completion ran into the length limit."""
