@@ -136,6 +136,13 @@ PRIVATE_API = {
     "_finish_current_push": ["self"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_compute_loss": ["self", "model", "inputs"],
+    "get_off_policy_mask": [
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ],
 }
 
 
@@ -739,11 +746,10 @@ def test_policy_losses_of_trl(train, loss_type):
     "settings",
     [
         {"num_iterations": 2, "max_steps": 4},
-        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "process_weight": 0.0},
         {"top_entropy_quantile": 0.5},
         {"gradient_checkpointing": True},
         {"bf16": True},
-        {"scale_rewards": "group"},
         {"disable_dropout": True, "shuffle_dataset": False},
         {"off_policy_mask_threshold": 0.5},
     ],

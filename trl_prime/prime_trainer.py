@@ -990,6 +990,11 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
         raise NotImplementedError(
             "PRIMETrainer scores text only so far: pass a tokenizer, not a multimodal processor."
         )
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise NotImplementedError(
+            "use_liger_kernel=True makes this version of TRL compute the policy's loss by Liger, which takes one advantage for "
+            "each completion, not for each token. Leave it out, or use a TRL whose GRPOTrainer has no loss by Liger (1.16)."
+        )
     if reward_combination is not None and not callable(reward_combination):
         raise TypeError(
             f"reward_combination is {reward_combination!r}; pass a callable that takes RolloutRewards. In YAML, give its dotted "
