@@ -2,9 +2,10 @@
 
 What of `GRPOTrainer` is overridden: `_calculate_rewards` (keeps the rewards of each function),
 `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has generated and verified),
-`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` and `_get_grad_norm`
-(nothing that is not finite reaches the optimizer), and saving and loading. All else, generation and the policy loss above
-all, is TRL's.
+`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` (rows that were left
+out change neither the scale of the loss nor its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by
+completion), `_get_grad_norm` (as in `_compute_loss`, nothing that is not finite reaches the optimizer), and saving and loading.
+All else, generation and the policy loss above all, is TRL's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import math
 import os
 import shutil
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_
 from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
+from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
 from .prime_config import PRIMEConfig
 from .process_rewards import (
     aggregate_process_rewards,
@@ -338,15 +340,53 @@ class PRIMETrainer(GRPOTrainer):
             self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        weight, policy_factor = loss_scales(mask, float(inputs["rows_per_trained_row"]), self.loss_type)
+        # The policy's term is linear in the advantages, the KL term in beta; what is divided by all tokens keeps its scale
+        inputs = {
+            **inputs,
+            "advantages": inputs["advantages"] * policy_factor,
+            "num_items_in_batch": inputs["num_items_in_batch"] * weight,
+        }
+        beta, entropy_control = self.beta, (self.entropy_coef, self._last_world_entropy)
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        self.beta = beta * policy_factor
+        loss = super()._compute_loss(model, inputs) * weight
+        self.beta = beta
+        if self._last_world_entropy == 0:
+            # That is a mean over no token, by which TRL's adaptive entropy bonus must not steer
+            self.entropy_coef, self._last_world_entropy = entropy_control
+
         # On all processes alike, and before the backward pass, in which DeepSpeed steps
-        if self.model.training and not self.accelerator.gather(loss.detach().view(1)).isfinite().all():
+        losses, num_tokens = self.accelerator.gather(torch.stack([loss.detach().float(), mask.sum().float()])[None]).T
+        if not losses.isfinite().all():
             raise FloatingPointError(
                 f"The policy's loss is not finite at step {self.state.global_step}, so this step was not made: its "
                 "log-probabilities or those of the rollouts are broken. Lower learning_rate or max_grad_norm, and resume from "
                 "the last checkpoint."
             )
+        # An entropy or a KL of no token is no measurement
+        if num_tokens.any():
+            for name, values in self._metrics["train"].items():
+                metrics[name] += values
+        self._metrics["train"] = metrics
         return loss
+
+    @staticmethod
+    def get_off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
+        advantages = sequence_advantages(advantages, mask)
+        return GRPOTrainer.get_off_policy_mask(
+            advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold
+        )
+
+    @staticmethod
+    def get_gamma_weights(advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters):
+        advantages = sequence_advantages(advantages, mask)
+        return GRPOTrainer.get_gamma_weights(
+            advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters
+        )
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The last thing that Trainer calls before the optimizer's step; the norm is the same on all processes
@@ -422,7 +462,13 @@ class PRIMETrainer(GRPOTrainer):
             tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
             output["tool_mask"] = tool_mask * local[:, None].to(tool_mask.dtype)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum().clamp(min=1)
+        num_tokens, num_trained = self.accelerator.reduce(
+            torch.stack([loss_mask.sum(), loss_mask.any(1).sum()]), "sum"
+        )
+        output["num_items_in_batch"] = num_tokens.clamp(min=1)
+        output["rows_per_trained_row"] = len(trains) / num_trained.clamp(min=1)
+        if self.importance_sampling_level == "sequence":
+            output["advantages"] = sequence_advantages(advantages, loss_mask).squeeze(1)
         self._log_rows(rows, all_outcomes, trains, process_rewards, advantages, loss_mask)
         return output
 
@@ -678,6 +724,12 @@ class PRIMETrainer(GRPOTrainer):
         if not advantages.isfinite().all():
             raise FloatingPointError(
                 f"Advantages are not finite at step {self.state.global_step}; nothing was trained."
+            )
+        if self.importance_sampling_level == "sequence" and vary_within_rows(advantages, all_mask).any():
+            raise ValueError(
+                "importance_sampling_level='sequence' gives all tokens of a completion one weight and would average their "
+                "advantages, but reward_combination returned advantages that differ within a completion. Use "
+                "importance_sampling_level='token'."
             )
         return self._local(advantages)[:, : mask.shape[1]], process_rewards
 
