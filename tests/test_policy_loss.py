@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import distance, logged, row_rewards, same, weights
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from trl import GRPOTrainer
 
 from trl_prime import PRIMETrainer
 from trl_prime.policy_loss import loss_scales, sequence_advantages, vary_within_rows
@@ -101,3 +102,9 @@ def test_a_router_is_not_trained_where_no_row_is(train, loss_type):
     trained = train(reward_funcs=row_rewards(PASSES), **{**settings, "model": moe_policy()})
     assert trained.aux_loss_enabled and len(logged(trained, "aux_loss")) == 2
     assert distance(weights(trained.model), start) > 1e-4
+
+
+def test_a_policy_loss_by_liger_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)  # which 1.9.2 has
+    with pytest.raises(NotImplementedError, match="use_liger_kernel=True"):
+        make_trainer(use_liger_kernel=True)
