@@ -35,6 +35,10 @@ KINDS = {
 CASES = {
     "plain": (8, {}),
     "accumulation": (4, {"gradient_accumulation_steps": 4}),
+    "rows left out": (
+        4,
+        {"gradient_accumulation_steps": 4, "loss_type": "grpo", "accuracy_low": 0.3, "accuracy_high": 0.7},
+    ),
     "a row a micro-batch": (8, {"prm_micro_batch_size": 1, "prm_num_epochs": 2}),
     "split groups": (
         8,

@@ -1,12 +1,15 @@
 """Every knob: the paper's value by default, documented, parsed from the command line, refused when it cannot work."""
 
 import dataclasses
+import importlib.util
 import re
+import types
 
 import pytest
 from trl import GRPOConfig, TrlParser
 
 from trl_prime import PRIMEConfig
+from trl_prime.prime_config import trl_choices
 
 OWN_FIELDS = [
     field for field in dataclasses.fields(PRIMEConfig) if field.name in PRIMEConfig.__dict__.get("__annotations__", {})
@@ -156,6 +159,17 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
         ({"prm_micro_batch_size": 0}, ["prm_micro_batch_size", "0"]),
         ({"process_reward_step_delimiter": ""}, ["process_reward_step_delimiter", "empty"]),
         ({"outcome_weight": 0.0, "process_weight": 0.0}, ["outcome_weight", "process_weight"]),
+        ({"scale_rewards": "group"}, ["scale_rewards is 'group'", "advantage_estimator='grpo'"]),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            ["multi_objective_aggregation is 'normalize_then_sum'", "reward_weights"],
+        ),
+        ({"reward_weights": [0.0, 0.0]}, ["reward_weights are all 0", "outcome_weight=0"]),
+        ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence'", "process_weight is 1.0"]),
+        (
+            {"importance_sampling_level": "sequence", "process_weight": 0.0, "outcome_gamma": 0.9},
+            ["importance_sampling_level='sequence'", "0.9"],
+        ),
         (
             {"advantage_estimator": "value", "process_reward_granularity": "whole"},
             ["advantage_estimator", "'value'", "process_reward_granularity", "'whole'"],
@@ -182,12 +196,31 @@ def test_bad_input_is_refused_with_option_and_value(settings, parts):
         ("advantage_estimator", "rlo", "rloo"),
         ("filter_shortfall", "masks", "mask"),
         ("loss_type", "dapoo", "dapo"),
-        ("scale_rewards", "groups", "group"),
+        ("importance_sampling_level", "tokens", "token"),
+        ("vllm_importance_sampling_mode", "token_masks", "token_mask"),
     ],
 )
 def test_unknown_names_get_the_nearest_match(option, typo, meant):
     with pytest.raises(ValueError, match=rf"{option} is '{typo}'.*Did you mean '{meant}'"):
         config(**{option: typo})
+
+
+def test_a_policy_loss_that_a_newer_trl_adds_is_accepted(monkeypatch, tmp_path):
+    path = tmp_path / "grpo_trainer.py"
+    path.write_text(
+        'class GRPOTrainer:\n    def loss(self):\n        return self.loss_type in ["dapo", "next_loss"]\n'
+    )
+    find_spec, newer = importlib.util.find_spec, types.SimpleNamespace(origin=str(path))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: newer if name.startswith("trl.") else find_spec(name, *args)
+    )
+    trl_choices.cache_clear()
+    try:
+        assert config(loss_type="next_loss").loss_type == "next_loss"
+        with pytest.raises(ValueError, match="loss_type is 'last_loss'"):
+            config(loss_type="last_loss")
+    finally:
+        trl_choices.cache_clear()
 
 
 @pytest.mark.parametrize("band", [(0.0, 1.0), (0.0, 0.8), (0.2, 1.0)])

@@ -136,6 +136,13 @@ PRIVATE_API = {
     "_finish_current_push": ["self"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "_compute_loss": ["self", "model", "inputs"],
+    "get_off_policy_mask": [
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ],
 }
 
 
@@ -223,7 +230,7 @@ def test_passes_of_a_step(make_trainer, settings, passes):
     assert rows == {"prm": 2 * 8 * passes + 8 * replayed, "reference": 2 * 8}
 
 
-def test_a_completion_whose_outcome_is_known_and_whose_label_is_not_is_scored(record, random_prm):
+def test_a_completion_without_label_is_left_out_though_another_function_judged_it(record, random_prm):
     labels = (None, *MIXED[1:])
     recorder = record(
         prm_model=random_prm(),
@@ -232,10 +239,9 @@ def test_a_completion_whose_outcome_is_known_and_whose_label_is_not_is_scored(re
         max_steps=1,
         extra_reward_funcs=[row_rewards(labels, "correct")],
     )
-    prm, rewards = recorder.trainer.implicit_prm, recorder.rewards[0]
-    assert not rewards.outcome_rewards.isnan().any() and recorder.trainer.outputs[0]["advantages"][0].any()
-    expected = slow_process_rewards(recorder.before[0], prm.reference, recorder.trainer.outputs[0])
-    torch.testing.assert_close(rewards.process_rewards, expected, atol=2e-5, rtol=1e-4)
+    outcomes, output = recorder.rewards[0].outcome_rewards, recorder.trainer.outputs[0]
+    assert outcomes.isnan().tolist() == [True] + [False] * 7
+    assert not output["advantages"][0].any() and not loss_mask(output)[0].any() and loss_mask(output)[1:].any(1).all()
 
 
 @pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])
@@ -550,19 +556,13 @@ async def async_reward(completions, **kwargs):
 
 
 def test_several_reward_functions(train, updates):
-    """Weighted sum by default, one of them by name; a row counts when any function judged it."""
+    """Weighted sum by default, one of them by name; a row counts when all functions judged it."""
     seen = []
     correct = row_rewards((1.0, 0.0, None, 1.0, None, 0.0, 1.0, 0.0), "correct")
-    style = row_rewards((None, 0.5, None, 0.5, 1.0, 1.0, 0.0, 0.0), "style")
-    expected = {
-        "reward": [0.5, 0.25 + 0.25, NAN, 0.5 + 0.25 + 0.25, 0.5, 0.5 + 0.25, 0.5, 0.25],
-        "correct": [1.0, 0.0, NAN, 1.0, NAN, 0.0, 1.0, 0.0],
-    }
-    expected["reward"] = []
-    for i, (c, s) in enumerate(
-        zip((1.0, 0.0, None, 1.0, None, 0.0, 1.0, 0.0), (None, 0.5, None, 0.5, 1.0, 1.0, 0.0, 0.0), strict=True)
-    ):
-        expected["reward"].append(0.5 * (c or 0) + 0.25 * (s or 0) + 0.25 * (i % 2))
+    style = row_rewards((None, 0.5, 1.0, 0.5, None, None, None, None), "style")
+    # Of the second prompt style judged nothing: it is for the first
+    outcomes = [NAN, 0.125 + 0.25, NAN, 0.5 + 0.125 + 0.25, NAN, 0.25, 0.5, 0.25]
+    expected = {"reward": outcomes, "correct": [NAN, 0.0, NAN, 1.0, NAN, 0.0, 1.0, 0.0]}
     for label in ("reward", "correct"):
         updates.clear()
         seen.clear()
@@ -746,11 +746,10 @@ def test_policy_losses_of_trl(train, loss_type):
     "settings",
     [
         {"num_iterations": 2, "max_steps": 4},
-        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "process_weight": 0.0},
         {"top_entropy_quantile": 0.5},
         {"gradient_checkpointing": True},
         {"bf16": True},
-        {"scale_rewards": "group"},
         {"disable_dropout": True, "shuffle_dataset": False},
         {"off_policy_mask_threshold": 0.5},
     ],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -19,13 +23,38 @@ from .process_rewards import GRANULARITIES, NORMALIZATIONS
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
 SHORTFALLS = ("mask", "error")
-# TRL checks these two only after the models are loaded and the first batch is generated
-POLICY_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-REWARD_SCALES = ("group", "batch", "none")
+# TRL checks these only after the models are loaded and the first batch is generated
+TRL_CHOICES = ("loss_type", "importance_sampling_level", "vllm_importance_sampling_mode")
 # In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
 SETTINGS_NAME = "prime_config.json"
 # PRIME's columns of the completions table begin with this, because reward functions and `log_extra` name columns as well
 TABLE_PREFIX = "prime/"
+
+
+@functools.cache
+def trl_choices(option: str) -> tuple[str, ...]:
+    """
+    The values of an option that the installed TRL compares it with, read off its source: it has no list of them, and refuses
+    others late.
+
+    Args:
+        option (`str`): Field of [`~trl.GRPOConfig`].
+
+    Returns:
+        `tuple[str, ...]`: The values; empty where TRL's source cannot be read, and TRL is left to refuse.
+    """
+    spec = importlib.util.find_spec("trl.trainer.grpo_trainer")
+    try:
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ()
+    compared = [
+        node.comparators[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and getattr(node.left, "attr", None) == option
+    ]
+    constants = [node.value for values in compared for node in ast.walk(values) if isinstance(node, ast.Constant)]
+    return tuple(dict.fromkeys(constants))
 
 
 @dataclass
@@ -164,8 +193,7 @@ class PRIMEConfig(GRPOConfig):
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
     > - `num_generations`: Defaults to `4` instead of `8`.
     > - `max_completion_length`: Defaults to `3072` instead of `512`.
-    > - `scale_rewards`: Defaults to `"none"` instead of `"group"`. It only affects what TRL logs: advantages come from
-    >   `advantage_estimator`.
+    > - `scale_rewards`: Is `"none"` instead of `"group"`, and nothing else: advantages come from `advantage_estimator`.
     > - `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the paper's and
     >   are pinned here in case TRL's defaults move.
     """
@@ -185,13 +213,13 @@ class PRIMEConfig(GRPOConfig):
     )
     scale_rewards: str = field(
         default="none",
-        metadata={"help": "Only affects what TRL logs: PRIME's advantages come from `advantage_estimator`."},
+        metadata={"help": "Must be 'none': PRIME's advantages come from `advantage_estimator`."},
     )
     loss_type: str = field(
         default="dapo",
         metadata={
-            "help": "Policy loss, any of TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', 'cispo', 'sapo', 'luspo', 'vespo'. "
-            "'dapo', the mean over all tokens of the batch, is the paper's."
+            "help": "Policy loss, any of TRL's (see its documentation). 'dapo', the mean over all tokens of the batch, is the "
+            "paper's."
         },
     )
     beta: float = field(
@@ -404,12 +432,11 @@ class PRIMEConfig(GRPOConfig):
             "process_reward_norm": NORMALIZATIONS,
             "advantage_estimator": ESTIMATORS,
             "filter_shortfall": SHORTFALLS,
-            "loss_type": POLICY_LOSSES,
-            "scale_rewards": REWARD_SCALES,
+            **{name: trl_choices(name) for name in TRL_CHOICES},
         }.items():
             value = getattr(self, name)
             value = getattr(value, "value", value)
-            if value not in choices:
+            if choices and value not in choices:
                 raise ValueError(f"{name} is {value!r}, which is unknown. {nearest(value, choices)}")
             setattr(self, name, value)
 
@@ -446,6 +473,30 @@ class PRIMEConfig(GRPOConfig):
             )
 
     def _check_combinations(self) -> None:
+        if self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards is {self.scale_rewards!r}, but advantages come from advantage_estimator and not from TRL, so that "
+                "it would scale nothing. Leave it out; advantage_estimator='grpo' divides by the standard deviation of the "
+                "group, whiten_advantages=True by that of the batch."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation is {self.multi_objective_aggregation!r}, but advantages come from "
+                "advantage_estimator and not from TRL, so that it would change nothing. Leave it out, set the shares of the "
+                "reward functions by reward_weights, or combine them in a hook (reward_combination)."
+            )
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError(
+                "reward_weights are all 0, so that no completion would have an outcome. To train on process rewards only, set "
+                "outcome_weight=0."
+            )
+        if self.importance_sampling_level == "sequence" and (self.process_weight != 0 or self.outcome_gamma != 1):
+            raise ValueError(
+                "importance_sampling_level='sequence' gives all tokens of a completion one weight, so that their advantages are "
+                f"averaged and process rewards vanish: process_weight is {self.process_weight} and outcome_gamma "
+                f"{self.outcome_gamma}. Use importance_sampling_level='token' (also with loss_type='luspo'), or process_weight=0 "
+                "and outcome_gamma=1."
+            )
         if self.prm_hub_model_id is not None:
             try:
                 validate_repo_id(self.prm_hub_model_id)

@@ -2,9 +2,10 @@
 
 What of `GRPOTrainer` is overridden: `_calculate_rewards` (keeps the rewards of each function),
 `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has generated and verified),
-`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` and `_get_grad_norm`
-(nothing that is not finite reaches the optimizer), and saving and loading. All else, generation and the policy loss above
-all, is TRL's.
+`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` (rows that were left
+out change neither the scale of the loss nor its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by
+completion), `_get_grad_norm` (as in `_compute_loss`, nothing that is not finite reaches the optimizer), and saving and loading.
+All else, generation and the policy loss above all, is TRL's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import math
 import os
 import shutil
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, nanstd
 
 from .advantages import (
     RewardCombination,
@@ -61,6 +62,7 @@ from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_
 from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
+from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
 from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_rewards import (
     aggregate_process_rewards,
@@ -69,6 +71,7 @@ from .process_rewards import (
     reward_positions,
 )
 from .prompt_filter import select_groups
+from .rollouts import combine_outcomes
 from .user_functions import checked_reward_func, checked_rollout_func
 
 if TYPE_CHECKING:
@@ -337,15 +340,53 @@ class PRIMETrainer(GRPOTrainer):
             self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        weight, policy_factor = loss_scales(mask, float(inputs["rows_per_trained_row"]), self.loss_type)
+        # The policy's term is linear in the advantages, the KL term in beta; what is divided by all tokens keeps its scale
+        inputs = {
+            **inputs,
+            "advantages": inputs["advantages"] * policy_factor,
+            "num_items_in_batch": inputs["num_items_in_batch"] * weight,
+        }
+        beta, entropy_control = self.beta, (self.entropy_coef, self._last_world_entropy)
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        self.beta = beta * policy_factor
+        loss = super()._compute_loss(model, inputs) * weight
+        self.beta = beta
+        if self._last_world_entropy == 0:
+            # That is a mean over no token, by which TRL's adaptive entropy bonus must not steer
+            self.entropy_coef, self._last_world_entropy = entropy_control
+
         # On all processes alike, and before the backward pass, in which DeepSpeed steps
-        if self.model.training and not self.accelerator.gather(loss.detach().view(1)).isfinite().all():
+        losses, num_tokens = self.accelerator.gather(torch.stack([loss.detach().float(), mask.sum().float()])[None]).T
+        if not losses.isfinite().all():
             raise FloatingPointError(
                 f"The policy's loss is not finite at step {self.state.global_step}, so this step was not made: its "
                 "log-probabilities or those of the rollouts are broken. Lower learning_rate or max_grad_norm, and resume from "
                 "the last checkpoint."
             )
+        # An entropy or a KL of no token is no measurement
+        if num_tokens.any():
+            for name, values in self._metrics["train"].items():
+                metrics[name] += values
+        self._metrics["train"] = metrics
         return loss
+
+    @staticmethod
+    def get_off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
+        advantages = sequence_advantages(advantages, mask)
+        return GRPOTrainer.get_off_policy_mask(
+            advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold
+        )
+
+    @staticmethod
+    def get_gamma_weights(advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters):
+        advantages = sequence_advantages(advantages, mask)
+        return GRPOTrainer.get_gamma_weights(
+            advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters
+        )
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The last thing that Trainer calls before the optimizer's step; the norm is the same on all processes
@@ -421,23 +462,35 @@ class PRIMETrainer(GRPOTrainer):
             tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
             output["tool_mask"] = tool_mask * local[:, None].to(tool_mask.dtype)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum().clamp(min=1)
+        num_tokens, num_trained = self.accelerator.reduce(
+            torch.stack([loss_mask.sum(), loss_mask.any(1).sum()]), "sum"
+        )
+        output["num_items_in_batch"] = num_tokens.clamp(min=1)
+        output["rows_per_trained_row"] = len(trains) / num_trained.clamp(min=1)
+        if self.importance_sampling_level == "sequence":
+            output["advantages"] = sequence_advantages(advantages, loss_mask).squeeze(1)
         self._log_rows(rows, all_outcomes, trains, process_rewards, advantages, loss_mask)
         return output
 
     def _outcomes_and_labels(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B,)` weighted sums of the rewards and `(B,)` labels of the PRM, of all processes; NaN = not judged."""
-        weights = self.reward_weights.to(rewards_per_func.device)
-        outcomes = (rewards_per_func * weights).nansum(1)
-        outcomes = outcomes.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
-        if outcomes.isinf().any():
+        if rewards_per_func.isinf().any():
             column = rewards_per_func.isinf().any(0).nonzero()[0].item()
             raise ValueError(
                 f"The reward function '{self.reward_func_names[column]}' returned infinity. Return None for a completion that "
                 "it cannot judge."
             )
         label = self.args.prm_label
-        labels = outcomes if label == "reward" else rewards_per_func[:, self.reward_func_names.index(label)]
+        column = None if label == "reward" else self.reward_func_names.index(label)
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        outcomes, applies = combine_outcomes(rewards_per_func, self.reward_weights, num_generations, column)
+        labels = outcomes if column is None else rewards_per_func[:, column]
+        if num_generations > 1:
+            # TRL has logged sums in which a missing reward counts as 0
+            self._metrics[mode]["reward"][-1] = outcomes.nanmean().item()
+            self._metrics[mode]["reward_std"][-1] = nanstd(outcomes).item()
+            self._warn_of_partial_sums(applies[~outcomes.isnan()])
         outside = (labels < -1e-6) | (labels > 1 + 1e-6)
         if outside.any():
             raise ValueError(
@@ -447,6 +500,17 @@ class PRIMETrainer(GRPOTrainer):
                 "and 1."
             )
         return outcomes, labels.clamp(0, 1)
+
+    def _warn_of_partial_sums(self, applies: torch.Tensor) -> None:
+        """Say once which functions were left out of outcomes: `applies` is `(B, F)`, of the completions that have one."""
+        left_out = (~applies).any(0) & (self.reward_weights != 0).to(applies.device)
+        if self.args.prm_label == "reward" and left_out.any():
+            names = [name for name, is_out in zip(self.reward_func_names, left_out.tolist(), strict=True) if is_out]
+            logger.warning_once(
+                f"{names} returned None for all completions of a prompt, so that its outcome is the sum of the other reward "
+                "functions. That is right where a function is not for that prompt. If it says right or wrong and could not "
+                "judge, set prm_label to its name, and such prompts are left out."
+            )
 
     def _is_truncated(self, output: dict[str, Any]) -> torch.Tensor:
         """`(B,)` bool of this process: the completion ran into the length limit."""
@@ -660,6 +724,12 @@ class PRIMETrainer(GRPOTrainer):
         if not advantages.isfinite().all():
             raise FloatingPointError(
                 f"Advantages are not finite at step {self.state.global_step}; nothing was trained."
+            )
+        if self.importance_sampling_level == "sequence" and vary_within_rows(advantages, all_mask).any():
+            raise ValueError(
+                "importance_sampling_level='sequence' gives all tokens of a completion one weight and would average their "
+                "advantages, but reward_combination returned advantages that differ within a completion. Use "
+                "importance_sampling_level='token'."
             )
         return self._local(advantages)[:, : mask.shape[1]], process_rewards
 
@@ -980,6 +1050,11 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
     if isinstance(grpo.get("processing_class"), ProcessorMixin):
         raise NotImplementedError(
             "PRIMETrainer scores text only so far: pass a tokenizer, not a multimodal processor."
+        )
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise NotImplementedError(
+            "use_liger_kernel=True makes this version of TRL compute the policy's loss by Liger, which takes one advantage for "
+            "each completion, not for each token. Leave it out, or use a TRL whose GRPOTrainer has no loss by Liger (1.16)."
         )
     if reward_combination is not None and not callable(reward_combination):
         raise TypeError(
