@@ -1151,7 +1151,7 @@ class NeedsSolution:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, streaming):
     def refuse(match, rows, **kwargs):
-        dataset = Dataset.from_list(rows)
+        dataset = Dataset.from_list(rows * 2)
         if streaming:
             dataset = IterableDataset.from_generator(lambda: iter(rows))
         with pytest.raises(ValueError, match=match):
