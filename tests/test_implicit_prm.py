@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer, same, slow_log_probs, weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ModernBertDecoderConfig, Phi3Config, RwkvConfig
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.model import share_parameters
@@ -15,6 +15,8 @@ from trl_prime.implicit_prm.scoring import (
     can_fuse_lm_head,
     completion_logps,
     fuse_lm_head,
+    length_sorted_chunks,
+    num_chunks,
     unwrapped,
 )
 
@@ -101,6 +103,7 @@ def test_a_fused_head_gives_the_same_log_probs_and_gradients(random_prm, tokeniz
     logits = []
     for model in models:
         fuse_lm_head(model)
+        batch_completion_logps(model, *batch, 3)  # compares itself with plain logits at the first time
         unwrapped(model).lm_head.register_forward_hook(lambda *args: logits.append(args))
     for model, logps in zip(models, expected, strict=True):
         torch.testing.assert_close(batch_completion_logps(model, *batch, 3), logps.detach(), atol=1e-5, rtol=1e-5)
@@ -132,6 +135,7 @@ def test_scores_do_not_depend_on_micro_batches_or_row_order(random_prm, micro_ba
 
 def test_memory_grows_with_the_micro_batch_only(random_prm):
     prm, batch, seen = random_prm(micro_batch_size=2), ragged_batch(), []
+    prm.log_probs(*batch), prm.reference_log_probs(*batch)  # the first passes of a model are checked by others
     for model in (prm.model, prm.reference):
         model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     prm.log_probs(*batch)
@@ -139,6 +143,84 @@ def test_memory_grows_with_the_micro_batch_only(random_prm):
     num_tokens = batch[2].shape[1]
     assert len(seen) == 2 * 4  # 7 rows by 2
     assert all(rows <= 2 and positions <= num_tokens + 1 for rows, positions, _ in seen)
+
+
+def scaled(config, scale=4.0):
+    """A model of another architecture whose distributions are far from uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model
+
+
+TINY = {
+    "vocab_size": 44,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+TOKENS = {"cls_token_id": 1, "sep_token_id": 1}
+HEADS = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_a_model_that_reads_padding_is_refused():
+    model = scaled(RwkvConfig(**TINY, attention_hidden_size=32, context_length=64))
+    with pytest.raises(
+        NotImplementedError, match="RwkvForCausalLM gives a completion change by .* ignores the attention mask"
+    ):
+        batch_completion_logps(model, *ragged_batch(), 4)
+
+
+@pytest.mark.skipif(not can_fuse_lm_head(build_model()), reason="TRL before 1.15 has no fused head")
+def test_a_fused_head_that_leaves_out_a_part_is_refused():
+    model = scaled(ModernBertDecoderConfig(**TINY, intermediate_size=64, num_attention_heads=4, **TOKENS))
+    expected = slow_log_probs(model, *ragged_batch()).detach()
+    torch.testing.assert_close(batch_completion_logps(model, *ragged_batch(), 4), expected, atol=1e-4, rtol=0)
+    fuse_lm_head(model)
+    with pytest.raises(NotImplementedError, match="by TRL's fused head differ .*prm_fused_lm_head=False"):
+        batch_completion_logps(model, *ragged_batch(), 4)
+
+
+def longrope_model(boundary):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope["original_max_position_embeddings"] = boundary
+    return scaled(
+        Phi3Config(
+            **TINY,
+            **HEADS,
+            rope_parameters=rope,
+            original_max_position_embeddings=boundary,
+            max_position_embeddings=64,
+        )
+    )
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 100])
+def test_scores_under_longrope_do_not_depend_on_longer_rows(micro_batch_size):
+    model, batch = longrope_model(boundary=12), ragged_batch()
+    lengths = batch[1].sum(1) + batch[3].sum(1)
+    assert (lengths > 12).any() and (lengths <= 12).any()
+    logps = batch_completion_logps(model, *batch, micro_batch_size)
+    torch.testing.assert_close(logps, slow_log_probs(model, *batch).detach(), atol=1e-4, rtol=0)
+    with pytest.raises(NotImplementedError, match="LongRoPE.* change for rows of more than 12 tokens"):
+        completion_logps(model, *batch)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_chunks_hold_every_row_once_and_are_no_more_than_announced(size):
+    for lengths in (LENGTHS, LENGTHS[:1], LENGTHS[:2], ()):
+        masks = [torch.arange(9)[None] < torch.tensor([row[i] for row in lengths])[:, None] for i in (0, 1)]
+        for boundary in (None, 0, 6, 8, 100):
+            chunks = list(length_sorted_chunks(*masks, size, boundary))
+            assert sorted(i for chunk in chunks for i in chunk.tolist()) == [*range(len(lengths))]
+            assert len(chunks) <= num_chunks(len(lengths), size, boundary) and all(
+                len(chunk) <= size for chunk in chunks
+            )
 
 
 def test_scoring_leaves_mode_and_gradients_alone(random_prm):

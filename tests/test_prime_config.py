@@ -31,7 +31,7 @@ def test_defaults_are_those_of_the_paper():
         "loss_type": "dapo",
         "scale_rewards": "none",
         "num_iterations": 1,
-        "prm_learning_rate": 1e-6,
+        "prm_learning_rate": 1e-5,  # ours: 1e-6 in the paper
         "prm_max_grad_norm": 10.0,
         "prm_beta": 0.05,
         "prm_loss_type": "ce",

@@ -924,6 +924,37 @@ def test_completions_table_of_an_evaluation_before_training(make_trainer):
     numpy.testing.assert_equal([*table["prime/outcome"]], [*table["reward"]])
 
 
+# --- Process rewards against those in float32 ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"prm_loss_type": "dpo"}, {"prm_update": "none"}], ids=["ce", "dpo", "none"])
+def test_precision_is_the_correlation_with_process_rewards_in_float32(record, random_prm, settings):
+    start = random_prm()
+    recorder = record(prm_model=random_prm(), bf16=True, **settings)
+    output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
+    rows = slice(0, 2)
+    exact = slow_process_rewards(start.model, start.reference, {key: output[key][rows] for key in INPUTS})
+    used, mask = rewards.process_rewards[rows], rewards.completion_mask[rows]
+    assert not torch.allclose(used[mask], exact[mask], atol=1e-4), "bfloat16 rounds"
+    expected = numpy.corrcoef(used[mask], exact[mask])[0, 1]
+    precisions = logged(recorder.trainer, "prm/precision")
+    assert len(precisions) == 2 and precisions[0] == pytest.approx(expected, abs=1e-4) and 0.9 < expected < 1
+
+
+def test_precision_is_not_measured_where_it_says_nothing(train, random_prm):
+    assert not logged(train(prm_model=random_prm(), bf16=False), "prm/precision")
+    assert logged(train(prm_model=random_prm(), bf16=True, logging_steps=2), "prm/precision")[1:] == []
+    # A PRM that equals its reference has process rewards of 0 in float32
+    assert {*logged(train(bf16=True, prm_update="none"), "prm/precision")} <= {None}
+
+
+def test_process_rewards_that_are_rounding_are_warned_of(train, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_PRECISION_UPDATES", 0)
+    monkeypatch.setattr(module, "correlation", lambda *args: 0.125)
+    train(bf16=True, prm_learning_rate=1e-6)
+    assert "mostly rounding" in caplog.text and "by 0.12 with" in caplog.text and "which is 1e-06" in caplog.text
+
+
 # --- Fewer prompts than a generation batch ---
 
 

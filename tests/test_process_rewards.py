@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from slow_reference import (
 
 from trl_prime.process_rewards import (
     aggregate_process_rewards,
+    correlation,
     discounted_returns,
     implicit_process_rewards,
     normalize_process_rewards,
@@ -286,3 +288,11 @@ def test_below_eps_the_result_falls_with_the_square_of_the_scale():
     rewards, mask = tensor([[0.25, 0.25]]), torch.ones(1, 2)
     assert normalize_process_rewards(rewards, mask, "batch_norm", eps=2.0).tolist() == [[0.03125, 0.03125]]
     assert normalize_process_rewards(rewards, mask, "batch_norm", eps=0.1).tolist() == [[0.5, 0.5]]
+
+
+def test_correlation_is_pearsons():
+    first, second = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    assert correlation(first, second) == pytest.approx(numpy.corrcoef(first, second)[0, 1])
+    assert correlation(first, 3 - 2 * first) == pytest.approx(-1.0)
+    for short in (torch.ones(3), torch.ones(1), torch.ones(0)):
+        assert math.isnan(correlation(short, short))

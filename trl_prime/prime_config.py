@@ -94,8 +94,9 @@ class PRIMEConfig(GRPOConfig):
         prm_label (`str`, *optional*, defaults to `"reward"`):
             The outcome label: `"reward"`, the weighted sum of all reward functions, or the name of one of them. Labels
             must be between 0 and 1. The prompt filter judges accuracy by the label too.
-        prm_learning_rate (`float`, *optional*, defaults to `1e-6`):
-            Initial learning rate of the PRM.
+        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
+            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
         prm_optim (`str`, *optional*, defaults to `"adamw_torch"`):
             Optimizer of the PRM, a name of [`~transformers.training_args.OptimizerNames`]. Betas, epsilon and `optim_args`
             are those of the policy.
@@ -269,7 +270,10 @@ class PRIMEConfig(GRPOConfig):
             "functions, or the name of one of them. Must be between 0 and 1."
         },
     )
-    prm_learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the PRM."})
+    prm_learning_rate: float = field(
+        default=1e-5,
+        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
+    )
     prm_optim: str = field(
         default="adamw_torch",
         metadata={"help": "Optimizer of the PRM. Betas, epsilon and `optim_args` are those of the policy."},

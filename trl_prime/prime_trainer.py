@@ -56,16 +56,24 @@ from .hub import (
     with_ignored_prm,
     with_section,
 )
-from .implicit_prm.backends import make_backend, unshared
+from .implicit_prm.backends import DataParallel, make_backend, unshared
 from .implicit_prm.losses import absolute_accuracy, label_log_odds, outcome_scores, pairwise_accuracy, pairwise_wins
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
-from .implicit_prm.scoring import batch_completion_logps, can_fuse_lm_head, fuse_lm_head
+from .implicit_prm.scoring import (
+    batch_completion_logps,
+    can_fuse_lm_head,
+    fuse_lm_head,
+    in_float32,
+    num_chunks,
+    rope_boundary,
+)
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
 from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
 from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_rewards import (
     aggregate_process_rewards,
+    correlation,
     implicit_process_rewards,
     normalize_process_rewards,
     reward_positions,
@@ -95,6 +103,9 @@ _TRUST_DECAY = 0.9
 _TRUST_PRIOR_PAIRS = 16
 # By how many standard errors the accuracy is taken to be worse than measured
 _TRUST_STANDARD_ERRORS = 1.5
+# Completions whose process rewards are compared with those in float32, and updates before a low precision is warned of
+_PRECISION_ROWS = 2
+_PRECISION_UPDATES = 10
 
 
 class PRIMETrainer(GRPOTrainer):
@@ -600,11 +611,13 @@ class PRIMETrainer(GRPOTrainer):
         processes' scores from before.
         """
         updater = self._prm_updater
+        exact = self._exact_log_ratios(batch)
         # Single forward: the passes of the update give the scores, but for rows that it does not train on
         single = updater is not None and updater.can_score
         prm_logps = self._prm_logps(batch, batch.labels.isnan() if single else True)
         scores = None if single else self._scores(batch, prm_logps)
         if updater is None:
+            self._log_precision(batch, prm_logps, exact)
             return prm_logps, None, scores
         if not single:
             batch.scores = self._local(scores).nan_to_num()
@@ -612,7 +625,43 @@ class PRIMETrainer(GRPOTrainer):
         for name, value in updater.update(batch, prm_logps if single else None, last_logps).items():
             self._log(f"prm/{name}", value)
         self._log("prm/skipped_steps", updater.skipped_steps)
+        self._log_precision(batch, prm_logps, exact)
         return prm_logps, last_logps, self._scores(batch, prm_logps) if single else scores
+
+    def _exact_log_ratios(self, batch: PRMBatch) -> torch.Tensor | None:
+        """
+        `(B, T)` log-ratios of the present PRM in float32, in a few rows of the main process at steps that are logged. `None` at
+        others, and where float32 is what the run computes in or cannot be had.
+        """
+        prm, is_logged = self.implicit_prm, (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+        if (
+            not is_logged
+            or self.accelerator.mixed_precision != "bf16"
+            or type(self._prm_backend) is not DataParallel
+            or not self.is_world_process_zero()
+            or prm.reference is None
+            or any(p.dtype != torch.float32 for model in (prm.model, prm.reference) for p in model.parameters())
+        ):
+            return None
+        rows = batch.reward_mask.any(1)
+        rows &= rows.cumsum(0) <= _PRECISION_ROWS
+        with in_float32(prm.model), in_float32(prm.reference):
+            return prm.log_probs(*batch.inputs, rows=rows) - prm.reference_log_probs(*batch.inputs, rows=rows)
+
+    def _log_precision(self, batch: PRMBatch, prm_logps: torch.Tensor, exact: torch.Tensor | None) -> None:
+        """Compare the process rewards of a batch with those in float32, where these were computed."""
+        if exact is None:
+            return
+        seen = batch.reward_mask & (exact != 0).any(1, keepdim=True)
+        precision = correlation((prm_logps - batch.ref_logps)[seen], exact[seen])
+        self._log("prm/precision", precision)
+        num_updates = 0 if self._prm_updater is None else self._prm_updater.scheduler.last_epoch
+        if num_updates > _PRECISION_UPDATES and precision < 0.5:
+            logger.warning_once(
+                f"After {num_updates} updates of the PRM its process rewards are mostly rounding: in bfloat16 they correlate by "
+                f"{precision:.2f} with those in float32 (prm/precision). The PRM has moved too little: raise prm_learning_rate, "
+                f"which is {self.args.prm_learning_rate:g} (1e-5 for all weights, 1e-4 or more with prm_peft_config)."
+            )
 
     def _label_log_odds(self, scores: torch.Tensor) -> torch.Tensor:
         intercept = self._prm_updater.intercept if self._prm_updater else 0.0
@@ -642,7 +691,7 @@ class PRIMETrainer(GRPOTrainer):
         if not self._prm_backend.collective:
             return 0
         num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
-        return -(-num_rows // self.implicit_prm.micro_batch_size)
+        return num_chunks(num_rows, self.implicit_prm.micro_batch_size, rope_boundary(self.implicit_prm.model))
 
     def _update_trust(self, wins: float, pairs: int) -> float:
         """Weight of the process rewards: how much better than chance the PRM ranks rollouts that it was not trained on."""

@@ -209,3 +209,18 @@ def normalize_process_rewards(
     else:
         raise ValueError(f"method is {method!r}; choose one of {NORMALIZATIONS}.")
     return rewards * (scale / scale.clamp(min=eps) ** 2)
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """
+    Pearson correlation of two vectors.
+
+    Args:
+        first, second (`torch.Tensor`): `(n,)`.
+
+    Returns:
+        `float`: between -1 and 1; NaN if one of them is constant or has fewer than two values.
+    """
+    first, second = (values.double() - values.double().mean() for values in (first, second))
+    norms = torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
+    return (first @ second / norms).item() if norms > 0 else float("nan")

@@ -1,11 +1,13 @@
 """Log-probabilities of completions under a causal LM, in memory that grows with the micro-batch and not with the batch.
 
 Covered: token ids of prompts and completions given as text; micro-batches of rows of like length, each cut to its own
-longest prompt and completion; temperature 1. Not covered: which model (`model.py`), gradient accumulation (`updater.py`).
+longest prompt and completion; temperature 1; that a row's result does not depend on the rows beside it. Not covered: which
+model (`model.py`), gradient accumulation (`updater.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -22,15 +24,57 @@ except ImportError:  # TRL before 1.15
 
 # Attribute of a model whose forward gives log-probabilities without logits
 FUSED_LM_HEAD = "prime_fused_lm_head"
+# Attribute of a model that has passed `check_scoring`: whether its head was fused then
+_CHECKED = "prime_scoring_checked"
+# By how many nats a row's log-probabilities may differ between two ways of computing them, in float32 and below it
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 0.02, 0.5
+
+
+def rope_boundary(model: nn.Module) -> int | None:
+    """
+    The length in tokens from which LongRoPE (Phi-3) takes other position embeddings for a whole micro-batch, if its longest row
+    has more.
+
+    Args:
+        model (`nn.Module`): Causal LM, PeftModel or wrapper.
+
+    Returns:
+        `int`, *optional*: Rows longer than that and others must not share a forward pass. `None` for all other models.
+    """
+    config = unwrapped(model).config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Some models have one set of parameters for each type of layer
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+    return None
 
 
 def length_sorted_chunks(
-    prompt_mask: torch.Tensor, completion_mask: torch.Tensor, size: int
+    prompt_mask: torch.Tensor, completion_mask: torch.Tensor, size: int, boundary: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Row indices in chunks of at most `size`, rows of like length together, so that little is spent on padding."""
+    """
+    Row indices in chunks of at most `size`, rows of like length together, so that little is spent on padding.
+
+    Args:
+        prompt_mask, completion_mask (`torch.Tensor`): `(B, P)` and `(B, T)`.
+        size (`int`): Largest number of rows of a chunk.
+        boundary (`int`, *optional*): Rows of more tokens than that are in other chunks than the rest, see [`rope_boundary`].
+
+    Returns:
+        `Iterator[torch.Tensor]`: [`num_chunks`] chunks at most.
+    """
     lengths = prompt_mask.sum(1) + completion_mask.sum(1)
-    if len(lengths):  # splitting nothing would give one empty chunk
-        yield from lengths.argsort(descending=True, stable=True).split(size)
+    order = lengths.argsort(descending=True, stable=True)
+    num_long = 0 if boundary is None else int((lengths > boundary).sum())
+    for part in (order[:num_long], order[num_long:]):
+        if len(part):  # splitting nothing would give one empty chunk
+            yield from part.split(size)
+
+
+def num_chunks(num_rows: int, size: int, boundary: int | None = None) -> int:
+    """How many chunks [`length_sorted_chunks`] makes of so many rows at most, whatever their lengths."""
+    return -(-num_rows // size) + (boundary is not None and num_rows > 1)
 
 
 def tokenize(
@@ -97,6 +141,9 @@ def completion_logps(
     completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
     input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
     attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    boundary = rope_boundary(model)
+    if boundary is not None:
+        _check_lengths(attention_mask.sum(1), boundary)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     parameters = inspect.signature(unwrapped(model).forward).parameters
     if "position_ids" in parameters:
@@ -116,6 +163,68 @@ def completion_logps(
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
 
 
+def _check_lengths(lengths: torch.Tensor, boundary: int) -> None:
+    is_long = lengths > boundary
+    if is_long.any() and not is_long.all():
+        raise NotImplementedError(
+            f"The model's position embeddings (LongRoPE) change for rows of more than {boundary} tokens, and rows of "
+            f"{int(lengths.min())} and {int(lengths.max())} tokens share a batch, where the long ones would change the scores of "
+            "the others. Use per_device_train_batch_size=1, or leave out the longer rows."
+        )
+
+
+@torch.no_grad()
+def check_scoring(model: nn.Module) -> None:
+    """
+    Compare [`completion_logps`] once with a plain forward pass of one row by itself: padding, the cut of the logits and a fused
+    head must not change a row's log-probabilities. What a model passed once it need not pass again.
+
+    Args:
+        model (`nn.Module`): Causal LM or PeftModel, in evaluation mode.
+
+    Raises:
+        NotImplementedError: They do. Recurrent models that ignore the attention mask, such as RWKV and xLSTM, read the padding
+            before a prompt; some heads do more than TRL's fused one knows.
+    """
+    base = unwrapped(model)
+    is_fused = FUSED_LM_HEAD in vars(base)
+    if vars(base).get(_CHECKED) == is_fused:
+        return
+    setattr(base, _CHECKED, is_fused)
+    embeddings = base.get_input_embeddings().weight
+    # A short row beside a longer one, so that it is padded before its prompt and after its completion
+    ids = (torch.arange(22, device=embeddings.device).view(2, 11) * 7 + 3) % base.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[0, 8:] = 0
+    try:
+        padded = completion_logps(model, ids[:, :5], mask[:, :5], ids[:, 5:], mask[:, 5:])[0, :3]
+    except AttributeError as error:
+        if not is_fused:
+            raise
+        raise NotImplementedError(
+            f"TRL's fused head does not run on {type(base).__name__} ({error}). Set prm_fused_lm_head=False."
+        ) from error
+    logits = model(input_ids=ids[:1, 3:8], attention_mask=mask[:1, 3:8], use_cache=False).logits[:, 1:-1]
+    alone = selective_log_softmax(logits.float(), ids[:1, 5:8])[0]
+    rounds = (
+        any(parameter.dtype != torch.float32 for parameter in base.parameters())
+        or torch.is_autocast_enabled(ids.device.type)
+        or (ids.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+    )
+    error = (padded - alone).abs().amax().item()
+    if error > (_LOW_PRECISION_TOLERANCE if rounds else _TOLERANCE):
+        if is_fused:
+            raise NotImplementedError(
+                f"The log-probabilities of {type(base).__name__} by TRL's fused head differ from the plain ones by {error:.2g} "
+                "nats: it leaves out a part of this model's head. Set prm_fused_lm_head=False."
+            )
+        raise NotImplementedError(
+            f"The log-probabilities that {type(base).__name__} gives a completion change by {error:.2g} nats with the padding "
+            "around it: the model ignores the attention mask, and prompts of different lengths cannot share a batch. Use a "
+            "model of another architecture."
+        )
+
+
 def can_fuse_lm_head(model: nn.Module) -> bool:
     """Whether [`fuse_lm_head`] would work: with TRL from 1.15, and no adapter on the head, which it goes past."""
     return add_fused_lm_head is not None and type(unwrapped(model).get_output_embeddings()) is nn.Linear
@@ -132,6 +241,25 @@ def fuse_lm_head(model: nn.Module) -> None:
     base = unwrapped(model)
     add_fused_lm_head(base, temperature=1.0)
     setattr(base, FUSED_LM_HEAD, True)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """
+    Around forward passes that compute in float32, whatever the autocast of the run.
+
+    Args:
+        model (`nn.Module`): Causal LM or PeftModel with float32 weights. Its instance may have a forward of its own, an autocast
+            that accelerate has put on it or TRL's fused head: the class's forward takes its place for so long.
+    """
+    own = [(module, module.__dict__) for module in {model, unwrapped(model)}]
+    hidden = [(module, {k: d.pop(k) for k in ("forward", FUSED_LM_HEAD) if k in d}) for module, d in own]
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for module, attributes in hidden:
+            module.__dict__.update(attributes)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -167,10 +295,12 @@ def batch_completion_logps(
     logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
     wanted = torch.arange(len(logps), device=logps.device)
     wanted = wanted if rows is None else wanted[rows]
-    chunks = [wanted[i] for i in length_sorted_chunks(prompt_mask[wanted], completion_mask[wanted], micro_batch_size)]
+    masks, boundary = (prompt_mask[wanted], completion_mask[wanted]), rope_boundary(model)
+    chunks = [wanted[i] for i in length_sorted_chunks(*masks, micro_batch_size, boundary)]
     was_training = model.training
     model.eval()
     try:
+        check_scoring(model)
         for chunk in chunks:
             logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs))
         for _ in range(num_passes - len(chunks)):

@@ -20,7 +20,7 @@ from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
 from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
-from .scoring import completion_logps, length_sorted_chunks
+from .scoring import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 
 if TYPE_CHECKING:
     from ..prime_config import PRIMEConfig
@@ -166,21 +166,17 @@ class PRMUpdater:
             return None
 
         rows = counted.nonzero().flatten()
-        chunks = [
-            rows[i]
-            for i in length_sorted_chunks(
-                batch.prompt_mask[rows], batch.completion_mask[rows], args.prm_micro_batch_size
-            )
-        ]
-        # Every process runs the same number of micro-batches, else DDP waits for ever: a first row without weight fills up
-        num_chunks = -(-int(num_counted_per_process.max()) // args.prm_micro_batch_size)
+        masks, boundary = (batch.prompt_mask[rows], batch.completion_mask[rows]), rope_boundary(self.prm.model)
+        chunks = [rows[i] for i in length_sorted_chunks(*masks, args.prm_micro_batch_size, boundary)]
+        # All processes must run equally many micro-batches, or DDP hangs. One with fewer repeats row 0 with weight 0.
+        num_passes = num_chunks(int(num_counted_per_process.max()), args.prm_micro_batch_size, boundary)
         filler = torch.zeros(1, dtype=torch.long, device=rows.device)
-        chunks += [None] * (num_chunks - len(chunks))
+        chunks += [None] * (num_passes - len(chunks))
         self.prm.model.train()
         loss_sum = torch.zeros((), device=rows.device)
         for i, chunk in enumerate(chunks):
             index = filler if chunk is None else chunk
-            with self.backend.micro_batch(last=i == num_chunks - 1):
+            with self.backend.micro_batch(last=i == num_passes - 1):
                 with self.accelerator.autocast():
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
