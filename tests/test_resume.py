@@ -109,3 +109,20 @@ def test_a_checkpoint_can_be_moved(train, tmp_path):
     resumed = train(str(moved), **STEPS)
     assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
     assert logged(whole, "prm/loss") == logged(resumed, "prm/loss")
+
+
+def test_another_number_of_processes_is_refused_before_anything_is_loaded(train, make_trainer, tmp_path, monkeypatch):
+    train(**{**STEPS, "max_steps": 2}, prm_replay_batches=1)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    path = checkpoint / "prm_state_0.pt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["num_processes"] == 1
+    torch.save({**saved, "num_processes": 4}, path)
+    trainer = make_trainer(**STEPS)
+    monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="4 processes saved, but this run has 1.*--num_processes 4"):
+        trainer.train(str(checkpoint))
+    # A process that the earlier run did not have finds no state of its own
+    path.rename(checkpoint / "prm_state_3.pt")
+    with pytest.raises(ValueError, match="4 processes saved, but this run has 1"):
+        trainer.train(str(checkpoint))
