@@ -126,3 +126,15 @@ def test_another_number_of_processes_is_refused_before_anything_is_loaded(train,
     path.rename(checkpoint / "prm_state_3.pt")
     with pytest.raises(ValueError, match="4 processes saved, but this run has 1"):
         trainer.train(str(checkpoint))
+
+
+def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_weights(train):
+    trainer = train(max_steps=3, prm_lr_scheduler_type="linear", prm_learning_rate=1e-3)
+    rates, moments = logged(trainer, "prm/learning_rate"), trainer._prm_updater.backend.optimizer
+    assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert set(trainer._prm_updater.scheduler.get_last_lr()) == {0.0}
+    before = weights(trainer.implicit_prm.model)
+    trainer.train()
+    assert logged(trainer, "prm/learning_rate") == pytest.approx(rates)
+    assert trainer._prm_updater.backend.optimizer is moments
+    assert not same(before, weights(trainer.implicit_prm.model))

@@ -197,6 +197,8 @@ class PRIMETrainer(GRPOTrainer):
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
         self._prm_is_placed = False
         self._prm_updater: PRMUpdater | None = None
+        # Whether the updater's schedule is that of an earlier `train()`
+        self._prm_schedule_is_over = False
         # The PRM starts out guessing
         self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
         self._rewards_per_func: torch.Tensor | None = None
@@ -332,11 +334,16 @@ class PRIMETrainer(GRPOTrainer):
 
     def _ensure_prm(self) -> None:
         self._place_prm()
-        if self._prm_updater is None and self.args.prm_update != "none":
-            args = self.args
-            micro_batches = self.state.max_steps * args.gradient_accumulation_steps
-            num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+        if self.args.prm_update == "none" or (self._prm_updater is not None and not self._prm_schedule_is_over):
+            return
+        args = self.args
+        micro_batches = self.state.max_steps * args.gradient_accumulation_steps
+        num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+        if self._prm_updater is None:
             self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
+        else:
+            self._prm_updater.start_schedule(num_rollout_batches)
+        self._prm_schedule_is_over = False
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
@@ -742,6 +749,7 @@ class PRIMETrainer(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = _whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
             self._check_prm_state(resume_from_checkpoint)
+        self._prm_schedule_is_over = self._prm_updater is not None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.state.max_steps and not self.state.global_step:
             # The length of a streamed data set is not known before
