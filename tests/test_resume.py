@@ -7,10 +7,14 @@ import signal
 
 import pytest
 import torch
-from conftest import logged, same, weights
+from accelerate import Accelerator
+from conftest import build_model, logged, same, weights
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from test_distributed import assert_close, launch, results
 
 from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.backends import make_backend
+from trl_prime.implicit_prm.model import saved_weights
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KILLED_RUN = {**STEPS, "per_device_train_batch_size": 8, "sample": True, "prm_replay_batches": 1}
@@ -138,3 +142,31 @@ def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_wei
     assert logged(trainer, "prm/learning_rate") == pytest.approx(rates)
     assert trainer._prm_updater.backend.optimizer is moments
     assert not same(before, weights(trainer.implicit_prm.model))
+
+
+ADAPTERS = {
+    "embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "modules_to_save": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "single tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"]),
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_takes_its_own_checkpoint(kind, tokenizer, tmp_path):
+    def build(seed):
+        model = get_peft_model(build_model(), ADAPTERS[kind])
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        return model, ImplicitPRM(model, build_model(), tokenizer, beta=0.5)
+
+    (saved, prm), (fresh, other) = build(1), build(2)
+    prm.save_pretrained(tmp_path / "prm")
+    backend = make_backend(other, Accelerator(cpu=True))
+    assert not same(weights(saved), weights(fresh))
+    backend.load_weights(saved_weights(fresh, tmp_path / "prm"))
+    assert same(weights(saved), weights(fresh))
