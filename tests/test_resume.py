@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from conftest import build_model, logged, same, weights
 from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from test_distributed import assert_close, launch, results
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
@@ -170,3 +171,39 @@ def test_every_kind_of_adapter_takes_its_own_checkpoint(kind, tokenizer, tmp_pat
     assert not same(weights(saved), weights(fresh))
     backend.load_weights(saved_weights(fresh, tmp_path / "prm"))
     assert same(weights(saved), weights(fresh))
+
+
+def test_a_policy_that_does_not_take_all_of_its_checkpoint_is_refused(train, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=44,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    settings = {**STEPS, "max_steps": 2, "max_completion_length": 4}
+    train(model=Qwen3MoeForCausalLM(config), **settings)
+    with pytest.raises(ValueError, match="does not fit the policy.*experts"):
+        train(
+            str(tmp_path / "run" / "checkpoint-2"), model=Qwen3MoeForCausalLM(config), **{**settings, "max_steps": 4}
+        )
+
+
+def test_tied_weights_count_as_loaded(train, tmp_path):
+    def tied():
+        model = build_model()
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return model
+
+    trained = train(model=tied(), **STEPS)
+    assert trained.model.lm_head.weight is trained.model.model.embed_tokens.weight
+    resumed = train(str(tmp_path / "run" / "checkpoint-2"), model=tied(), **STEPS)
+    assert same(weights(trained.model), weights(resumed.model))

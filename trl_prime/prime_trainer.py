@@ -833,6 +833,21 @@ class PRIMETrainer(GRPOTrainer):
                 state["updater"]["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
             self._prm_updater.load_state_dict(state["updater"])
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what Trainer warns of: weights whose names in the file are others than the model's would stay those of the start."""
+        weights = self.model.state_dict(keep_vars=True)
+        missing = set(load_result.missing_keys) - set(self.model._keys_to_ignore_on_save or ())
+        # Tied weights are saved under one of their names
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        missing = sorted(name for name in missing if name in weights and id(weights[name]) not in loaded)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the policy: {missing[:3]} are not in it, and {load_result.unexpected_keys[:3]} of it "
+                "are not in the model. If the model's class saves its weights under other names (mixtures of experts, Gemma 3), a "
+                "run cannot be resumed: start a new one with model= and prm_model= set to the checkpoint's weights, and leave "
+                "load_best_model_at_end out."
+            )
+
     def _load_best_model(self):
         super()._load_best_model()
         self._load_prm_weights(self.state.best_model_checkpoint)
