@@ -193,6 +193,17 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(two_processes):
     assert log(two_processes / "whole")[2:] == log(two_processes / "resumed")[2:]
 
 
+def test_the_prm_optimizer_is_saved_once_where_all_processes_hold_the_same(two_processes):
+    checkpoint = two_processes / "whole" / "checkpoint-2"
+    states = [torch.load(checkpoint / f"prm_state_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [state["num_processes"] for state in states] == [2, 2]
+    first, second = (state["updater"]["replay"][0]["completion_ids"] for state in states)
+    assert first.tolist() != second.tolist()
+    is_ddp = not list(checkpoint.glob("prm_deepspeed")) and not list(checkpoint.glob("*fsdp*"))
+    assert [("optimizer" in state["updater"]) for state in states] == [not is_ddp] * 2
+    assert (checkpoint / "prm_optimizer.pt").exists() is is_ddp
+
+
 @pytest.mark.parametrize("case", ["plain", "adapters"])
 def test_what_several_processes_save_is_whole(two_processes, case):
     trained = results(two_processes / case, 2)[0]["prm"]

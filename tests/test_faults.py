@@ -421,6 +421,7 @@ class FullDisk:
         "checkpoint-4/optimizer.pt",
         "checkpoint-4/scheduler.pt",
         "checkpoint-4/prm_state_0.pt",
+        "checkpoint-4/prm_optimizer.pt",
         "checkpoint-4/rng_state.pth",
         "checkpoint-4/trainer_state.json",
     ],

@@ -6,9 +6,13 @@ import re
 import types
 
 import pytest
+import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig, TrlParser
 
 from trl_prime import PRIMEConfig
+from trl_prime.implicit_prm.updater import make_schedule
 from trl_prime.prime_config import trl_choices
 
 OWN_FIELDS = [
@@ -232,3 +236,39 @@ def test_edges_of_the_band_are_accepted(band):
 @pytest.mark.parametrize("factor", [1, 1.5, 2.0, 3])
 def test_factors_that_make_whole_groups_are_accepted(factor):
     assert config(oversample_factor=factor).oversample_factor == factor
+
+
+SCHEDULE_ARGUMENTS = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+}
+
+
+@pytest.mark.parametrize("schedule", [schedule.value for schedule in SchedulerType])
+def test_every_schedule_of_the_prm_is_made_or_refused_by_the_configuration(schedule):
+    name, arguments = "prm_lr_scheduler_type", SCHEDULE_ARGUMENTS.get(schedule)
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        with pytest.raises(ValueError, match=f"{name} is '{schedule}', which follows a metric"):
+            config(**{name: schedule})
+        return
+    if arguments:
+        with pytest.raises(ValueError, match=f"{name} is '{schedule}'.*prm_lr_scheduler_kwargs"):
+            config(**{name: schedule})
+    args = config(**{name: schedule, "prm_lr_scheduler_kwargs": arguments, "prm_warmup_steps": 2})
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    made = make_schedule(torch.optim.SGD([parameter], lr=1.0), args, 8)
+    expected = get_scheduler(schedule, torch.optim.SGD([parameter], lr=1.0), 2, 8, arguments)
+    for _ in range(8):
+        assert made.get_last_lr() == expected.get_last_lr()
+        made.optimizer.step(), expected.optimizer.step(), made.step(), expected.step()
+
+
+def test_arguments_of_the_schedule_that_it_does_not_know_or_take_are_refused():
+    assert config(
+        prm_lr_scheduler_type="polynomial", prm_lr_scheduler_kwargs='{"power": 2.0}'
+    ).prm_lr_scheduler_kwargs == {"power": 2.0}
+    with pytest.raises(ValueError, match=r"prm_lr_scheduler_kwargs=\{'powr': 2\}.*powr"):
+        config(prm_lr_scheduler_type="polynomial", prm_lr_scheduler_kwargs={"powr": 2})
+    with pytest.raises(ValueError, match="'constant' takes no arguments"):
+        config(prm_lr_scheduler_kwargs={"power": 2})

@@ -132,6 +132,7 @@ PRIVATE_API = {
     "_save_rng_state": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
+    "_issue_warnings_after_load": ["self", "load_result"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_finish_current_push": ["self"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],

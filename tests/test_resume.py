@@ -7,10 +7,15 @@ import signal
 
 import pytest
 import torch
-from conftest import logged, same, weights
+from accelerate import Accelerator
+from conftest import build_model, logged, same, weights
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from test_distributed import assert_close, launch, results
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.backends import make_backend
+from trl_prime.implicit_prm.model import saved_weights
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KILLED_RUN = {**STEPS, "per_device_train_batch_size": 8, "sample": True, "prm_replay_batches": 1}
@@ -109,3 +114,96 @@ def test_a_checkpoint_can_be_moved(train, tmp_path):
     resumed = train(str(moved), **STEPS)
     assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
     assert logged(whole, "prm/loss") == logged(resumed, "prm/loss")
+
+
+def test_another_number_of_processes_is_refused_before_anything_is_loaded(train, make_trainer, tmp_path, monkeypatch):
+    train(**{**STEPS, "max_steps": 2}, prm_replay_batches=1)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    path = checkpoint / "prm_state_0.pt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["num_processes"] == 1
+    torch.save({**saved, "num_processes": 4}, path)
+    trainer = make_trainer(**STEPS)
+    monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="4 processes saved, but this run has 1.*--num_processes 4"):
+        trainer.train(str(checkpoint))
+    # A process that the earlier run did not have finds no state of its own
+    path.rename(checkpoint / "prm_state_3.pt")
+    with pytest.raises(ValueError, match="4 processes saved, but this run has 1"):
+        trainer.train(str(checkpoint))
+
+
+def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_weights(train):
+    trainer = train(max_steps=3, prm_lr_scheduler_type="linear", prm_learning_rate=1e-3)
+    rates, moments = logged(trainer, "prm/learning_rate"), trainer._prm_updater.backend.optimizer
+    assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert set(trainer._prm_updater.scheduler.get_last_lr()) == {0.0}
+    before = weights(trainer.implicit_prm.model)
+    trainer.train()
+    assert logged(trainer, "prm/learning_rate") == pytest.approx(rates)
+    assert trainer._prm_updater.backend.optimizer is moments
+    assert not same(before, weights(trainer.implicit_prm.model))
+
+
+ADAPTERS = {
+    "embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "modules_to_save": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "single tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"]),
+    "LoHa": LoHaConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_takes_its_own_checkpoint(kind, tokenizer, tmp_path):
+    def build(seed):
+        model = get_peft_model(build_model(), ADAPTERS[kind])
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        return model, ImplicitPRM(model, build_model(), tokenizer, beta=0.5)
+
+    (saved, prm), (fresh, other) = build(1), build(2)
+    prm.save_pretrained(tmp_path / "prm")
+    backend = make_backend(other, Accelerator(cpu=True))
+    assert not same(weights(saved), weights(fresh))
+    backend.load_weights(saved_weights(fresh, tmp_path / "prm"))
+    assert same(weights(saved), weights(fresh))
+
+
+def test_a_policy_that_does_not_take_all_of_its_checkpoint_is_refused(train, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=44,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    settings = {**STEPS, "max_steps": 2, "max_completion_length": 4}
+    train(model=Qwen3MoeForCausalLM(config), **settings)
+    with pytest.raises(ValueError, match="does not fit the policy.*experts"):
+        train(
+            str(tmp_path / "run" / "checkpoint-2"), model=Qwen3MoeForCausalLM(config), **{**settings, "max_steps": 4}
+        )
+
+
+def test_tied_weights_count_as_loaded(train, tmp_path):
+    def tied():
+        model = build_model()
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return model
+
+    trained = train(model=tied(), **STEPS)
+    assert trained.model.lm_head.weight is trained.model.model.embed_tokens.weight
+    resumed = train(str(tmp_path / "run" / "checkpoint-2"), model=tied(), **STEPS)
+    assert same(weights(trained.model), weights(resumed.model))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -17,6 +18,7 @@ from trl import GRPOConfig
 
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
+from .implicit_prm.updater import make_schedule
 from .names import nearest
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
 
@@ -102,6 +104,10 @@ class PRIMEConfig(GRPOConfig):
             are those of the policy.
         prm_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Learning-rate schedule of the PRM, a name of [`~transformers.SchedulerType`].
+        prm_lr_scheduler_kwargs (`dict` or `str`, *optional*):
+            Arguments of that schedule, as `lr_scheduler_kwargs` for the policy's: `{"min_lr_rate": 0.1}` for
+            `"cosine_with_min_lr"`, `{"num_decay_steps": 100}` for `"warmup_stable_decay"`. Its steps are optimizer steps of
+            the PRM.
         prm_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps of the PRM over which its learning rate rises.
         prm_weight_decay (`float`, *optional*, defaults to `0.0`):
@@ -199,7 +205,7 @@ class PRIMEConfig(GRPOConfig):
     >   are pinned here in case TRL's defaults move.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs", "prm_lr_scheduler_kwargs"]
 
     # Parameters whose default values are overridden from GRPOConfig and TrainingArguments
     learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of the policy."})
@@ -279,6 +285,12 @@ class PRIMEConfig(GRPOConfig):
         metadata={"help": "Optimizer of the PRM. Betas, epsilon and `optim_args` are those of the policy."},
     )
     prm_lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule of the PRM."})
+    prm_lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the PRM's schedule, for example {'min_lr_rate': 0.1} for 'cosine_with_min_lr'."
+        },
+    )
     prm_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps of the PRM over which its learning rate rises."}
     )
@@ -417,6 +429,7 @@ class PRIMEConfig(GRPOConfig):
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
+        self._check_schedule()
         if self.prm_micro_batch_size is None:
             self.prm_micro_batch_size = self.per_device_train_batch_size
 
@@ -475,6 +488,28 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 "process_reward_step_delimiter is empty; give the text that ends a step, such as a newline."
             )
+
+    def _check_schedule(self) -> None:
+        """Try the PRM's schedule, which is otherwise built only after the first generation."""
+        name, kwargs = self.prm_lr_scheduler_type, self.prm_lr_scheduler_kwargs
+        if name in (SchedulerType.REDUCE_ON_PLATEAU.value, "greedy"):
+            raise ValueError(
+                f"prm_lr_scheduler_type is {name!r}, which follows a metric, but the PRM is not evaluated while it trains. Use a "
+                "schedule over steps, such as 'linear' or 'cosine'."
+            )
+        if kwargs and name in (SchedulerType.CONSTANT.value, SchedulerType.CONSTANT_WITH_WARMUP.value):
+            raise ValueError(
+                f"prm_lr_scheduler_kwargs is {kwargs}, but prm_lr_scheduler_type={name!r} takes no arguments. Leave one of them "
+                "out."
+            )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.prm_learning_rate)
+        try:
+            make_schedule(optimizer, self, num_training_steps=self.prm_warmup_steps + 1000)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(
+                f"prm_lr_scheduler_type is {name!r} with prm_lr_scheduler_kwargs={kwargs}, which makes no schedule: {error} Give "
+                "its arguments in prm_lr_scheduler_kwargs, or choose another schedule."
+            ) from error
 
     def _check_combinations(self) -> None:
         if self.scale_rewards != "none":

@@ -87,6 +87,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# In a checkpoint, where all processes hold the same: the optimizer of the PRM
+PRM_OPTIMIZER_NAME = "prm_optimizer.pt"
 # Keyword arguments that TRL gives to every reward function beside the columns of the data set
 _REWARD_KWARGS = {
     "prompts",
@@ -209,6 +211,8 @@ class PRIMETrainer(GRPOTrainer):
         self._prm_backend = make_backend(self.implicit_prm, self.accelerator)
         self._prm_is_placed = False
         self._prm_updater: PRMUpdater | None = None
+        # Whether the updater's schedule is that of an earlier `train()`
+        self._prm_schedule_is_over = False
         # The PRM starts out guessing
         self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
         self._rewards_per_func: torch.Tensor | None = None
@@ -344,11 +348,16 @@ class PRIMETrainer(GRPOTrainer):
 
     def _ensure_prm(self) -> None:
         self._place_prm()
-        if self._prm_updater is None and self.args.prm_update != "none":
-            args = self.args
-            micro_batches = self.state.max_steps * args.gradient_accumulation_steps
-            num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+        if self.args.prm_update == "none" or (self._prm_updater is not None and not self._prm_schedule_is_over):
+            return
+        args = self.args
+        micro_batches = self.state.max_steps * args.gradient_accumulation_steps
+        num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+        if self._prm_updater is None:
             self._prm_updater = PRMUpdater(self._prm_backend, args, num_rollout_batches, self.num_generations)
+        else:
+            self._prm_updater.start_schedule(num_rollout_batches)
+        self._prm_schedule_is_over = False
 
     def _compute_loss(self, model, inputs):
         if not self.model.training:
@@ -858,6 +867,8 @@ class PRIMETrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if resume_from_checkpoint:
             resume_from_checkpoint = _whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            self._check_prm_state(resume_from_checkpoint)
+        self._prm_schedule_is_over = self._prm_updater is not None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.state.max_steps and not self.state.global_step:
             # The length of a streamed data set is not known before
@@ -883,11 +894,41 @@ class PRIMETrainer(GRPOTrainer):
     def _prm_state_path(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"prm_state_{self.accelerator.process_index}.pt")
 
+    def _check_prm_state(self, checkpoint: str) -> None:
+        """Refuse a checkpoint that lacks this process's state, or that other processes have parts of."""
+        path = self._prm_state_path(checkpoint)
+        found = [path] if os.path.isfile(path) else sorted(map(str, Path(checkpoint).glob("prm_state_*.pt")))
+        if found:
+            state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
+            before, now = state["num_processes"], self.accelerator.num_processes
+            if before != now:
+                raise ValueError(
+                    f"resume_from_checkpoint is '{checkpoint}', which {before} processes saved, but this run has {now}: each has "
+                    f"its own part of the replayed batches and random numbers. Resume with --num_processes {before}, or start a "
+                    "new run with model= and prm_model= set to its weights."
+                )
+        if path not in found:
+            raise FileNotFoundError(
+                f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer, or with save_only_model=True, "
+                "and the PRM could not go on where it stopped. Resume from another checkpoint, or start a new run with model= and "
+                "prm_model= set to its weights."
+            )
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         updater = self._prm_updater and self._prm_updater.state_dict()
-        state = {"wins": self._prm_wins, "pairs": self._prm_pairs, "updater": updater}
+        state = {
+            "num_processes": self.accelerator.num_processes,
+            "wins": self._prm_wins,
+            "pairs": self._prm_pairs,
+            "updater": updater,
+        }
         os.makedirs(output_dir, exist_ok=True)
+        if updater is not None and not self._prm_backend.optimizer_is_sharded:
+            # All processes hold the same, twice the size of the trained weights: one file is enough
+            optimizer = updater.pop("optimizer")
+            if self.args.should_save:
+                torch.save(optimizer, os.path.join(output_dir, PRM_OPTIMIZER_NAME))
         torch.save(state, self._prm_state_path(output_dir))
         if self._prm_updater is not None:
             self._prm_backend.save_checkpoint(output_dir)
@@ -902,18 +943,29 @@ class PRIMETrainer(GRPOTrainer):
         self._ensure_prm()
         if checkpoint is None:
             return
-        path = self._prm_state_path(checkpoint)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer with this number of "
-                "processes, or with save_only_model=True, and the PRM could not go on where it stopped. Resume from another "
-                "checkpoint, or start a new run with model= and prm_model= set to its weights."
-            )
         self._load_prm_weights(checkpoint)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(self._prm_state_path(checkpoint), map_location="cpu", weights_only=True)
         self._prm_wins, self._prm_pairs = state["wins"], state["pairs"]
         if self._prm_updater is not None:
+            if not self._prm_backend.optimizer_is_sharded:
+                path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
+                state["updater"]["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
             self._prm_updater.load_state_dict(state["updater"])
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what Trainer warns of: weights whose names in the file are others than the model's would stay those of the start."""
+        weights = self.model.state_dict(keep_vars=True)
+        missing = set(load_result.missing_keys) - set(self.model._keys_to_ignore_on_save or ())
+        # Tied weights are saved under one of their names
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        missing = sorted(name for name in missing if name in weights and id(weights[name]) not in loaded)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the policy: {missing[:3]} are not in it, and {load_result.unexpected_keys[:3]} of it "
+                "are not in the model. If the model's class saves its weights under other names (mixtures of experts, Gemma 3), a "
+                "run cannot be resumed: start a new one with model= and prm_model= set to the checkpoint's weights, and leave "
+                "load_best_model_at_end out."
+            )
 
     def _load_best_model(self):
         super()._load_best_model()

@@ -63,9 +63,11 @@ class DataParallel:
     Attributes:
         model (`nn.Module`): What computes the loss; a wrapper around `prm.model` where gradients are exchanged.
         collective (`bool`): Whether a forward pass is a joint act of all processes, so that all need as many of them.
+        optimizer_is_sharded (`bool`): Whether each process holds its own part of the optimizer's state.
     """
 
     collective = False
+    optimizer_is_sharded = False
 
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
         self.prm = prm
@@ -163,6 +165,7 @@ class FullyShard(DataParallel):
     """PRM and reference sharded by FSDP2, as accelerate shards the policy."""
 
     collective = True
+    optimizer_is_sharded = True
 
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
         super().__init__(prm, accelerator)
@@ -229,6 +232,8 @@ def _map_tensors(value: Any, function: Any) -> Any:
 
 class ZeRO(DataParallel):
     """The PRM in a DeepSpeed engine of its own, with the policy's settings."""
+
+    optimizer_is_sharded = True
 
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
         super().__init__(prm, accelerator)

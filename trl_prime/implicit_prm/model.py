@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
@@ -532,11 +533,21 @@ def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike)
     """
     if not isinstance(model, PeftModel):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
-    # In files the adapter has no name
-    adapter = f".{model.active_adapter}."
-    saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
-    names = {name.replace(adapter, "."): name for name, _ in model.named_parameters() if adapter in name}
-    return {names.get(name, name): tensor for name, tensor in saved.items()}
+    # In files the adapter has no name, and each kind of adapter has rules of its own. PEFT applies them and hands the result to
+    # the model, which need not be able to load it yet: FSDP2 shards it.
+    received: dict[str, torch.Tensor] = {}
+
+    def receive(state: dict[str, torch.Tensor], **kwargs: Any) -> _IncompatibleKeys:
+        received.update(state)
+        return _IncompatibleKeys([], [])
+
+    model.load_state_dict = receive
+    try:
+        saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
+        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+    finally:
+        del model.load_state_dict
+    return received
 
 
 def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> ModelCard:

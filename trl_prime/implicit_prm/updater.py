@@ -23,6 +23,8 @@ from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, pr
 from .scoring import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
     from ..prime_config import PRIMEConfig
     from .backends import DataParallel
 
@@ -91,14 +93,21 @@ class PRMUpdater:
             if isinstance(prm.model, PeftModel):
                 prm.model.enable_input_require_grads()
         optimizer = backend.prepare(lambda model: _make_optimizer(model, args), args.prm_max_grad_norm)
-        self.scheduler = get_scheduler(
-            args.prm_lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.prm_warmup_steps,
-            num_training_steps=num_rollout_batches
-            * args.prm_num_epochs
-            * (1 + self._num_replayed(args.prm_replay_batches)),
-        )
+        self._scheduled = optimizer
+        self.start_schedule(num_rollout_batches)
+
+    def start_schedule(self, num_rollout_batches: int) -> None:
+        """
+        Begin the learning-rate schedule of a run, as `Trainer` does for the policy; weights, optimizer and replay stay.
+
+        Args:
+            num_rollout_batches (`int`): Generation batches of the whole run.
+        """
+        args = self.args
+        for group in self._scheduled.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
+        num_steps = num_rollout_batches * args.prm_num_epochs * (1 + self._num_replayed(args.prm_replay_batches))
+        self.scheduler = make_schedule(self._scheduled, args, num_steps)
 
     @property
     def can_score(self) -> bool:
@@ -254,6 +263,27 @@ class PRMUpdater:
                 )
             )
         self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, args: PRIMEConfig, num_training_steps: int) -> LRScheduler:
+    """
+    The learning-rate schedule of the PRM.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Whose learning rates follow it.
+        args ([`PRIMEConfig`]): `prm_lr_scheduler_type`, `prm_lr_scheduler_kwargs` and `prm_warmup_steps` are read.
+        num_training_steps (`int`): Optimizer steps of the PRM in the whole run.
+
+    Returns:
+        `torch.optim.lr_scheduler.LRScheduler`
+    """
+    return get_scheduler(
+        args.prm_lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.prm_warmup_steps,
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=args.prm_lr_scheduler_kwargs,
+    )
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:
