@@ -129,6 +129,4 @@ if __name__ == "__main__":
             train_offline(settings, gathered)
         else:
             train(settings)
-    if torch.distributed.is_initialized():
-        # Its threads may not outlive the interpreter
-        torch.distributed.destroy_process_group()
+    # As a user's script it does not leave the process group: `launch` sees whether it ends well all the same

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import build_model
 
 from trl_prime import ImplicitPRM
+from trl_prime.process_exit import let_threads_finish, let_threads_finish_at_exit
 
 HERE = Path(__file__).parent
 ZERO = {
@@ -209,3 +211,31 @@ def test_what_several_processes_save_is_whole(two_processes, case):
     trained = results(two_processes / case, 2)[0]["prm"]
     prm = ImplicitPRM.from_pretrained(two_processes / case / "final")
     assert_close({"prm": dict(prm.model.named_parameters())}, {"prm": trained}, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_group", [False, True])
+def test_at_exit_a_thread_that_waits_for_the_interpreter_gets_it(monkeypatch, has_group):
+    """As a worker of gloo, which has to release the tensors of the last collective before the interpreter ends."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: has_group)
+    begin, done = threading.Lock(), []
+    begin.acquire()
+    thread = threading.Thread(target=lambda: (begin.acquire(), done.append(True)))
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # the lock changes hands only where it is given up
+    try:
+        begin.release()
+        let_threads_finish()
+        assert bool(done) is has_group
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+def test_trainers_have_threads_finish_at_exit_once(make_trainer, monkeypatch):
+    registered = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    monkeypatch.setattr("atexit.unregister", lambda function: function in registered and registered.remove(function))
+    make_trainer()
+    let_threads_finish_at_exit()
+    assert registered.count(let_threads_finish) == 1

@@ -73,9 +73,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """Its threads, if they outlive the interpreter, abort a process that has done its work."""
+    """As PyTorch asks for, and after the group's threads have finished, see `process_exit.py`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        from .process_exit import let_threads_finish
+
+        let_threads_finish()
         torch.distributed.destroy_process_group()
 
 

@@ -42,6 +42,7 @@ from .implicit_prm.losses import (
 from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
 from .implicit_prm.scoring import completion_logps, tokenize
 from .offline_prm_config import OfflinePRMConfig
+from .process_exit import let_threads_finish_at_exit
 
 logger = logging.get_logger(__name__)
 
@@ -131,6 +132,7 @@ class OfflinePRMTrainer(Trainer):
             compute_metrics=_held_out_metrics,
             **kwargs,
         )
+        let_threads_finish_at_exit()
         # The same for versions of transformers that do not know `loss_is_scaled_for_ga`
         self.model_accepts_loss_kwargs = False
         if args.push_to_hub:

@@ -71,6 +71,7 @@ from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
 from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
 from .prime_config import TABLE_PREFIX, PRIMEConfig
+from .process_exit import let_threads_finish_at_exit
 from .process_rewards import (
     aggregate_process_rewards,
     correlation,
@@ -184,6 +185,7 @@ class PRIMETrainer(GRPOTrainer):
         _check_before_loading(grpo, prm_model, prm_peft_config, reward_combination)
 
         super().__init__(**grpo)
+        let_threads_finish_at_exit()
 
         if args.prm_label != "reward" and args.prm_label not in self.reward_func_names:
             raise ValueError(
