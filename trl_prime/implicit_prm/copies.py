@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .scoring import FUSED_LM_HEAD, Float32Head, unwrapped
@@ -154,13 +155,35 @@ def fingerprints(model: nn.Module) -> dict[str, tuple[int, int]]:
     Of each parameter where it lies and the sum of its bits, which change when its weights do, in whatever way.
 
     Args:
-        model (`nn.Module`): The model; a parameter that is not on this process counts as unchanged.
+        model (`nn.Module`): The model; parameters without plain memory on this process are left out.
     """
-    return {name: (p.data_ptr(), _sum_of_bits(p.detach())) for name, p in model.named_parameters() if not p.is_meta}
+    return {name: (p.data_ptr(), _sum_of_bits(p.detach())) for name, p in model.named_parameters() if _has_memory(p)}
+
+
+def _has_memory(parameter: nn.Parameter) -> bool:
+    return parameter.numel() > 0 and not parameter.is_meta and not is_traceable_wrapper_subclass(parameter)
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    return int(tensor.contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)) if tensor.numel() else 0
+    octets = tensor.contiguous().flatten().view(torch.uint8)
+    octets = octets.clone() if octets.storage_offset() % 8 else octets
+    whole = len(octets) // 8 * 8
+    # As integers of 8 bytes, because a sum of single bytes would need eight times the memory
+    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+
+
+def rewrites_base(config: PeftConfig) -> bool:
+    """Whether making such an adapter changes the layer it is put on, by making one on a small layer."""
+    init = getattr(config, "init_lora_weights", None)
+    if not isinstance(init, str):
+        return False
+    small = nn.ModuleDict({"layer": nn.Linear(8, 8)})
+    before = fingerprints(small)["layer.weight"]
+    try:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=init), small)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return True  # it looks at data first, which is done to find a better base
+    return fingerprints(small)["layer.base_layer.weight"] != before
 
 
 def check_apart(policy: nn.Module | None, prm: nn.Module, reference: nn.Module | None) -> None:
@@ -183,7 +206,7 @@ def check_apart(policy: nn.Module | None, prm: nn.Module, reference: nn.Module |
 
 
 def _address(parameter: nn.Parameter) -> int:
-    return parameter.untyped_storage().data_ptr() if parameter.numel() and not parameter.is_meta else 0
+    return parameter.untyped_storage().data_ptr() if _has_memory(parameter) else 0
 
 
 def compute_head_in_float32(model: PreTrainedModel | PeftModel) -> None:

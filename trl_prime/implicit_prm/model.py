@@ -26,7 +26,7 @@ from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from .copies import bare_base, copied, fingerprints, is_fresh, share_parameters
+from .copies import bare_base, copied, fingerprints, is_fresh, rewrites_base, share_parameters
 from .scoring import batch_completion_logps, tokenize
 
 if TYPE_CHECKING:
@@ -206,6 +206,12 @@ class ImplicitPRM:
                 raise ValueError(
                     "prm_model is a PeftModel that trains biases of its base model, so that the base is not what it was and no "
                     "reference. Use bias='none'."
+                )
+            if any(map(rewrites_base, model.peft_config.values())):
+                raise ValueError(
+                    f"prm_model is a PeftModel with init_lora_weights={model.active_peft_config.init_lora_weights!r}, which has "
+                    "rewritten its base model, so that the base is not what it was and no reference. Merge the adapter "
+                    "(merge_and_unload) and pass the result."
                 )
             reference = bare_base(model) if frozen_reference else None
         elif peft_config is not None:
