@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 from .data.outcomes import group_by_prompt, to_labelled, to_pairs
 from .hub import cached_commit, hub_dataset, settings_table
 from .implicit_prm.backends import make_backend, unshared
+from .implicit_prm.copies import check_apart
 from .implicit_prm.losses import (
     absolute_accuracy,
     dpo_pair_losses,
@@ -39,7 +40,7 @@ from .implicit_prm.losses import (
     pairwise_accuracy,
     prm_row_losses,
 )
-from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
+from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights, with_adapter
 from .implicit_prm.scoring import completion_logps, tokenize
 from .offline_prm_config import OfflinePRMConfig
 from .process_exit import let_threads_finish_at_exit
@@ -361,7 +362,7 @@ def _build_prm(
             # Sharded while they are loaded, which neither shares nor copies
             start, reference = (_load(model, args) for _ in range(2))
             if peft_config is not None:
-                start = get_peft_model(start.requires_grad_(False), peft_config, autocast_adapter_dtype=False)
+                start = with_adapter(start, peft_config, autocast_adapter_dtype=False)
             prm = ImplicitPRM(start, reference.requires_grad_(False), tokenizer, **settings)
             zero3 = False
         else:
@@ -380,6 +381,7 @@ def _build_prm(
         kwargs = args.model_init_kwargs or {}
         prm.reference_name = model
         prm.reference_revision = cached_commit(model, kwargs.get("revision"), kwargs.get("cache_dir"))
+    check_apart(None, prm.model, prm.reference)
     trainable = next(p for p in prm.model.parameters() if p.requires_grad)
     if trainable.dtype in (torch.bfloat16, torch.float16):
         logger.warning(

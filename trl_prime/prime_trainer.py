@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -57,8 +57,19 @@ from .hub import (
     with_section,
 )
 from .implicit_prm.backends import DataParallel, make_backend, unshared
+from .implicit_prm.copies import check_apart, compute_head_in_float32
 from .implicit_prm.losses import absolute_accuracy, label_log_odds, outcome_scores, pairwise_accuracy, pairwise_wins
-from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights
+from .implicit_prm.model import (
+    CONFIG_NAME,
+    QUANTIZED,
+    ImplicitPRM,
+    downloaded_prm,
+    is_adapter,
+    no_virtual_tokens,
+    saved_prm_card,
+    saved_weights,
+    with_adapter,
+)
 from .implicit_prm.scoring import (
     batch_completion_logps,
     can_fuse_lm_head,
@@ -270,7 +281,7 @@ class PRIMETrainer(GRPOTrainer):
                 # Sharded while it is loaded: no process ever holds all of it
                 model, reference = (self._load_prm(prm_model or policy_start) for _ in range(2))
                 if peft_config is not None:
-                    model = get_peft_model(model.requires_grad_(False), peft_config, autocast_adapter_dtype=False)
+                    model = with_adapter(model, peft_config, autocast_adapter_dtype=False)
                 prm = ImplicitPRM(model, reference if frozen_reference else None, self._tokenizer, **settings)
                 zero3 = False
             else:
@@ -297,6 +308,11 @@ class PRIMETrainer(GRPOTrainer):
             disable_dropout_in_model(prm.model)
         if prm.reference is not None:
             prm.reference.eval()
+        if args.cast_lm_head_to_fp32:
+            # The policy's too where it is the reference: TRL's does not compute in float32 under autocast
+            for model in (prm.model, policy if prm.reference is None else prm.reference):
+                compute_head_in_float32(model)
+        check_apart(policy, prm.model, prm.reference)
         return prm
 
     def _fuse_lm_heads(self) -> None:
@@ -1164,32 +1180,34 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
             f"reward_combination is {reward_combination!r}; pass a callable that takes RolloutRewards. In YAML, give its dotted "
             "path."
         )
-    if isinstance(prm_model, ImplicitPRM) and prm_peft_config is not None:
-        raise ValueError("prm_model is an ImplicitPRM, which is full or LoRA already: leave prm_peft_config out.")
+    is_saved = isinstance(prm_model, str) and os.path.isfile(os.path.join(prm_model, CONFIG_NAME))
+    if (is_saved or isinstance(prm_model, ImplicitPRM)) and prm_peft_config is not None:
+        raise ValueError(
+            "prm_model is an ImplicitPRM or the folder of one, which is full or LoRA already: leave prm_peft_config out."
+        )
+    if isinstance(prm_model, ImplicitPRM) and prm_model.reference is None and args.prm_reference == "frozen":
+        raise ValueError(
+            "prm_model is an ImplicitPRM without a reference, but prm_reference is 'frozen'. Pass one with a reference, or set "
+            "prm_reference='policy' to measure it against the policy."
+        )
 
     policy, tokenizer = grpo["model"], grpo.get("processing_class")
     if prm_model is not None and not isinstance(prm_model, str) and prm_model is policy:
         raise ValueError(
             "prm_model is the policy itself, but they are trained apart. Leave prm_model out: the PRM then starts as a copy."
         )
-    prm_tokenizer = None
-    if isinstance(prm_model, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code}
-        prm_tokenizer = AutoTokenizer.from_pretrained(prm_model, **kwargs)
-        if tokenizer is None:
-            name = policy if isinstance(policy, str) else policy.config._name_or_path
-            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    elif isinstance(prm_model, ImplicitPRM):
-        prm_tokenizer = prm_model.tokenizer
-        if tokenizer is None and isinstance(policy, str):
-            tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=args.trust_remote_code)
-    elif isinstance(prm_model, PreTrainedModel) and tokenizer is not None and prm_model.name_or_path:
-        try:
-            prm_tokenizer = AutoTokenizer.from_pretrained(prm_model.name_or_path)
-        except (OSError, ValueError):
-            prm_tokenizer = None  # an instance need not have come with a tokenizer; its size is checked later
-    if prm_tokenizer is not None and tokenizer is not None:
-        _check_same_tokenizer(tokenizer, prm_tokenizer)
+    for option, name in (("model", policy), ("prm_model", prm_model)):
+        if isinstance(name, str) and is_adapter(name):
+            raise ValueError(
+                f"{option} is '{name}', which holds an adapter only. Load it with its base: pass "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)."
+            )
+    _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
+    prm_tokenizer = _tokenizer_of(prm_model, args.trust_remote_code)
+    if prm_tokenizer is not None:
+        tokenizer = tokenizer or _tokenizer_of(policy, args.trust_remote_code)
+        if tokenizer is not None:
+            _check_same_tokenizer(tokenizer, prm_tokenizer)
 
     if isinstance(train_dataset, Dataset):
         _check_enough_prompts(len(train_dataset), args)
@@ -1231,6 +1249,45 @@ def _check_enough_prompts(num_prompts: int, args: PRIMEConfig) -> None:
             f"prompt, oversample_factor={args.oversample_factor:g}. Not a single step could be made. Lower "
             "per_device_train_batch_size, steps_per_generation or oversample_factor, or give more prompts."
         )
+
+
+def _check_prm_is_trainable(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None) -> None:
+    """Refuse a PRM that would be trained as a whole on a quantized start, and adapters that no PRM can have."""
+    args, policy = grpo["args"], grpo["model"]
+    if prm_peft_config is not None:
+        if prm_peft_config.is_prompt_learning:
+            raise ValueError(no_virtual_tokens(prm_peft_config))
+    elif prm_model is None or isinstance(prm_model, str):
+        kwargs = (args.prm_model_init_kwargs if prm_model is not None else None) or args.model_init_kwargs or {}
+        quantized = kwargs.get("quantization_config") is not None
+        if prm_model is None:
+            quantized |= isinstance(policy, str) and grpo.get("quantization_config") is not None
+        if quantized and not (isinstance(prm_model, str) and os.path.isfile(os.path.join(prm_model, CONFIG_NAME))):
+            raise ValueError(QUANTIZED)
+    policy_config = grpo.get("peft_config")
+    if policy_config is None and isinstance(policy, PeftModel):
+        policy_config = policy.active_peft_config
+    if policy_config is not None and policy_config.is_prompt_learning and args.prm_reference == "policy":
+        raise ValueError(
+            f"prm_reference='policy' does not go with a {type(policy_config).__name__}: the PRM starts without the policy's virtual "
+            "tokens and would differ from it from the beginning. Use prm_reference='frozen'."
+        )
+
+
+def _tokenizer_of(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a model given in any form; None where an instance does not say where it came from."""
+    if isinstance(model, ImplicitPRM):
+        return model.tokenizer
+    if isinstance(model, str):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = getattr(base, "name_or_path", None)
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None  # an instance need not have come with a tokenizer; its size is checked later
 
 
 def _columns(dataset: Dataset | IterableDataset) -> set[str] | None:

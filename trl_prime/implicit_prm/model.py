@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import os
 import tempfile
@@ -28,7 +27,8 @@ from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from .scoring import FUSED_LM_HEAD, batch_completion_logps, tokenize
+from .copies import bare_base, copied, fingerprints, is_fresh, rewrites_base, share_parameters
+from .scoring import batch_completion_logps, tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,51 +38,58 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "implicit_prm.json"
-
-
-def share_parameters(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """
-    A second module tree over the same parameters and buffers: another adapter can be put on it at no cost in memory.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model to share.
-
-    Returns:
-        The same type as `model`, with the class's own forward.
-    """
-    memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return _with_own_forward(copy.deepcopy(model, memo))
-
-
-def _with_own_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    # TRL patches the policy's forward on the instance. A copy carries the patch along, still bound to the policy.
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.__dict__.pop("forward", None)
-    base.__dict__.pop(FUSED_LM_HEAD, None)
-    return model
-
-
-def _bare_base(model: PeftModel) -> PreTrainedModel:
-    """The base model without its adapter, sharing its parameters. `model` stays as it is."""
-    clone = share_parameters(model)
-    base = clone.unload() if hasattr(clone.base_model, "unload") else clone.get_base_model()
-    _check_frozen(base)
-    return base
+QUANTIZED = (
+    "The PRM would be trained as a whole, but its start is quantized, and only an adapter can be trained on that. Pass "
+    "prm_peft_config, or an unquantized prm_model."
+)
 
 
 def _check_frozen(base: PreTrainedModel) -> None:
     trainable = next((name for name, p in base.named_parameters() if p.requires_grad), None)
     if trainable is not None:
         raise ValueError(
-            f"The adapter trains {trainable!r} of its base model, which is the reference too and would move along. Use "
-            "bias='none' in the LoRA configuration of policy and PRM."
+            f"The PRM's adapter trains {trainable!r} of the base model, which is the reference too and would move along. Use "
+            "bias='none'."
         )
 
 
-def _is_fresh(model: PeftModel) -> bool:
-    """Whether the adapter still is the identity, as right after `get_peft_model`."""
-    last_factors = [p for name, p in model.named_parameters() if "lora_B" in name]
-    return bool(last_factors) and not any(p.any() for p in last_factors)
+def no_virtual_tokens(config: PeftConfig) -> str:
+    """Why prompt and prefix tuning are no adapters of a PRM."""
+    return (
+        f"The PRM's adapter is a {type(config).__name__}, whose virtual tokens make it differ from its reference before it has "
+        "learnt anything. Use an adapter of the weights, such as LoraConfig."
+    )
+
+
+def with_adapter(model: PreTrainedModel, config: PeftConfig, **kwargs: Any) -> PeftModel:
+    """
+    Put a new adapter on a base model whose weights others use too.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        config ([`~peft.PeftConfig`]): The adapter.
+        **kwargs: Of `get_peft_model`.
+
+    Returns:
+        [`~peft.PeftModel`]
+
+    Raises:
+        ValueError: The adapter is one of virtual tokens, or has rewritten the base, which is of no use any more then.
+    """
+    if config.is_prompt_learning:
+        raise ValueError(no_virtual_tokens(config))
+    weights, before = list(model.parameters()), fingerprints(model)
+    shared = share_parameters(model)
+    adapted = get_peft_model(model.requires_grad_(False), config, **kwargs)
+    kept, after = {id(p) for p in adapted.parameters()}, fingerprints(shared)
+    changed = [name for name in before if before[name] != after[name]]
+    if changed or not all(id(p) in kept for p in weights):
+        raise ValueError(
+            f"The PRM's adapter with init_lora_weights={getattr(config, 'init_lora_weights', None)!r} rewrites weights of the base "
+            f"model ({', '.join(changed[:1]) or 'by others'}), which is the reference too, and the policy's base where that has an "
+            "adapter. Use an initialisation that leaves the base alone: init_lora_weights=True, 'gaussian' or 'orthogonal'."
+        )
+    return adapted
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -194,14 +201,30 @@ class ImplicitPRM:
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError("prm_model is a PeftModel already: leave prm_peft_config out, or pass the bare base.")
-            reference = _bare_base(model) if frozen_reference else None
+            if model.active_peft_config.is_prompt_learning:
+                raise ValueError(no_virtual_tokens(model.active_peft_config))
+            if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
+                raise ValueError(
+                    "prm_model is a PeftModel that trains biases of its base model, so that the base is not what it was and no "
+                    "reference. Use bias='none'."
+                )
+            if any(map(rewrites_base, model.peft_config.values())):
+                raise ValueError(
+                    f"prm_model is a PeftModel with init_lora_weights={model.active_peft_config.init_lora_weights!r}, which has "
+                    "rewritten its base model, so that the base is not what it was and no reference. Merge the adapter "
+                    "(merge_and_unload) and pass the result."
+                )
+            reference = bare_base(model) if frozen_reference else None
         elif peft_config is not None:
             base = share_parameters(model.requires_grad_(False))
             reference = base if frozen_reference else None
-            model = get_peft_model(model, peft_config)
+            model = with_adapter(model, peft_config)
             _check_frozen(base)
         else:
-            reference = copy.deepcopy(model).requires_grad_(False) if frozen_reference else None
+            quantized = next((name for name, p in model.named_parameters() if not p.is_floating_point()), None)
+            if quantized is not None:
+                raise ValueError(QUANTIZED)
+            reference = copied(model).requires_grad_(False) if frozen_reference else None
             model.requires_grad_(True)
         return cls(model, reference, tokenizer, **kwargs)
 
@@ -219,7 +242,8 @@ class ImplicitPRM:
         Start PRM and reference from the policy as it is now, as the paper does; the policy stays untouched.
 
         A policy with a fresh LoRA adapter shares its frozen base: with the reference always, and with the PRM too if that
-        is LoRA. An adapter that was trained before is merged into a copy first, because it is part of the start model.
+        is LoRA. An adapter that was trained before is merged into a copy first, because it is part of the start model. Virtual
+        tokens of prompt or prefix tuning cannot be merged: PRM and reference then start from the base.
 
         Args:
             policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The policy.
@@ -229,14 +253,15 @@ class ImplicitPRM:
             [`ImplicitPRM`]
         """
         shared_base = None
-        if isinstance(policy, PeftModel) and _is_fresh(policy):
-            shared_base = _bare_base(policy)
+        if isinstance(policy, PeftModel) and is_fresh(policy):
+            shared_base = bare_base(policy)
         if shared_base is not None and peft_config is not None:
             return cls.from_model(
                 shared_base, tokenizer, peft_config=peft_config, frozen_reference=frozen_reference, **kwargs
             )
-        start = copy.deepcopy(policy if shared_base is None else shared_base)
-        start = _with_own_forward(start)
+        if peft_config is None and not all(p.is_floating_point() for p in policy.parameters()):
+            raise ValueError(QUANTIZED)
+        start = copied(policy if shared_base is None else shared_base)
         if isinstance(start, PeftModel):
             start = start.merge_and_unload()
         if shared_base is None or not frozen_reference:
@@ -579,6 +604,14 @@ def downloaded_prm(path_or_repo: str) -> str | None:
         return str(_local_folder(path_or_repo)[0]) if _has(path_or_repo, CONFIG_NAME) else None
     except OSError:
         return None  # who loads it as a model says why that fails
+
+
+def is_adapter(path_or_repo: str) -> bool:
+    """Whether this is an adapter without its base model."""
+    try:
+        return _has(path_or_repo, "adapter_config.json") and not _has(path_or_repo, "config.json")
+    except OSError:
+        return False  # who loads it as a model says why that fails
 
 
 def _has(path_or_repo: str | os.PathLike, filename: str, **hub: Any) -> bool:

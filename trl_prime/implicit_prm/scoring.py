@@ -225,9 +225,18 @@ def check_scoring(model: nn.Module) -> None:
         )
 
 
+class Float32Head(nn.Linear):
+    """A language-model head that computes in float32 whatever its own dtype and the autocast."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
+
+
 def can_fuse_lm_head(model: nn.Module) -> bool:
     """Whether [`fuse_lm_head`] would work: with TRL from 1.15, and no adapter on the head, which it goes past."""
-    return add_fused_lm_head is not None and type(unwrapped(model).get_output_embeddings()) is nn.Linear
+    return add_fused_lm_head is not None and type(unwrapped(model).get_output_embeddings()) in (nn.Linear, Float32Head)
 
 
 def fuse_lm_head(model: nn.Module) -> None:
@@ -239,7 +248,8 @@ def fuse_lm_head(model: nn.Module) -> None:
         model (`nn.Module`): Causal LM or PeftModel. Its forward stays as it was for all other callers.
     """
     base = unwrapped(model)
-    add_fused_lm_head(base, temperature=1.0)
+    in_float32 = isinstance(base.get_output_embeddings(), Float32Head)
+    add_fused_lm_head(base, temperature=1.0, cast_lm_head_to_fp32=in_float32)
     setattr(base, FUSED_LM_HEAD, True)
 
 
