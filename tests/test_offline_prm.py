@@ -158,7 +158,7 @@ def test_published_layouts_of_labelled_completions(tmp_path):
     assert adapt_outcomes(lists, "labelled")["label"][:] == [1.0, 0.0]
     named = Dataset.from_list([{"q": "1+1", "a": "2", "ok": None}])
     adapted = adapt_outcomes(named, "labelled(prompt='q', completion='a', label='ok')")
-    assert adapted[0]["prompt"][0]["content"] == "1+1" and adapted[0]["label"] is None
+    assert adapted[0]["prompt"] == "1+1" and adapted[0]["completion"] == "2" and adapted[0]["label"] is None
     with pytest.raises(ValueError, match="Row 0 .*no column 'prompt' or 'question'"):
         adapt_outcomes(named, "labelled")
     with pytest.raises(ValueError, match="'labelled'"):

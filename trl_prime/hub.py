@@ -88,7 +88,9 @@ def settings_table(args: TrainingArguments, names: Sequence[str] = SETTINGS) -> 
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
-def prm_snippet(repo_id: str, revision: str | None = None, needs_reference: bool = False) -> str:
+def prm_snippet(
+    repo_id: str, revision: str | None = None, needs_reference: bool = False, messages: bool | None = None
+) -> str:
     """
     Python code that loads a PRM and scores a completion with it.
 
@@ -96,10 +98,13 @@ def prm_snippet(repo_id: str, revision: str | None = None, needs_reference: bool
         repo_id (`str`): Repo of the PRM, or of the policy that it lies in.
         revision (`str`, *optional*): Branch that it was pushed to.
         needs_reference (`bool`): Whether the PRM does not know its reference, which the reader then has to name.
+        messages (`bool`, *optional*): Whether it was trained on prompts that are messages.
 
     Returns:
         `str`: A fenced code block.
     """
+    question = '"What is 7 * 8?"'
+    prompt = f'[{{"role": "user", "content": {question}}}]' if messages else question
     arguments = f'"{repo_id}"{_revision_argument(revision)}'
     if needs_reference:
         arguments += ', reference="the model that it started from"'
@@ -108,8 +113,8 @@ def prm_snippet(repo_id: str, revision: str | None = None, needs_reference: bool
         from trl_prime import ImplicitPRM
 
         prm = ImplicitPRM.from_pretrained({arguments})
-        # Prompts and completions are text, or messages for the chat template
-        (scored,) = prm.score(["What is 7 * 8?"], ["7 * 8 = 56\\nThe answer is 56."])
+        # Prompts as in training: {"messages" if messages else "text"}
+        (scored,) = prm.score([{prompt}], ["7 * 8 = 56\\nThe answer is 56."])
         for step, reward in zip(scored.steps, scored.step_rewards.tolist()):
             print(f"{{reward:+.3f}} {{step!r}}")
         print(f"chance of a right outcome: {{scored.probability:.1%}}")
@@ -155,6 +160,7 @@ def policy_section(
     revision: str | None = None,
     bare_base: bool = False,
     prm_needs_reference: bool = False,
+    messages: bool | None = None,
 ) -> str:
     """
     What PRIME adds to the card that TRL writes for a policy.
@@ -166,6 +172,7 @@ def policy_section(
         revision (`str`, *optional*): Branch that both are pushed to.
         bare_base (`bool`): Whether the policy is an adapter whose base model is not on the Hub.
         prm_needs_reference (`bool`): Whether the PRM does not know its reference.
+        messages (`bool`, *optional*): Whether prompts are messages.
 
     Returns:
         `str`: Markdown, between two comments by which [`with_section`] finds it again.
@@ -184,7 +191,7 @@ def policy_section(
             "### Use the policy",
             policy_snippet(repo_id, revision, bare_base),
             "### Use the implicit PRM",
-            prm_snippet(prm_repo_id or repo_id, revision, prm_needs_reference),
+            prm_snippet(prm_repo_id or repo_id, revision, prm_needs_reference, messages),
             "Rewards are log-odds: `beta * log(pi_prm / pi_reference)` per token, summed over a step or a completion.",
             SECTION_END,
         ]
@@ -217,6 +224,7 @@ def prm_card(
     is_adapter: bool,
     reference: str | None,
     reference_revision: str | None = None,
+    messages: bool | None = None,
     policy: str | None = None,
     trained: str | None = None,
     settings: str | None = None,
@@ -232,6 +240,7 @@ def prm_card(
         is_adapter (`bool`): Whether it is an adapter of its reference.
         reference (`str`, *optional*): Hub id of its reference, `"reference"` if that lies in the repo, `None` if unknown.
         reference_revision (`str`, *optional*): Commit of the reference.
+        messages (`bool`, *optional*): Whether it was trained on prompts that are messages.
         policy (`str`, *optional*): Repo of the policy that it was trained with.
         trained (`str`, *optional*): A sentence on how it was trained, if not by PRIME.
         settings (`str`, *optional*): Table of the run's settings.
@@ -269,7 +278,7 @@ def prm_card(
         f"- The PRM is {'an adapter of its reference' if is_adapter else 'a full model'}.\n"
         f"- The reference is {of_reference}.",
         "## Use",
-        prm_snippet(repo_id, revision, reference is None),
+        prm_snippet(repo_id, revision, reference is None, messages),
     ]
     if settings:
         parts += ["## Training", settings]

@@ -8,6 +8,7 @@ pair. n = examples of a batch, P = prompt tokens, T = completion tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -40,8 +41,18 @@ from .implicit_prm.losses import (
     pairwise_accuracy,
     prm_row_losses,
 )
-from .implicit_prm.model import CONFIG_NAME, ImplicitPRM, downloaded_prm, saved_prm_card, saved_weights, with_adapter
-from .implicit_prm.scoring import completion_logps, tokenize
+from .implicit_prm.model import (
+    CONFIG_NAME,
+    ImplicitPRM,
+    downloaded_prm,
+    end_token_ids,
+    saved_prm_card,
+    saved_text_format,
+    saved_weights,
+    with_adapter,
+)
+from .implicit_prm.scoring import completion_logps
+from .implicit_prm.text import TextFormat, tokenize
 from .offline_prm_config import OfflinePRMConfig
 from .process_exit import let_threads_finish_at_exit
 
@@ -110,7 +121,8 @@ class OfflinePRMTrainer(Trainer):
         elif processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
         # Before the model is loaded, so that malformed data is told at once
-        prepare = functools.partial(_prepare_dataset, args=args, tokenizer=processing_class)
+        text_format = _text_format(model, processing_class, train_dataset)
+        prepare = functools.partial(_prepare_dataset, args=args, tokenizer=processing_class, text_format=text_format)
         train_dataset = None if train_dataset is None else prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
@@ -118,6 +130,7 @@ class OfflinePRMTrainer(Trainer):
             eval_dataset = prepare(eval_dataset, "eval")
 
         self.implicit_prm = prm = _build_prm(model, args, processing_class, peft_config)
+        prm.text_format = text_format
         if args.disable_dropout:
             disable_dropout_in_model(prm.model)
         prm.reference.eval()
@@ -354,10 +367,11 @@ def _build_prm(
         # An adapter starts alike on all processes, and as `seed` says
         torch.manual_seed(args.seed)
         if saved:
-            prm = ImplicitPRM.from_pretrained(model, trainable=True, **settings)
-        elif isinstance(model, ImplicitPRM):
+            kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
+            model = ImplicitPRM.from_pretrained(model, trainable=True, **kwargs)
+        if isinstance(model, ImplicitPRM):
             prm = model
-            prm.beta, prm.step_delimiter, prm.micro_batch_size = settings.values()
+            prm.use_settings(**settings)
         elif isinstance(model, str) and zero3:
             # Sharded while they are loaded, which neither shares nor copies
             start, reference = (_load(model, args) for _ in range(2))
@@ -391,6 +405,18 @@ def _build_prm(
     return prm
 
 
+def _text_format(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Dataset | None) -> TextFormat:
+    """How the data is written: as a PRM has learnt it, else as the model's chat template and generation have it."""
+    text_format = model.text_format if isinstance(model, ImplicitPRM) else None
+    if isinstance(model, str):
+        text_format = saved_text_format(model)
+    if text_format is None:
+        text_format = TextFormat.of(tokenizer, end_token_ids(model))
+    if isinstance(dataset, Dataset) and len(dataset) and "prompt" in dataset.column_names:
+        text_format = dataclasses.replace(text_format, messages=not isinstance(dataset[0]["prompt"], str))
+    return text_format
+
+
 def _load(name: str, args: OfflinePRMConfig) -> PreTrainedModel:
     return create_model_from_path(name, **{"device_map": None, **(args.model_init_kwargs or {})})
 
@@ -400,7 +426,11 @@ def _load(name: str, args: OfflinePRMConfig) -> PreTrainedModel:
 
 
 def _prepare_dataset(
-    dataset: Dataset, name: str, args: OfflinePRMConfig, tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset,
+    name: str,
+    args: OfflinePRMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    text_format: TextFormat,
 ) -> Dataset:
     """
     Examples as token ids: `prompt_ids`, `completion_ids` (a list of C), `labels` (of each) and `group`.
@@ -420,6 +450,7 @@ def _prepare_dataset(
         encode = functools.partial(
             _encode,
             tokenizer=tokenizer,
+            text_format=text_format,
             max_length=args.max_length if args.overlong == "truncate" else None,
             version=__version__,
         )
@@ -451,7 +482,12 @@ def _prepare_dataset(
 
 
 def _encode(
-    row: dict[str, Any], i: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None, version: str
+    row: dict[str, Any],
+    i: int,
+    tokenizer: PreTrainedTokenizerBase,
+    text_format: TextFormat,
+    max_length: int | None,
+    version: str,
 ) -> dict[str, Any]:
     labels = [1.0, 0.0]
     completions = [row.get("chosen"), row.get("rejected")]
@@ -463,7 +499,10 @@ def _encode(
     if row["prompt"] is None or None in completions:
         raise ValueError(f"Row {i} has no prompt or no completion: leave such rows out.")
     try:
-        encoded = [tokenize(tokenizer, row["prompt"], completion) for completion in completions]
+        encoded = [
+            tokenize(tokenizer, row["prompt"], completion, text_format, bool(row.get("truncated")))
+            for completion in completions
+        ]
     except ValueError as error:
         raise ValueError(f"Row {i} cannot be tokenized: {error}") from error
     prompt_ids = encoded[0][0]

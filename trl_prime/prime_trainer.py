@@ -32,7 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import logging
+from transformers.utils import get_json_schema, logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, nanstd
 
@@ -78,6 +78,7 @@ from .implicit_prm.scoring import (
     num_chunks,
     rope_boundary,
 )
+from .implicit_prm.text import TextFormat
 from .implicit_prm.updater import PRMBatch, PRMUpdater
 from .names import nearest
 from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
@@ -112,6 +113,8 @@ _REWARD_KWARGS = {
     "environments",
     "self",
 }
+# What TRL adds to rollouts with images, beside keys that begin with pixel_ or image_
+_VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
 # The PRM's running pairwise accuracy: how much of the past is kept with each batch, and as how many even pairs it starts
 _TRUST_DECAY = 0.9
 _TRUST_PRIOR_PAIRS = 16
@@ -211,6 +214,7 @@ class PRIMETrainer(GRPOTrainer):
             self.rollout_func = checked_rollout_func(self.rollout_func)
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_implicit_prm(prm_model, prm_peft_config, grpo["model"])
+        self.implicit_prm.text_format = self._text_format()
         start = grpo["model"] if prm_model is None else prm_model
         if isinstance(start, str) and not os.path.isfile(os.path.join(start, CONFIG_NAME)):
             self.implicit_prm.reference_name = start
@@ -265,11 +269,12 @@ class PRIMETrainer(GRPOTrainer):
             build = {"peft_config": peft_config, "frozen_reference": frozen_reference, **settings}
             if isinstance(prm_model, str) and os.path.isfile(os.path.join(prm_model, CONFIG_NAME)):
                 # An earlier run's PRM: as a plain model it would become its own reference and forget what it learnt
-                prm_model = ImplicitPRM.from_pretrained(prm_model, trainable=True)
+                prm_model = ImplicitPRM.from_pretrained(
+                    prm_model, trainable=True, **{"dtype": "float32", "device_map": None, **self._prm_init_kwargs()}
+                )
             if isinstance(prm_model, ImplicitPRM):
                 prm = prm_model
-                prm.beta, prm.step_delimiter = args.prm_beta, args.process_reward_step_delimiter
-                prm.micro_batch_size = args.prm_micro_batch_size
+                prm.use_settings(**settings)
                 prm.reference = prm.reference if frozen_reference else None
                 if isinstance(prm.model, PeftModel):
                     prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
@@ -315,6 +320,19 @@ class PRIMETrainer(GRPOTrainer):
         check_apart(policy, prm.model, prm.reference)
         return prm
 
+    def _text_format(self) -> TextFormat:
+        """How TRL writes prompts and ends completions; whether they are messages is seen with the first of them."""
+        kwargs = dict(self.chat_template_kwargs)
+        is_processor = isinstance(self.processing_class, ProcessorMixin)
+        template = self.processing_class.chat_template if is_processor else self.chat_template
+        if template is not None:
+            kwargs["chat_template"] = template
+        if self.tools:
+            kwargs["tools"] = [get_json_schema(tool) for tool in self.tools]
+        # Before 1.16, TRL ends completions at the tokenizer's end token only
+        ends = getattr(self, "eos_token_ids", [])
+        return TextFormat.of(self._tokenizer, ends, chat_template_kwargs=kwargs, content_blocks=is_processor)
+
     def _fuse_lm_heads(self) -> None:
         prm, wanted = self.implicit_prm, self.args.prm_fused_lm_head
         models = [model for model in (prm.model, prm.reference) if model is not None]
@@ -329,13 +347,16 @@ class PRIMETrainer(GRPOTrainer):
             for model in models:
                 fuse_lm_head(model)
 
-    def _load_prm(self, name: str) -> PreTrainedModel:
+    def _prm_init_kwargs(self) -> dict[str, Any]:
         args = self.args
         kwargs = dict(args.prm_model_init_kwargs or args.model_init_kwargs or {})
         if args.distributed_state.distributed_type != DistributedType.NO:
             kwargs["device_map"] = None
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        return create_model_from_path(name, **kwargs)
+        return kwargs
+
+    def _load_prm(self, name: str) -> PreTrainedModel:
+        return create_model_from_path(name, **self._prm_init_kwargs())
 
     # --- Oversampling: more prompts in a generation batch, so that enough of them pass the filter ---
 
@@ -449,7 +470,9 @@ class PRIMETrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self._place_prm()
+        self.implicit_prm.text_format.messages = not isinstance(inputs[0]["prompt"], str)
         output = super()._generate_and_score_completions(inputs)
+        _check_text_only(output)
         rewards_per_func = self._rewards_per_func
         outcomes, labels = self._outcomes_and_labels(rewards_per_func)
         mode = "train" if self.model.training else "eval"
@@ -1041,6 +1064,7 @@ class PRIMETrainer(GRPOTrainer):
             revision=self.args.hub_revision,
             bare_base=isinstance(policy, PeftModel) and ModelCard.load(path).data.base_model is None,
             prm_needs_reference=prm.reference is None and prm.reference_name is None,
+            messages=prm.text_format.messages,
         )
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
@@ -1166,10 +1190,6 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
             "prm_reference='policy' does not go with DeepSpeed ZeRO-3, which cannot mix the policy's own forward pass with the "
             "fused one that TRL trains by. Use prm_reference='frozen', ZeRO-2 or FSDP2."
         )
-    if isinstance(grpo.get("processing_class"), ProcessorMixin):
-        raise NotImplementedError(
-            "PRIMETrainer scores text only so far: pass a tokenizer, not a multimodal processor."
-        )
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise NotImplementedError(
             "use_liger_kernel=True makes this version of TRL compute the policy's loss by Liger, which takes one advantage for "
@@ -1192,6 +1212,8 @@ def _check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config:
         )
 
     policy, tokenizer = grpo["model"], grpo.get("processing_class")
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
     if prm_model is not None and not isinstance(prm_model, str) and prm_model is policy:
         raise ValueError(
             "prm_model is the policy itself, but they are trained apart. Leave prm_model out: the PRM then starts as a copy."
@@ -1297,6 +1319,21 @@ def _columns(dataset: Dataset | IterableDataset) -> set[str] | None:
         first = next(iter(itertools.islice(dataset, 1)), None)
         names = first and list(first)
     return set(names) if names else None
+
+
+def _check_text_only(output: dict[str, Any]) -> None:
+    """Refuse rollouts with pictures: the policy would see them, and PRM and reference would not."""
+    found = [
+        key
+        for key, value in output.items()
+        if value is not None and (key in _VISION_KEYS or key.startswith(("pixel_", "image_")))
+    ]
+    if found:
+        raise NotImplementedError(
+            f"The rollouts hold images ({', '.join(sorted(found))}), which the policy sees, but the implicit PRM and its "
+            "reference score text only so far. Take the images out of the data set: columns 'image' and 'images', and "
+            "blocks of type 'image' in the prompts. A multimodal model can be trained on text."
+        )
 
 
 def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:

@@ -20,6 +20,8 @@ from .work import work
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..implicit_prm.text import TextFormat
+
 WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
 # How many of the bad rows are named
 _NAMED = 10
@@ -40,7 +42,7 @@ class DataArguments:
         system_prompt (`str`, *optional*): System prompt of every row.
         prompt_suffix (`str`, *optional*): Appended to every prompt.
         max_rows (`int`, *optional*): Use only the first rows.
-        tokenizer (`str`, *optional*): Model whose chat template and tokens are meant.
+        tokenizer (`str`, *optional*): Model, or folder of a run, whose chat template and tokens are meant.
         show (`int`, *optional*): Print this many rows.
         check (`bool`): Check all rows; the exit code is 2 if one is not as it has to be.
         max_prompt_length (`int`, *optional*): Prompts with more tokens count as too long.
@@ -57,7 +59,8 @@ class DataArguments:
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Model whose chat template is shown and whose tokens are counted."}
+        default=None,
+        metadata={"help": "Model, or folder of a run, whose chat template is shown and whose tokens are counted."},
     )
     show: int | None = field(default=None, metadata={"help": "Print this many rows; 3 if nothing else is asked for."})
     check: bool = field(
@@ -96,8 +99,11 @@ def run(argv: list[str]) -> int:
     from transformers import AutoTokenizer
 
     from ..data.adapters import MALFORMED, load_prime_dataset
+    from ..implicit_prm.model import saved_text_format
+    from ..implicit_prm.text import TextFormat
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
+    text_format = (saved_text_format(arguments.tokenizer) if arguments.tokenizer else None) or TextFormat()
     dataset = load_prime_dataset(
         arguments.dataset_name,
         arguments.dataset_format,
@@ -118,23 +124,24 @@ def run(argv: list[str]) -> int:
 
     with work():
         if arguments.show:
-            show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer)
+            show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer, text_format)
         is_sound = True
         if arguments.check:
-            is_sound = check_rows(dataset, numbers, malformed, tokenizer, arguments.max_prompt_length)
+            is_sound = check_rows(dataset, numbers, malformed, tokenizer, arguments.max_prompt_length, text_format)
         if arguments.output is not None:
             getattr(dataset, WRITERS[Path(arguments.output).suffix])(arguments.output)
             print(f"{len(dataset)} rows in {arguments.output}; {len(malformed)} malformed ones are left out.")
     return 0 if is_sound else 2
 
 
-def show_rows(dataset: Dataset, tokenizer: Any = None) -> None:
+def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat | None = None) -> None:
     """
     Print rows.
 
     Args:
         dataset (`Dataset`): Adapted rows.
         tokenizer (*optional*): Its chat template writes the messages.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How a run has rendered them.
     """
     from rich.console import Console
     from rich.panel import Panel
@@ -145,7 +152,7 @@ def show_rows(dataset: Dataset, tokenizer: Any = None) -> None:
         text = Text()
         for name, value in row.items():
             if name in ("prompt", "messages"):
-                text.append(f"{_written(value, tokenizer, add_generation_prompt=name == 'prompt')}\n")
+                text.append(f"{_written(value, tokenizer, text_format, name == 'prompt')}\n")
             elif value is not None:
                 text.append(f"\n{name}: ", style="bold").append(_shortened(str(value)))
         console.print(Panel(text, title=f"row {i}", title_align="left"))
@@ -157,6 +164,7 @@ def check_rows(
     malformed: dict[int, str],
     tokenizer: Any = None,
     max_prompt_length: int | None = None,
+    text_format: TextFormat | None = None,
 ) -> bool:
     """
     Check rows and print what was found.
@@ -167,6 +175,7 @@ def check_rows(
         malformed (`dict[int, str]`): Of other rows the reason.
         tokenizer (*optional*): Counts the tokens of the prompts.
         max_prompt_length (`int`, *optional*): Longer prompts are too long.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How a run has rendered the prompts.
 
     Returns:
         `bool`: whether everything is as it has to be.
@@ -178,7 +187,10 @@ def check_rows(
         print(f"  {ability}: {count}")
     too_long: list[str] = []
     if tokenizer is not None and "prompt" in dataset.column_names and len(dataset):
-        lengths = [len(prompt_ids(prompt, tokenizer)) for prompt in _tracked(dataset["prompt"], "tokens")]
+        from ..implicit_prm.text import TextFormat
+
+        form = text_format or TextFormat()
+        lengths = [len(prompt_ids(prompt, tokenizer, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
         ordered = sorted(lengths)
         median, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.95))
         print(f"prompts of {ordered[0]} to {ordered[-1]} tokens, median {median}, 95 % up to {high}")
@@ -247,11 +259,14 @@ def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int
     reward.close()
 
 
-def _written(messages: Any, tokenizer: Any, add_generation_prompt: bool) -> str:
+def _written(messages: Any, tokenizer: Any, text_format: Any, add_generation_prompt: bool) -> str:
     if isinstance(messages, str):
         return messages
     if tokenizer is not None:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        from ..implicit_prm.text import TextFormat
+
+        form = text_format or TextFormat()
+        return form.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     return "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
 
 

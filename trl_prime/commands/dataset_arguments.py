@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import ScriptArguments
+
+if TYPE_CHECKING:
+    from ..implicit_prm.text import TextFormat
 
 FORMAT_HELP = (
     "How the rows of dataset_name (Hub, local file or folder) are adapted: eurus2_rl, eurus2_sft, gsm8k, math, math500, "
@@ -54,7 +57,13 @@ class DatasetArguments(ScriptArguments):
     )
 
 
-def load_split(arguments: DatasetArguments, split: str, tokenizer_name: str, messages: str = "prompt") -> Any:
+def load_split(
+    arguments: DatasetArguments,
+    split: str,
+    tokenizer_name: str,
+    messages: str = "prompt",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Any:
     """
     A split of the recipe's data set, in the form that the trainer reads.
 
@@ -63,6 +72,7 @@ def load_split(arguments: DatasetArguments, split: str, tokenizer_name: str, mes
         split (`str`): Its name.
         tokenizer_name (`str`): Model whose tokens `max_prompt_length` counts.
         messages (`str`): `"prompt"`, or `"messages"` for finished conversations.
+        chat_template_kwargs (`dict`, *optional*): What the run renders prompts with.
 
     Returns:
         `Dataset` or `IterableDataset`: the rows.
@@ -95,8 +105,11 @@ def load_split(arguments: DatasetArguments, split: str, tokenizer_name: str, mes
     if arguments.max_prompt_length is not None:
         from transformers import AutoTokenizer
 
+        from ..implicit_prm.text import TextFormat
+
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        limits = {"tokenizer": tokenizer, "max_length": arguments.max_prompt_length}
+        text_format = TextFormat(chat_template_kwargs=chat_template_kwargs or {})
+        limits = {"tokenizer": tokenizer, "text_format": text_format, "max_length": arguments.max_prompt_length}
         dataset = dataset.filter(_is_short, fn_kwargs=limits)
     if hasattr(dataset, "num_rows") and not dataset.num_rows:
         raise ValueError(
@@ -106,18 +119,17 @@ def load_split(arguments: DatasetArguments, split: str, tokenizer_name: str, mes
     return dataset
 
 
-def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
-    """The tokens of a prompt, of messages by the chat template with the beginning of the answer."""
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any, text_format: TextFormat) -> list[int]:
+    """The tokens of a prompt, of messages as the format renders them, with the beginning of the answer."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False).input_ids
 
 
 def _has_ability(row: dict[str, Any], ability: str) -> bool:
     return row.get("ability") == ability
 
 
-def _is_short(row: dict[str, Any], tokenizer: Any, max_length: int) -> bool:
-    return len(prompt_ids(row["prompt"], tokenizer)) <= max_length
+def _is_short(row: dict[str, Any], tokenizer: Any, text_format: TextFormat, max_length: int) -> bool:
+    return len(prompt_ids(row["prompt"], tokenizer, text_format)) <= max_length

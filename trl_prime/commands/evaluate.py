@@ -226,8 +226,10 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
     from ..evaluation.run import SampleTable, sample_problems, score_samples, summarize_best_of_n, summarize_samples
     from ..evaluation.sampling import load_tokenizer
     from ..evaluation.tables import print_best_of_n, print_samples
+    from ..implicit_prm.model import saved_text_format
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    text_format = saved_text_format(args.model_name_or_path, revision=args.model_revision)
     if args.plain_prompts:
         dataset = dataset.map(_as_text)
     elif tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
@@ -241,12 +243,14 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in names}
     settings["model_version"] = model_version(args.model_name_or_path, args.model_revision)
     settings["problems"] = digest(dataset[:])
+    if text_format is not None and text_format.chat_template_kwargs:
+        settings["chat_template_kwargs"] = text_format.chat_template_kwargs
     output_dir = _output_dir(args)
     written = ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite)
     with work():
         rows = sample_problems(
             dataset,
-            lambda: _load_sampler(args, tokenizer),
+            lambda: _load_sampler(args, tokenizer, text_format),
             reward_func,
             written,
             num_samples=args.num_samples,
@@ -352,7 +356,7 @@ def _load_verifier(spec: str, dataset: Any) -> Callable:
         raise ValueError(str(error)) from error
 
 
-def _load_sampler(args: EvalArguments, tokenizer: Any) -> Any:
+def _load_sampler(args: EvalArguments, tokenizer: Any, text_format: Any) -> Any:
     from ..evaluation.sampling import SamplingSettings, TransformersSampler, VLLMSampler, load_policy
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
@@ -361,6 +365,7 @@ def _load_sampler(args: EvalArguments, tokenizer: Any) -> Any:
             args.model_name_or_path,
             tokenizer,
             settings,
+            text_format,
             revision=args.model_revision,
             dtype=args.dtype,
             tensor_parallel_size=args.vllm_tensor_parallel_size,
@@ -374,7 +379,7 @@ def _load_sampler(args: EvalArguments, tokenizer: Any) -> Any:
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
     )
-    return TransformersSampler(model, tokenizer, settings)
+    return TransformersSampler(model, tokenizer, settings, text_format)
 
 
 def _load_prm(args: EvalArguments) -> Any:

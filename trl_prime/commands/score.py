@@ -29,8 +29,8 @@ class ScoreArguments:
     Parameters:
         prm_name_or_path (`str`): Folder or Hub id of the PRM, or of a run whose `prm/` holds it.
         input (`str`, *optional*): JSONL file. A row has a `prompt` (text or messages), a `completion` or a list of
-            `completions` (text, or one assistant message), and may have an `outcome`, `label` or `reward` (a list next to
-            `completions`).
+            `completions` (text, or one assistant message), and may have an `outcome`, `label` or `reward`, and `truncated`,
+            whether the completion was cut off (lists next to `completions`).
         prompt (`str`, *optional*): A prompt in the place of a file.
         completion (`list[str]`, *optional*): Its completions.
         html (`str`, *optional*): Page to write.
@@ -49,7 +49,7 @@ class ScoreArguments:
         default=None,
         metadata={
             "help": "JSONL file: rows with a prompt (text or messages), a completion or a list of completions (text, or one "
-            "assistant message), and, if known, an outcome, label or reward (a list next to completions)."
+            "assistant message), and, if known, an outcome, label or reward, and truncated (lists next to completions)."
         },
     )
     prompt: str | None = field(default=None, metadata={"help": "A prompt in the place of a file."})
@@ -169,12 +169,16 @@ def _row_completions(row: Any, where: str) -> list[Completion]:
         outcomes = [outcomes] * max(len(completions), 1) if isinstance(completions, list) else None
     if not isinstance(completions, list) or not isinstance(outcomes, list) or len(outcomes) != len(completions):
         raise ValueError(f"{where} must have `completions` that are a list, and as many outcomes if there are any.")
+    truncated = row.get("truncated", False)
+    truncated = truncated if isinstance(truncated, list) else [truncated] * len(completions)
+    if len(truncated) != len(completions) or not all(isinstance(value, bool) for value in truncated):
+        raise ValueError(f"{where} must have `truncated` that is true or false, or as many of these as completions.")
     for completion in completions:
         if not can_be_scored(completion):
             raise ValueError(f"{where} has a completion that is neither text nor one assistant message.")
     return [
-        Completion(prompt, completion, _number(outcome, where))
-        for completion, outcome in zip(completions, outcomes, strict=True)
+        Completion(prompt, completion, _number(outcome, where), truncated=cut)
+        for completion, outcome, cut in zip(completions, outcomes, truncated, strict=True)
     ]
 
 

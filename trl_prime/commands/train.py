@@ -197,10 +197,14 @@ def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> t
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
         with args.main_process_first(desc="loading the data set"):
-            train_dataset = load_split(script_args, script_args.dataset_train_split, model)
+            train_dataset = load_split(
+                script_args, script_args.dataset_train_split, model, chat_template_kwargs=args.chat_template_kwargs
+            )
             eval_dataset = None
             if args.eval_strategy != "no":
-                eval_dataset = load_split(script_args, script_args.dataset_test_split, model)
+                eval_dataset = load_split(
+                    script_args, script_args.dataset_test_split, model, chat_template_kwargs=args.chat_template_kwargs
+                )
     else:
         raise ValueError("Give either `task`, or `model_name_or_path` and `dataset_name`.")
     reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]

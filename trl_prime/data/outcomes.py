@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from trl import extract_prompt, unpair_preference_dataset
 
 from ..prime_config import nearest
@@ -27,8 +27,6 @@ from .adapters import adapt_dataset, read_rows
 from .formats import MalformedRow
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
-_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-LABELLED_FEATURES = Features({"prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("float64")})
 
 
 def load_outcome_dataset(
@@ -71,14 +69,15 @@ def load_outcome_dataset(
 
 def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
     """
-    Bring labelled completions of another layout into the form `prompt`, `completion`, `label`, both of them messages.
+    Bring labelled completions of another layout into the form `prompt`, `completion`, `label`. Text stays text,
+    which the PRM reads without the chat template, and messages stay messages.
 
     Args:
         dataset ([`~datasets.Dataset`]): The rows.
         format (`str`): as in [`load_outcome_dataset`].
 
     Returns:
-        [`~datasets.Dataset`]: with the columns of `LABELLED_FEATURES`; one row can become several, or none.
+        [`~datasets.Dataset`]: with the columns `prompt`, `completion` and `label`; one row can become several, or none.
 
     Raises:
         ValueError: see [`load_outcome_dataset`].
@@ -95,29 +94,24 @@ def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
     from .. import __version__
 
     adapt_batch = functools.partial(_adapt_batch, format=format, options=options or {}, version=__version__)
-    return dataset.map(
-        adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, features=LABELLED_FEATURES
-    )
+    adapted = dataset.map(adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
+    return adapted.cast_column("label", Value("float64"))
 
 
 def _adapt_batch(
     batch: dict[str, list], indices: list[int], format: str, options: dict[str, Any], version: str
 ) -> dict[str, list]:
-    adapted: dict[str, list] = {name: [] for name in LABELLED_FEATURES}
+    adapted: dict[str, list] = {"prompt": [], "completion": [], "label": []}
     for place, i in enumerate(indices):
         try:
             triples = OUTCOME_FORMATS[format]({name: column[place] for name, column in batch.items()}, **options)
         except MalformedRow as error:
             raise ValueError(f"Row {i} is no {format!r} row: {error}.") from error
         for prompt, completion, label in triples:
-            adapted["prompt"].append(_as_messages(prompt, "user"))
-            adapted["completion"].append(_as_messages(completion, "assistant"))
+            adapted["prompt"].append(prompt)
+            adapted["completion"].append(completion)
             adapted["label"].append(None if label is None else float(label))
     return adapted
-
-
-def _as_messages(text: Any, role: str) -> Any:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +161,7 @@ _USUAL_COLUMNS = {
 def gsm8k_solutions(row: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     """
     The example solutions that were published with GSM8K: a `question`, and for each of several models a column with a
-    `solution` and whether it `is_correct`. The calculator's annotations, `<<2*3=6>>`, are taken out.
+    `solution` and whether it `is_correct`. They become messages, and the calculator's annotations, `<<2*3=6>>`, are taken out.
 
     Args:
         row (`dict`): The row.
@@ -183,11 +177,13 @@ def gsm8k_solutions(row: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     ]
     if not isinstance(row.get("question"), str) or not solved:
         raise MalformedRow("it has no question, or no column with a solution and is_correct")
-    return [
-        (row["question"], re.sub(r"<<[^<>]*>>", "", value["solution"]), value["is_correct"])
+    prompt = [{"role": "user", "content": row["question"]}]
+    texts = [
+        (re.sub(r"<<[^<>]*>>", "", value["solution"]), value["is_correct"])
         for value in solved
         if value["solution"] is not None
     ]
+    return [(prompt, [{"role": "assistant", "content": text}], is_correct) for text, is_correct in texts]
 
 
 OUTCOME_FORMATS: dict[str, Callable[..., list[tuple[Any, Any, Any]]]] = {

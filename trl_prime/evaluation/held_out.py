@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..implicit_prm.losses import absolute_accuracy, pairwise_accuracy
+from ..implicit_prm.text import TextFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +74,9 @@ def generate(
     return completions
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> BatchEncoding:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], text_format: TextFormat | None = None
+) -> BatchEncoding:
     """
     Prompts as the policy reads them, padded on the left.
 
@@ -81,6 +84,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's tokenizer.
         prompts (`list[str]` or `list[list[dict]]`): B prompts, all text or all messages. A chat template writes its own
             special tokens.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How the policy's run has rendered messages;
+            by the bare chat template if not given.
 
     Returns:
         [`~transformers.BatchEncoding`]: `input_ids` and `attention_mask`, `(B, P)`.
@@ -88,7 +93,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -
     prompts = list(prompts)
     is_text = isinstance(prompts[0], str)
     if not is_text:
-        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+        text_format = text_format or TextFormat()
+        prompts = [text_format.render(tokenizer, messages, add_generation_prompt=True) for messages in prompts]
     return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=is_text)
 
 

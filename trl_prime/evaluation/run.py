@@ -200,7 +200,8 @@ def score_samples(
     with tqdm(total=len(samples.rows), initial=len(scores.rows), desc="PRM", unit="completion") as bar:
         for batch_rows in batches:
             batch = samples.rows[batch_rows]
-            scored = prm.score([row["prompt"] for row in batch], [row["completion"] for row in batch])
+            columns = ([row[name] for row in batch] for name in ("prompt", "completion", "truncated"))
+            scored = prm.score(*columns)
             scores.append(
                 {
                     "problem": row["problem"],

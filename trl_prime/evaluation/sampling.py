@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -25,6 +24,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from ..implicit_prm.loading import load_adapted_model, load_model
+from ..implicit_prm.text import TextFormat
 from .held_out import encode_prompts
 
 if TYPE_CHECKING:
@@ -105,9 +106,16 @@ class TransformersSampler:
             are dropped, as in training; its end-of-sequence tokens are kept.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SamplingSettings`]): How to sample.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How its run has rendered messages.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        text_format: TextFormat | None = None,
+    ):
         ends = model.generation_config.eos_token_id
         self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         model.generation_config = GenerationConfig(
@@ -119,10 +127,11 @@ class TransformersSampler:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
+        self.text_format = text_format
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
-        encoded = encode_prompts(self.tokenizer, prompts).to(self.model.device)
+        encoded = encode_prompts(self.tokenizer, prompts, self.text_format).to(self.model.device)
         processors = LogitsProcessorList([TemperatureLogitsWarper(self.settings.temperature)])
         if self.settings.top_k:
             processors.append(TopKLogitsWarper(self.settings.top_k))
@@ -148,6 +157,7 @@ class VLLMSampler:
         model_name_or_path (`str`): The policy, or a LoRA adapter of it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SamplingSettings`]): How to sample.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How its run has rendered messages.
         **engine: Arguments of `vllm.LLM`.
     """
 
@@ -156,6 +166,7 @@ class VLLMSampler:
         model_name_or_path: str,
         tokenizer: PreTrainedTokenizerBase,
         settings: SamplingSettings,
+        text_format: TextFormat | None = None,
         *,
         revision: str | None = None,
         **engine: Any,
@@ -167,6 +178,7 @@ class VLLMSampler:
 
         self.tokenizer = tokenizer
         self.settings = settings
+        self.text_format = text_format
         self.lora = None
         adapter = adapter_folder(model_name_or_path, revision)
         if adapter is not None:
@@ -182,7 +194,7 @@ class VLLMSampler:
     def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
         from vllm import SamplingParams
 
-        encoded = encode_prompts(self.tokenizer, prompts)
+        encoded = encode_prompts(self.tokenizer, prompts, self.text_format)
         requests = [
             {"prompt_token_ids": ids[mask.bool()].tolist()}
             for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
@@ -242,11 +254,10 @@ def load_policy(
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"revision": revision, "device_map": device_map, **model_init_kwargs}
-    if adapter_folder(model_name_or_path, revision) is None:
-        return AutoModelForCausalLM.from_pretrained(model_name_or_path, **settings)
-    from peft import AutoPeftModelForCausalLM
-
-    return AutoPeftModelForCausalLM.from_pretrained(model_name_or_path, **settings).merge_and_unload()
+    adapter = adapter_folder(model_name_or_path, revision)
+    if adapter is None:
+        return load_model(model_name_or_path, **settings)
+    return load_adapted_model(adapter, **settings).merge_and_unload()
 
 
 def adapter_folder(model_name_or_path: str, revision: str | None = None) -> Path | None:

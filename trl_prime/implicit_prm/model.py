@@ -21,14 +21,16 @@ import torch
 from huggingface_hub import is_offline_mode, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
 from .copies import bare_base, copied, fingerprints, is_fresh, rewrites_base, share_parameters
-from .scoring import batch_completion_logps, tokenize
+from .loading import load_adapter, load_model
+from .scoring import batch_completion_logps, unwrapped
+from .text import TextFormat, token_texts, tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +98,31 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
+def _is_quantized(model: PreTrainedModel | PeftModel) -> bool:
+    return getattr(unwrapped(model), "hf_quantizer", None) is not None
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model itself where it has this data type already or cannot be cast, else a copy."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == model.dtype or _is_quantized(model):
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+def end_token_ids(model: str | PreTrainedModel | PeftModel) -> list[int]:
+    """Tokens at which the generation configuration of a model, or of one by name, ends a completion."""
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model)
+        except OSError:
+            return []  # none was saved
+    else:
+        config = getattr(unwrapped(model), "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    return ids if isinstance(ids, list) else [ids] if ids is not None else []
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoredCompletion:
     """
@@ -139,9 +166,11 @@ class ImplicitPRM:
         reference_name (`str`, *optional*): Folder or Hub id that `reference` was loaded from and still equals: it is then
             saved by this name, else with its weights.
         reference_revision (`str`, *optional*): Commit on the Hub that it was loaded from.
+        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How text becomes the token ids that the PRM is
+            trained on. Not given, prompts are rendered by the bare chat template.
 
     Raises:
-        ValueError: `beta` is not positive, or the vocabularies of model and reference differ.
+        ValueError: `beta` is not positive, or model and reference differ in vocabulary or data type.
     """
 
     def __init__(
@@ -155,6 +184,7 @@ class ImplicitPRM:
         micro_batch_size: int = 8,
         reference_name: str | None = None,
         reference_revision: str | None = None,
+        text_format: TextFormat | None = None,
     ):
         if beta <= 0:
             raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
@@ -163,6 +193,13 @@ class ImplicitPRM:
                 f"The implicit PRM has a vocabulary of {_vocab_size(model)} tokens and its reference one of "
                 f"{_vocab_size(reference)}. Their ratio has no meaning: use a reference of the same model family."
             )
+        if reference is not None and not (_is_quantized(model) or _is_quantized(reference)):
+            dtype, reference_dtype = unwrapped(model).dtype, unwrapped(reference).dtype
+            if dtype != reference_dtype:
+                raise ValueError(
+                    f"The implicit PRM is {dtype} and its reference {reference_dtype}: they round differently, and their ratio "
+                    "would be noise of some hundredths of a nat a token. Load both in one dtype, the PRM's."
+                )
         self.model = model
         self.reference = reference
         self.tokenizer = tokenizer
@@ -171,6 +208,9 @@ class ImplicitPRM:
         self.micro_batch_size = micro_batch_size
         self.reference_name = reference_name
         self.reference_revision = reference_revision
+        if text_format is None:
+            text_format = TextFormat.of(tokenizer, end_token_ids(model))
+        self.text_format = text_format
 
     # --- Building ---
 
@@ -193,7 +233,7 @@ class ImplicitPRM:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
             peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; the reference then costs nothing.
             frozen_reference (`bool`): False to keep no reference.
-            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`, `reference_name`.
+            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`, `reference_name`, `text_format`.
 
         Returns:
             [`ImplicitPRM`]
@@ -297,33 +337,44 @@ class ImplicitPRM:
             revision (`str`, *optional*): Branch, tag or commit of the PRM's repo. The reference has its own, which is saved.
             token (`str` or `bool`, *optional*): Token of the Hub, for the PRM and for its reference.
             cache_dir (`str`, *optional*): Where downloads are kept, of both.
-            reference (`str` or model, *optional*): The reference; needed where the PRM does not name its own.
+            reference (`str` or model, *optional*): The reference; needed where the PRM does not name its own. Of a model in
+                another data type than the PRM's a copy is taken.
             beta (`float`, *optional*): Reward scale; defaults to the saved one, 0.05 where none is.
             step_delimiter (`str`, *optional*): Defaults to the saved one, a newline where none is.
             micro_batch_size (`int`): Completions of one forward pass.
             trainable (`bool`): Whether an adapter is loaded for training on.
-            **model_init_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` for both models.
+            **model_init_kwargs: Passed to `from_pretrained` for both models, each of the class that its checkpoint names.
+                Without `dtype`, or with `"auto"`, both are loaded in the one that the PRM was saved in: in two, their
+                difference would be rounding.
 
         Returns:
             [`ImplicitPRM`]
+
+        Raises:
+            ValueError: The PRM does not name its reference, or its adapter does not fit the reference.
         """
         hub = {"token": token, "cache_dir": cache_dir}
         folder, saved = _local_folder(path_or_repo, subfolder, reference is None, revision=revision, **hub)
-        reference_init_kwargs = {**model_init_kwargs, **hub}
+        if reference is None and saved.get("reference") is None:
+            raise ValueError(
+                f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
+            )
+        dtype = model_init_kwargs.pop("dtype", None) or "auto"
+        if saved.get("adapter"):
+            model, dtype = None, saved.get("dtype", dtype) if dtype == "auto" else dtype
+        else:
+            model = load_model(folder, dtype=dtype, **model_init_kwargs)
+            dtype = dtype if _is_quantized(model) else model.dtype
+        reference_init_kwargs = {**model_init_kwargs, **hub, "architecture": saved.get("architecture")}
         if reference is None:
-            reference = saved.get("reference")
-            if reference is None:
-                raise ValueError(
-                    f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
-                )
-            reference = str(folder / "reference") if reference == "reference" else reference
+            reference = str(folder / "reference") if saved["reference"] == "reference" else saved["reference"]
             reference_init_kwargs["revision"] = saved.get("reference_revision")
         # Weights that came with the PRM are saved with it again; an instance may have been changed since it was loaded
         reference_name = reference_revision = None
         if isinstance(reference, str):
             reference_name = None if reference == str(folder / "reference") else reference
             try:
-                reference = AutoModelForCausalLM.from_pretrained(reference, **reference_init_kwargs)
+                reference = load_model(reference, dtype=dtype, **reference_init_kwargs)
             except OSError as error:
                 raise OSError(
                     f"The reference model '{reference}' of the PRM '{path_or_repo}' could not be loaded. Pass `reference`: "
@@ -332,21 +383,33 @@ class ImplicitPRM:
             reference_revision = reference_name and cached_commit(
                 reference_name, reference_init_kwargs.get("revision"), cache_dir
             )
-        if saved.get("adapter"):
-            base = share_parameters(reference)
-            model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=trainable)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, **model_init_kwargs)
+            reference = _in_dtype(reference, dtype)
+        if model is None:
+            model = load_adapter(share_parameters(reference), folder / "adapter", trainable)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text_format = saved.get("text_format")
         return cls(
             model.eval(),
             reference.eval().requires_grad_(False),
-            AutoTokenizer.from_pretrained(folder),
+            tokenizer,
             beta=saved.get("beta", 0.05) if beta is None else beta,
             step_delimiter=saved.get("step_delimiter", "\n") if step_delimiter is None else step_delimiter,
             micro_batch_size=micro_batch_size,
             reference_name=reference_name,
             reference_revision=reference_revision,
+            text_format=None if text_format is None else TextFormat(**text_format),
         )
+
+    def use_settings(self, *, beta: float, step_delimiter: str, micro_batch_size: int) -> None:
+        """Take the settings of a new run, with a warning where they change what the PRM's rewards mean."""
+        for name, value in (("beta", beta), ("step_delimiter", step_delimiter)):
+            if getattr(self, name) != value:
+                logger.warning(
+                    f"The implicit PRM has {name} {getattr(self, name)!r}, and this run replaces it by {value!r} of its "
+                    "configuration. Set it there if that is not meant."
+                )
+        self.beta, self.step_delimiter, self.micro_batch_size = beta, step_delimiter, micro_batch_size
 
     def portable_reference_name(self) -> str | None:
         """
@@ -450,6 +513,10 @@ class ImplicitPRM:
             "adapter": is_adapter,
             "reference": reference_name,
             "reference_revision": revision,
+            # What an adapter's own files do not tell of its base
+            "architecture": type(unwrapped(self.model)).__name__.removeprefix("FSDP"),
+            "dtype": str(unwrapped(self.model).dtype).removeprefix("torch."),
+            "text_format": dataclasses.asdict(self.text_format),
         }
         (path / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -476,8 +543,8 @@ class ImplicitPRM:
         return batch_completion_logps(self.reference, *batch, self.micro_batch_size, **kwargs)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token decoded by itself, for finding step delimiters and for showing."""
-        return self.tokenizer.batch_decode([[token_id] for token_id in token_ids], clean_up_tokenization_spaces=False)
+        """The text that each token adds, for finding step delimiters and for showing."""
+        return token_texts(self.tokenizer, token_ids)
 
     def step_ids(self, completion_ids: torch.Tensor) -> torch.Tensor:
         """`(B, T)` step number of every token of `(B, T)` completion ids, see [`~trl_prime.process_rewards.split_steps`]."""
@@ -486,25 +553,44 @@ class ImplicitPRM:
         steps = [split_steps([texts[i] for i in row], self.step_delimiter) for row in completion_ids.tolist()]
         return torch.tensor(steps, dtype=torch.long, device=completion_ids.device).view(completion_ids.shape)
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[ScoredCompletion]:
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], truncated: Sequence[bool] | None = None
+    ) -> list[ScoredCompletion]:
         """
-        Token and step rewards of completions given as text.
+        Token and step rewards of completions given as text, read as the token ids that the PRM was trained on.
 
         Args:
-            prompts (`list[str]` or `list[list[dict]]`): Prompts, text or messages (rendered by the chat template).
-            completions (`list[str]` or `list[list[dict]]`): A completion for each prompt; the end-of-sequence token is
+            prompts (`list[str]` or `list[list[dict]]`): Prompts, text or messages, which the chat template renders as in the
+                PRM's training. A PRM that was trained on messages is given messages.
+            completions (`list[str]` or `list[list[dict]]`): A completion for each prompt. The token that ends a turn is
                 appended, as the policy writes it.
+            truncated (`list[bool]`, *optional*): Which completions were cut off at their longest length and have no such
+                token. None of them by default.
 
         Returns:
             `list[ScoredCompletion]`: one for each completion, in order.
+
+        Raises:
+            ValueError: The arguments are of different lengths, or a completion is no text and not one assistant message.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"Got {len(prompts)} prompts and {len(completions)} completions; one for each is needed.")
+        truncated = [False] * len(prompts) if truncated is None else truncated
+        if len(truncated) != len(completions):
+            raise ValueError(f"Got {len(completions)} completions and {len(truncated)} values of `truncated`.")
         if not prompts:
             return []
+        if self.text_format.messages and any(isinstance(prompt, str) for prompt in prompts):
+            logger.warning_once(
+                "The implicit PRM was trained on prompts that are messages and is given text, which it knows little of. Give "
+                "messages: [{'role': 'user', 'content': ...}]."
+            )
         device = next(self.model.parameters()).device
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        rows = [tokenize(self.tokenizer, *row) for row in zip(prompts, completions, strict=True)]
+        rows = [
+            tokenize(self.tokenizer, prompt, completion, self.text_format, is_truncated)
+            for prompt, completion, is_truncated in zip(prompts, completions, truncated, strict=True)
+        ]
         batch = [
             tensor.to(device)
             for column, side in ((0, "left"), (1, "right"))
@@ -557,7 +643,7 @@ def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike)
         `dict[str, torch.Tensor]`: on the CPU.
     """
     if not isinstance(model, PeftModel):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        return load_model(folder, type(model).__name__.removeprefix("FSDP"), dtype=model.dtype).state_dict()
     # In files the adapter has no name, and each kind of adapter has rules of its own. PEFT applies them and hands the result to
     # the model, which need not be able to load it yet: FSDP2 shards it.
     received: dict[str, torch.Tensor] = {}
@@ -594,8 +680,30 @@ def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Mo
         is_adapter=saved["adapter"],
         reference=saved["reference"],
         reference_revision=saved["reference_revision"],
+        messages=saved["text_format"]["messages"],
         **kwargs,
     )
+
+
+def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat | None:
+    """
+    How text is written for a saved PRM, or for the policy of a run whose `prm/` holds one.
+
+    Args:
+        path_or_repo (`str`): Folder or Hub id.
+        **hub: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        [`TextFormat`]: `None` if there is no PRM, or one that does not say.
+    """
+    try:
+        names = [name for name in (f"prm/{CONFIG_NAME}", CONFIG_NAME) if _has(path_or_repo, name, **hub)]
+    except OSError:
+        return None  # who loads it as a model says why that fails
+    if not names:
+        return None
+    saved = json.loads(Path(cached_file(path_or_repo, names[0], **hub)).read_text()).get("text_format")
+    return None if saved is None else TextFormat(**saved)
 
 
 def downloaded_prm(path_or_repo: str) -> str | None:

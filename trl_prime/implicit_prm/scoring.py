@@ -1,8 +1,8 @@
 """Log-probabilities of completions under a causal LM, in memory that grows with the micro-batch and not with the batch.
 
-Covered: token ids of prompts and completions given as text; micro-batches of rows of like length, each cut to its own
-longest prompt and completion; temperature 1; that a row's result does not depend on the rows beside it. Not covered: which
-model (`model.py`), gradient accumulation (`updater.py`).
+Covered: micro-batches of rows of like length, each cut to its own longest prompt and completion; temperature 1; that a row's
+result does not depend on the rows beside it. Not covered: token ids of text (`text.py`), which model (`model.py`), gradient
+accumulation (`updater.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import selective_log_softmax
 
 try:
@@ -75,41 +73,6 @@ def length_sorted_chunks(
 def num_chunks(num_rows: int, size: int, boundary: int | None = None) -> int:
     """How many chunks [`length_sorted_chunks`] makes of so many rows at most, whatever their lengths."""
     return -(-num_rows // size) + (boundary is not None and num_rows > 1)
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], completion: str | list[dict]
-) -> tuple[list[int], list[int]]:
-    """
-    Token ids of a prompt and of its completion, each by itself, as the policy is given the one and writes the other.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the PRM.
-        prompt (`str` or `list[dict]`): Text, or messages, which the chat template renders.
-        completion (`str` or `list[dict]`): Text, or one assistant message. The end-of-sequence token is appended unless it
-            is there.
-
-    Returns:
-        `tuple[list[int], list[int]]`: ids of the prompt and of the completion.
-
-    Raises:
-        ValueError: The completion is no text and not one assistant message.
-    """
-    prompt_text: Any = prompt
-    if not isinstance(prompt, str):
-        prompt_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    if not isinstance(completion, str):
-        if len(completion) != 1 or completion[0].get("role") != "assistant":
-            raise ValueError(
-                f"A completion must be text or one assistant message, but has {len(completion)} messages. Score turns "
-                "one at a time, with the turns before in the prompt."
-            )
-        completion = completion[0]["content"]
-    # A chat template writes its own special tokens
-    prompt_ids = tokenizer(prompt_text, add_special_tokens=isinstance(prompt, str)).input_ids
-    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids
-    ended = completion_ids[-1:] == [tokenizer.eos_token_id]
-    return prompt_ids, completion_ids if ended else [*completion_ids, tokenizer.eos_token_id]
 
 
 def completion_logps(

@@ -41,6 +41,7 @@ class Completion:
         prompt (`str` or `list[dict]`): Its prompt.
         completion (`str` or `list[dict]`): The completion.
         outcome (`float`, *optional*): Its outcome reward; `None` if not known.
+        truncated (`bool`): Whether it was cut off, so that no token ends it.
         scored ([`~trl_prime.implicit_prm.ScoredCompletion`], *optional*): What the PRM thinks of it.
         facts (`dict[str, str]`): More to show, by label.
     """
@@ -48,6 +49,7 @@ class Completion:
     prompt: Any
     completion: Any
     outcome: float | None = None
+    truncated: bool = dataclasses.field(default=False, kw_only=True)
     scored: ScoredCompletion | None = None
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
 

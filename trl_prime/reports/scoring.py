@@ -42,7 +42,7 @@ def score_completions(prm: ImplicitPRM, completions: list[Completion]) -> list[C
     starts = range(0, len(completions), size)
     for start in track(starts, "scoring", transient=True, disable=not Console().is_terminal):
         chunk = completions[start : start + size]
-        scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk])
+        scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk], [c.truncated for c in chunk])
     return [dataclasses.replace(c, scored=result) for c, result in zip(completions, scored, strict=True)]
 
 

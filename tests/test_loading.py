@@ -1,0 +1,192 @@
+"""Saved PRMs as they come back: data type, architecture, adapters, and the settings of the run that takes them."""
+
+import json
+
+import pytest
+import torch
+from conftest import build_model, same
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
+
+from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
+from trl_prime.evaluation.process_bench import score_steps
+from trl_prime.evaluation.sampling import load_policy
+from trl_prime.implicit_prm.loading import load_adapter, load_model
+from trl_prime.implicit_prm.model import saved_weights
+
+PROMPTS, COMPLETIONS = ["1+1=", "23+4="], ["2\nabcdefgh 33", "27 zz hello 123456789"]
+
+
+def lora(**kwargs):
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **kwargs)
+
+
+def build_gemma3():
+    """A model of text and pictures, which `AutoModelForCausalLM` reads as another class with other names of weights."""
+    text = {
+        "vocab_size": 44,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=40,
+        boi_token_index=41,
+        eoi_token_index=42,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    return model.eval()
+
+
+def unmoved_prm(folder, tokenizer, file_dtype, peft_config=None, dtype=torch.float32):
+    """The folder of a float32 PRM equal to its reference, whose files have another data type."""
+    base = str(folder / "base")
+    build_model(7, scale=4.0).to(file_dtype).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    prm = ImplicitPRM.from_model(model, tokenizer, peft_config=peft_config, reference_name=base)
+    prm.save_pretrained(folder / "prm")
+    return str(folder / "prm"), base
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("file_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_prm_that_equals_its_reference_scores_zero(tmp_path, tokenizer, file_dtype, adapter):
+    folder, base = unmoved_prm(tmp_path, tokenizer, file_dtype, lora() if adapter else None)
+
+    other = AutoModelForCausalLM.from_pretrained(base, dtype=file_dtype)
+    for reference in (None, base, other):
+        prm = ImplicitPRM.from_pretrained(folder, reference=reference)
+
+        assert prm.model.dtype == prm.reference.dtype == torch.float32
+        for scored in prm.score(PROMPTS, COMPLETIONS):
+            assert not scored.token_rewards.any() and scored.ref_logps.all()
+        assert score_steps(prm, PROMPTS[:1], [["2", "abc"]]) == [[0.0, 0.0]]
+    assert other.dtype == file_dtype, "the instance was changed"
+    prm = ImplicitPRM.from_pretrained(folder, dtype="bfloat16")
+    assert prm.model.dtype == prm.reference.dtype == torch.bfloat16
+    assert not any(scored.token_rewards.any() for scored in prm.score(PROMPTS, COMPLETIONS))
+
+
+def test_model_and_reference_of_two_data_types_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"torch.float32 and its reference torch.bfloat16"):
+        ImplicitPRM(build_model(), build_model().to(torch.bfloat16), tokenizer)
+
+
+def test_a_run_takes_a_saved_prm_by_its_own_arguments(tmp_path, tokenizer, make_trainer, model_path):
+    folder, _ = unmoved_prm(tmp_path, tokenizer, torch.bfloat16, dtype=torch.bfloat16)
+    settings = {"prm_beta": 0.3, "process_reward_step_delimiter": "+"}
+
+    prm = make_trainer(model=model_path, prm_model=folder, **settings).implicit_prm
+
+    assert prm.model.dtype == prm.reference.dtype == torch.float32
+    assert (prm.beta, prm.step_delimiter) == (0.3, "+")
+    prm = make_trainer(
+        model=model_path,
+        prm_model=folder,
+        prm_model_init_kwargs={"attn_implementation": "eager", "dtype": "bfloat16"},
+    ).implicit_prm
+    assert prm.model.dtype == prm.reference.dtype == torch.bfloat16
+    assert prm.model.config._attn_implementation == prm.reference.config._attn_implementation == "eager"
+
+
+def test_replaced_settings_are_told_with_both_values(random_prm, monkeypatch):
+    told = []
+    monkeypatch.setattr("trl_prime.implicit_prm.model.logger.warning", told.append)
+    prm = random_prm(beta=0.2, step_delimiter="+")
+
+    prm.use_settings(beta=0.3, step_delimiter="+", micro_batch_size=2)
+
+    assert len(told) == 1 and "beta 0.2" in told[0] and "0.3" in told[0]
+    assert (prm.beta, prm.micro_batch_size) == (0.3, 2)
+
+
+def test_offline_training_takes_a_saved_prm_in_one_data_type(tmp_path, tokenizer):
+    folder, _ = unmoved_prm(tmp_path, tokenizer, torch.bfloat16)
+    rows = [{"prompt": "1+1=", "completion": str(i), "label": float(i == 2)} for i in range(4)]
+    args = OfflinePRMConfig(
+        str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        model_init_kwargs={"attn_implementation": "eager"},
+    )
+
+    prm = OfflinePRMTrainer(folder, args, Dataset.from_list(rows)).implicit_prm
+
+    assert prm.model.dtype == prm.reference.dtype == torch.float32
+    assert prm.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_prm_is_loaded_as_the_class_that_was_trained(tmp_path, tokenizer, adapter):
+    base = str(tmp_path / "base")
+    build_gemma3().save_pretrained(base)
+    model = load_model(base)
+    assert type(model) is Gemma3ForConditionalGeneration
+    prm = ImplicitPRM.from_model(model, tokenizer, peft_config=lora() if adapter else None, reference_name=base)
+    with torch.no_grad():
+        for name, parameter in prm.model.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or "q_proj" in name):
+                parameter.add_(0.3)
+    expected = prm.score(PROMPTS, COMPLETIONS)
+    prm.save_pretrained(tmp_path / "prm")
+
+    loaded = ImplicitPRM.from_pretrained(tmp_path / "prm")
+
+    for scored, right in zip(loaded.score(PROMPTS, COMPLETIONS), expected, strict=True):
+        assert right.token_rewards.abs().max() > 1e-2
+        assert torch.allclose(scored.token_rewards, right.token_rewards, atol=1e-5)
+    weights = saved_weights(prm.model, tmp_path / "prm")
+    state = prm.model.state_dict()
+    assert weights and all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    if not adapter:
+        assert same(weights, state)
+        assert type(load_policy(str(tmp_path / "prm"), device_map="cpu")) is Gemma3ForConditionalGeneration
+
+
+def test_an_adapter_that_does_not_fit_is_an_error(tmp_path):
+    base = str(tmp_path / "base")
+    build_gemma3().save_pretrained(base)
+    get_peft_model(load_model(base), lora()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not fit its base model, a Gemma3ForCausalLM"):
+        load_adapter(load_model(base, "Gemma3ForCausalLM"), tmp_path / "adapter")
+    assert load_adapter(load_model(base), tmp_path / "adapter").active_adapter == "default"
+
+    half = get_peft_model(build_model(), lora(layers_to_transform=[0]))
+    half.save_pretrained(tmp_path / "half")
+    settings = tmp_path / "half" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "layers_to_transform": [0, 1]}))
+    with pytest.raises(ValueError, match="are not in it"):
+        load_adapter(build_model(), tmp_path / "half")

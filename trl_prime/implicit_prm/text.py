@@ -1,0 +1,159 @@
+"""Between text and the token ids that an implicit PRM is trained on.
+
+Covered: prompts rendered as in the PRM's training, the token that ends a completion, and the text that each token adds. Not
+covered: a sampled completion need not be what the tokenizer makes of its text; ids are those of the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import prepare_multimodal_messages
+
+# Content that no chat template changes
+_CONTENT = "4"
+# What `parse_response` of transformers takes out of a message's content
+_PARSED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclasses.dataclass
+class TextFormat:
+    """
+    How the rollouts of a run are written, so that their text becomes the same token ids again. Saved with the PRM.
+
+    Attributes:
+        chat_template_kwargs (`dict`): Further arguments of `apply_chat_template`, as JSON has them.
+        turn_end_id (`int`, *optional*): The token that ends an answer to messages; `None` means the tokenizer's
+            end-of-sequence token, which ends an answer to text in any case.
+        messages (`bool`, *optional*): Whether prompts are messages; `None` where no run has shown it.
+        content_blocks (`bool`): Whether the chat template is a processor's, which reads contents as lists of blocks.
+    """
+
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    turn_end_id: int | None = None
+    messages: bool | None = None
+    content_blocks: bool = False
+
+    def __post_init__(self):
+        try:
+            json.dumps(self.chat_template_kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"chat_template_kwargs is {self.chat_template_kwargs!r}, which could not be saved with the PRM ({error}): use "
+                "what JSON has."
+            ) from error
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int], **settings: Any) -> TextFormat:
+        """
+        The format of rollouts that end at any of some tokens.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+            end_token_ids (`list[int]`): Where generation ends a completion, beside the tokenizer's end-of-sequence token.
+            **settings: The other attributes.
+
+        Returns:
+            [`TextFormat`]: with the first of these tokens that the chat template writes after an answer, `<end_of_turn>` of
+            Gemma, as the token that ends an answer.
+        """
+        text_format = cls(**settings)
+        ends = {*end_token_ids, tokenizer.eos_token_id} - {None}
+        after = text_format._after_an_answer(tokenizer)
+        text_format.turn_end_id = next((i for i in after if i in ends), None)
+        return text_format
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **kwargs: Any) -> Any:
+        """What `apply_chat_template` makes of messages: the text, or with `tokenize=True` what that returns."""
+        if self.content_blocks:
+            messages = prepare_multimodal_messages(list(messages))
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **self.chat_template_kwargs, **kwargs})
+
+    def _after_an_answer(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids that the chat template writes after the content of an assistant's message."""
+        turns = [{"role": role, "content": _CONTENT} for role in ("user", "assistant")]
+        try:
+            rendered = self.render(tokenizer, turns)
+        except Exception:  # templates raise what they like, or there is none
+            return []
+        _, found, after = rendered.rpartition(_CONTENT)
+        return tokenizer(after, add_special_tokens=False).input_ids if found else []
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    text_format: TextFormat,
+    truncated: bool = False,
+) -> tuple[list[int], list[int]]:
+    """
+    Token ids of a prompt and of its completion, each by itself, as the policy is given the one and writes the other.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the PRM.
+        prompt (`str` or `list[dict]`): Text, or messages, which the chat template renders.
+        completion (`str` or `list[dict]`): Text, or one assistant message. The token that ends it is appended unless it is
+            there.
+        text_format ([`TextFormat`]): How messages are rendered and turns end.
+        truncated (`bool`): Whether the completion was cut off, so that no token ends it.
+
+    Returns:
+        `tuple[list[int], list[int]]`: ids of the prompt and of the completion.
+
+    Raises:
+        ValueError: The completion is no text and not one assistant message whose content is all of it.
+    """
+    is_text = isinstance(prompt, str)
+    prompt_text = prompt if is_text else text_format.render(tokenizer, prompt, add_generation_prompt=True)
+    if not isinstance(completion, str):
+        if len(completion) != 1 or completion[0].get("role") != "assistant":
+            raise ValueError(
+                f"A completion must be text or one assistant message, but has {len(completion)} messages. Score turns "
+                "one at a time, with the turns before in the prompt."
+            )
+        parsed = next((name for name in _PARSED if completion[0].get(name)), None)
+        if parsed is not None:
+            raise ValueError(
+                f"A completion has {parsed!r} beside its content, and how the policy wrote that cannot be told. Give what it "
+                "wrote as text."
+            )
+        completion = completion[0]["content"]
+    # A chat template writes its own special tokens
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=is_text).input_ids
+    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids
+    end = None if is_text else text_format.turn_end_id
+    end = tokenizer.eos_token_id if end is None else end
+    if truncated or end is None or completion_ids[-1:] == [end]:
+        return prompt_ids, completion_ids
+    return prompt_ids, [*completion_ids, end]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """
+    The text that each token adds to what stands before it. A token decoded alone would lack the space that decoders of
+    SentencePiece (Llama 2, Mistral, Phi-3) take off the beginning of a text.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        token_ids (`list[int]`): Tokens.
+
+    Returns:
+        `list[str]`: A text for each token.
+    """
+    unique = list(dict.fromkeys(token_ids))
+    # Decoded after a neighbour that is the same for all, whose text is cut off again
+    neighbour = tokenizer(_CONTENT, add_special_tokens=False).input_ids
+    before, *after = tokenizer.batch_decode(
+        [neighbour, *([*neighbour, i] for i in unique)], clean_up_tokenization_spaces=False
+    )
+    alone = tokenizer.batch_decode([[i] for i in unique], clean_up_tokenization_spaces=False)
+    texts = {
+        i: text.removeprefix(before) if text.startswith(before) else bare
+        for i, text, bare in zip(unique, after, alone, strict=True)
+    }
+    return [texts[i] for i in token_ids]
