@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer, same, slow_log_probs, weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, ModernBertDecoderConfig, Phi3Config, RwkvConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, ModernBertDecoderConfig, Phi3Config, RwkvConfig
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.copies import share_parameters
@@ -170,10 +170,19 @@ HEADS = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads
 
 def test_a_model_that_reads_padding_is_refused():
     model = scaled(RwkvConfig(**TINY, attention_hidden_size=32, context_length=64))
-    with pytest.raises(
-        NotImplementedError, match="RwkvForCausalLM gives a completion change by .* ignores the attention mask"
-    ):
-        batch_completion_logps(model, *ragged_batch(), 4)
+    for _ in range(2):  # who tries again is refused again
+        with pytest.raises(NotImplementedError, match="RwkvForCausalLM gives a .* ignores the attention mask"):
+            batch_completion_logps(model, *ragged_batch(), 4)
+
+
+def test_rows_beyond_the_limit_of_dynamic_rope_are_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = scaled(LlamaConfig(**TINY, **HEADS, rope_parameters=rope, max_position_embeddings=14))
+    batch = ragged_batch(LENGTHS[:2])
+    expected = slow_log_probs(model, *batch).detach()
+    torch.testing.assert_close(batch_completion_logps(model, *batch, 2), expected, atol=1e-4, rtol=0)
+    with pytest.raises(NotImplementedError, match="A row of 15 tokens is longer than max_position_embeddings=14"):
+        batch_completion_logps(model, *ragged_batch(), 2)
 
 
 @pytest.mark.skipif(not can_fuse_lm_head(build_model()), reason="TRL before 1.15 has no fused head")

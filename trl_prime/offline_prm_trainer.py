@@ -51,7 +51,7 @@ from .implicit_prm.model import (
     saved_weights,
     with_adapter,
 )
-from .implicit_prm.scoring import completion_logps
+from .implicit_prm.scoring import check_scoring, completion_logps
 from .implicit_prm.text import TextFormat, tokenize
 from .offline_prm_config import OfflinePRMConfig
 from .process_exit import let_threads_finish_at_exit
@@ -205,6 +205,7 @@ class OfflinePRMTrainer(Trainer):
     def _ref_logps(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         # Under the same autocast as the PRM: both must round alike
         with self.accelerator.autocast():
+            check_scoring(self.implicit_prm.reference)
             return completion_logps(self.implicit_prm.reference, *batch)
 
     @torch.no_grad()

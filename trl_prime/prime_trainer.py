@@ -230,6 +230,8 @@ class PRIMETrainer(GRPOTrainer):
         self._prm_updater: PRMUpdater | None = None
         # Whether the updater's schedule is that of an earlier `train()`
         self._prm_schedule_is_over = False
+        # The next step at which process rewards are compared with those in float32
+        self._precision_step = 0
         # The PRM starts out guessing
         self._prm_wins, self._prm_pairs = _TRUST_PRIOR_PAIRS / 2, float(_TRUST_PRIOR_PAIRS)
         self._rewards_per_func: torch.Tensor | None = None
@@ -643,15 +645,16 @@ class PRIMETrainer(GRPOTrainer):
         """This process's rows as the PRM sees them, with the reference's log-probabilities."""
         prm, local = self.implicit_prm, self._local(trains)
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
-        # Rows that do not train are not scored either
-        chosen = {"rows": local, "num_passes": self._num_passes(local)}
+        mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
+        # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
+        rows = mask.any(1)
+        chosen = {"rows": rows, "num_passes": self._num_passes(rows)}
         with self.accelerator.autocast():
             if prm.reference is not None:
                 ref_logps = prm.reference_log_probs(*inputs, **chosen)
             else:
                 policy = self.accelerator.unwrap_model(self.model)
                 ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
-        mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool() & local[:, None]
         # A completion without tokens has no score to be compared with
         return PRMBatch(*inputs, mask, ref_logps, self._local(labels).masked_fill(~mask.any(1), torch.nan))
 
@@ -680,12 +683,12 @@ class PRIMETrainer(GRPOTrainer):
 
     def _exact_log_ratios(self, batch: PRMBatch) -> torch.Tensor | None:
         """
-        `(B, T)` log-ratios of the present PRM in float32, in a few rows of the main process at steps that are logged. `None` at
-        others, and where float32 is what the run computes in or cannot be had.
+        `(B, T)` log-ratios of the present PRM in float32, in a few rows of the main process once every `logging_steps` steps.
+        `None` between, and where float32 is what the run computes in or cannot be had.
         """
-        prm, is_logged = self.implicit_prm, (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+        prm, step = self.implicit_prm, self.state.global_step
         if (
-            not is_logged
+            step < self._precision_step
             or self.accelerator.mixed_precision != "bf16"
             or type(self._prm_backend) is not DataParallel
             or not self.is_world_process_zero()
@@ -693,6 +696,7 @@ class PRIMETrainer(GRPOTrainer):
             or any(p.dtype != torch.float32 for model in (prm.model, prm.reference) for p in model.parameters())
         ):
             return None
+        self._precision_step = step + max(int(self.state.logging_steps), 1)
         rows = batch.reward_mask.any(1)
         rows &= rows.cumsum(0) <= _PRECISION_ROWS
         with in_float32(prm.model), in_float32(prm.reference):

@@ -22,7 +22,7 @@ except ImportError:  # TRL before 1.15
 
 # Attribute of a model whose forward gives log-probabilities without logits
 FUSED_LM_HEAD = "prime_fused_lm_head"
-# Attribute of a model that has passed `check_scoring`: whether its head was fused then
+# Attribute of a model: with which heads, fused or not, it has passed `check_scoring`
 _CHECKED = "prime_scoring_checked"
 # By how many nats a row's log-probabilities may differ between two ways of computing them, in float32 and below it
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 0.02, 0.5
@@ -39,13 +39,15 @@ def rope_boundary(model: nn.Module) -> int | None:
     Returns:
         `int`, *optional*: Rows longer than that and others must not share a forward pass. `None` for all other models.
     """
-    config = unwrapped(model).config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    # Some models have one set of parameters for each type of layer
-    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
-        if rope.get("rope_type") == "longrope":
-            return rope["original_max_position_embeddings"]
-    return None
+    return next(
+        (rope["original_max_position_embeddings"] for rope in _ropes(model) if rope["rope_type"] == "longrope"), None
+    )
+
+
+def _ropes(model: nn.Module) -> list[dict]:
+    """The parameters of rotary position embeddings; some models have a set for each type of layer."""
+    parameters = getattr(unwrapped(model).config.get_text_config(), "rope_parameters", None) or {}
+    return [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict) and "rope_type" in rope]
 
 
 def length_sorted_chunks(
@@ -104,9 +106,7 @@ def completion_logps(
     completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
     input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
     attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    boundary = rope_boundary(model)
-    if boundary is not None:
-        _check_lengths(attention_mask.sum(1), boundary)
+    _check_lengths(model, attention_mask)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     parameters = inspect.signature(unwrapped(model).forward).parameters
     if "position_ids" in parameters:
@@ -126,14 +126,28 @@ def completion_logps(
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
 
 
-def _check_lengths(lengths: torch.Tensor, boundary: int) -> None:
-    is_long = lengths > boundary
-    if is_long.any() and not is_long.all():
+def _check_lengths(model: nn.Module, attention_mask: torch.Tensor) -> None:
+    """Refuse rows whose position embeddings depend on other rows."""
+    boundary = rope_boundary(model)
+    limit = unwrapped(model).config.get_text_config().max_position_embeddings if _has_dynamic_rope(model) else None
+    if boundary is None and limit is None:
+        return
+    lengths = attention_mask.sum(1)
+    if limit is not None and (lengths > limit).any():
+        raise NotImplementedError(
+            f"A row of {int(lengths.max())} tokens is longer than max_position_embeddings={limit}, from where on the model's "
+            "dynamic position embeddings depend on the rows scored before. Lower max_completion_length, or use another rope_type."
+        )
+    if boundary is not None and (lengths > boundary).any() and not (lengths > boundary).all():
         raise NotImplementedError(
             f"The model's position embeddings (LongRoPE) change for rows of more than {boundary} tokens, and rows of "
             f"{int(lengths.min())} and {int(lengths.max())} tokens share a batch, where the long ones would change the scores of "
             "the others. Use per_device_train_batch_size=1, or leave out the longer rows."
         )
+
+
+def _has_dynamic_rope(model: nn.Module) -> bool:
+    return any("dynamic" in rope["rope_type"] for rope in _ropes(model))
 
 
 @torch.no_grad()
@@ -150,15 +164,15 @@ def check_scoring(model: nn.Module) -> None:
             before a prompt; some heads do more than TRL's fused one knows.
     """
     base = unwrapped(model)
-    is_fused = FUSED_LM_HEAD in vars(base)
-    if vars(base).get(_CHECKED) == is_fused:
+    is_fused, passed = FUSED_LM_HEAD in vars(base), vars(base).get(_CHECKED, set())
+    if is_fused in passed:
         return
-    setattr(base, _CHECKED, is_fused)
-    embeddings = base.get_input_embeddings().weight
+    device, config = base.get_input_embeddings().weight.device, base.config.get_text_config()
     # A short row beside a longer one, so that it is padded before its prompt and after its completion
-    ids = (torch.arange(22, device=embeddings.device).view(2, 11) * 7 + 3) % base.config.get_text_config().vocab_size
+    ids = (torch.arange(22, device=device).view(2, 11) * 7 + 3) % config.vocab_size
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[0, 8:] = 0
+    ids[mask == 0] = config.pad_token_id or 0
     try:
         padded = completion_logps(model, ids[:, :5], mask[:, :5], ids[:, 5:], mask[:, 5:])[0, :3]
     except AttributeError as error:
@@ -186,6 +200,7 @@ def check_scoring(model: nn.Module) -> None:
             "around it: the model ignores the attention mask, and prompts of different lengths cannot share a batch. Use a "
             "model of another architecture."
         )
+    setattr(base, _CHECKED, {*passed, is_fused})
 
 
 class Float32Head(nn.Linear):
