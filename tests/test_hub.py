@@ -475,7 +475,7 @@ def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path
 
 
 def test_the_command_line_says_what_the_hub_refused(hub, tmp_path, model_path, capsys):
-    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "1 plus 1", "answer": "#### 2"}) + "\n")
+    (tmp_path / "data.jsonl").write_text((json.dumps({"question": "1 plus 1", "answer": "#### 2"}) + "\n") * 2)
     flags = _train_flags(tmp_path, model_path, tmp_path / "data.jsonl", push_to_hub="true", hub_model_id="other/run")
     assert main(flags) == 1
     error = capsys.readouterr().err

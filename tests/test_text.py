@@ -14,6 +14,7 @@ from trl_prime.commands.score import read_rows
 from trl_prime.evaluation.held_out import encode_prompts
 from trl_prime.implicit_prm.model import saved_text_format
 from trl_prime.implicit_prm.text import TextFormat, token_texts, tokenize
+from trl_prime.prime_trainer import _check_text_only
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }}{% endfor %}"
@@ -151,3 +152,11 @@ def test_steps_where_the_decoder_takes_off_the_leading_space():
     assert "".join(scored.steps) == f" {text}</s>" and len(scored.steps) == 3
     steps = prm.step_ids(torch.tensor([ids]))
     assert steps.max() == 2
+
+
+def test_a_rollout_with_images_is_refused():
+    text = {"prompt_ids": torch.ones(1, 2), "mm_token_type_ids": torch.zeros(1, 4), "num_images": None}
+    _check_text_only(text)
+    for key in ("pixel_values", "image_grid_thw", "num_images"):
+        with pytest.raises(NotImplementedError, match=key):
+            _check_text_only({**text, key: [1]})
