@@ -15,7 +15,8 @@ from peft import LoraConfig
 from slow_reference import slow_dpo_pair_losses, slow_kto, slow_ragged_pairwise, softplus
 from test_distributed import assert_close
 from test_hub import hub  # noqa: F401
-from test_implicit_prm import make_trained
+from test_implicit_prm import make_trained, scaled
+from transformers import RwkvConfig
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.cli import main
@@ -81,6 +82,14 @@ def make_offline(tmp_path, tokenizer):
         return OfflinePRMTrainer(args=OfflinePRMConfig(**settings), **{"processing_class": tokenizer, **arguments})
 
     return make
+
+
+def test_a_model_that_reads_padding_is_refused(make_offline):
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64}
+    model = scaled(RwkvConfig(vocab_size=44, bos_token_id=2, eos_token_id=1, pad_token_id=0, **settings))
+    trainer = make_offline(model=model, train_dataset=Dataset.from_list(labelled_rows()))
+    with pytest.raises(NotImplementedError, match="ignores the attention mask"):
+        trainer.train()
 
 
 # --- Data ---
