@@ -150,14 +150,14 @@ def test_a_prm_adapter_that_rewrites_its_base_is_refused(make_trainer, init, pol
         make_trainer(peft_config=policy_peft, prm_peft_config=lora(init_lora_weights=init))
 
 
-def test_a_peft_model_that_has_rewritten_its_base_is_refused():
+def test_a_peft_model_that_has_rewritten_its_base_is_refused(tokenizer):
     for init in ("pissa", "pissa_niter_2", "olora", "corda"):
         model = get_peft_model(build_model(), lora())
         model.peft_config["default"].init_lora_weights = init
         with pytest.raises(ValueError, match=f"init_lora_weights='{init}'.*rewritten"):
-            ImplicitPRM.from_model(model, None)
+            ImplicitPRM.from_model(model, tokenizer)
     for init in ("gaussian", "orthogonal"):
-        ImplicitPRM.from_model(get_peft_model(build_model(), lora(init_lora_weights=init)), None)
+        ImplicitPRM.from_model(get_peft_model(build_model(), lora(init_lora_weights=init)), tokenizer)
 
 
 def test_fingerprints_tell_of_changes_in_place():
