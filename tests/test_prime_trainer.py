@@ -31,7 +31,7 @@ import trl_prime.prime_trainer as module
 from trl_prime import ImplicitPRM, PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
 from trl_prime.implicit_prm.losses import LOSS_TYPES, pairwise_accuracy
-from trl_prime.implicit_prm.scoring import FUSED_LM_HEAD, unwrapped
+from trl_prime.implicit_prm.scoring import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
 from trl_prime.prime_config import UPDATE_MODES
 from trl_prime.process_rewards import GRANULARITIES, NORMALIZATIONS
 
@@ -166,7 +166,8 @@ def test_other_internals_of_trl_are_as_expected(make_trainer):
     trainer = make_trainer()
     assert {"images", "prompt", "completion", "rewards", "advantages", "extra"} == {*trainer._logs}
     assert set(trainer._metrics) <= {"train", "eval"} and trainer.temperature == 1.0
-    assert trainer.eos_token_ids and trainer.num_generations == 4 and trainer.num_generations_eval == 4
+    # Before 1.16, TRL knows the tokenizer's end token only
+    assert getattr(trainer, "eos_token_ids", [1]) and trainer.num_generations == trainer.num_generations_eval == 4
     assert trainer._tokenizer.pad_token_id == 0 and trainer._train_batch_size == 8
     assert trainer.reward_func_names == ["parity_reward"] and trainer.reward_weights.tolist() == [1.0]
 
@@ -246,6 +247,7 @@ def test_a_completion_without_label_is_left_out_though_another_function_judged_i
     assert not output["advantages"][0].any() and not loss_mask(output)[0].any() and loss_mask(output)[1:].any(1).all()
 
 
+@pytest.mark.skipif(not can_fuse_lm_head(build_model()), reason="TRL before 1.15 has no fused head")
 @pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])
 def test_a_fused_head_trains_the_same(train, prm_peft):
     settings = {"prm_peft_config": prm_peft, "reward_funcs": row_rewards(MIXED), "rollout_func": fixed_rollouts()}
@@ -797,9 +799,14 @@ def test_conversational_prompts(record, tokenizer):
     messages = [[{"role": "user", "content": f"{i}+1="}] for i in range(10)]
     recorder = record(train_dataset=Dataset.from_list([{"prompt": m} for m in messages]))
     rewards, output = recorder.rewards[0], recorder.trainer.outputs[0]
-    assert all(prompt in messages for prompt in rewards.prompts)
-    assert all(completion[0]["role"] == "assistant" for completion in rewards.completions)
-    expected = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in rewards.prompts]
+    rendered = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
+    # TRL logs messages; 1.9 logs their text
+    if isinstance(rewards.prompts[0], str):
+        expected = rewards.prompts
+    else:
+        expected = [rendered[messages.index(prompt)] for prompt in rewards.prompts]
+        assert all(completion[0]["role"] == "assistant" for completion in rewards.completions)
+    assert {*expected} <= {*rendered}
     assert tokenizer.batch_decode(output["prompt_ids"], skip_special_tokens=True) == expected
     assert recorder.rewards[1].process_rewards.any()
 
