@@ -97,6 +97,7 @@ def train(settings):
         }
     )
     config = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)  # TRL 1.9 makes the policy's adapter from the random numbers it finds
     trainer = PRIMETrainer(
         model=model or build_model(7, scale=4.0),
         reward_funcs=reward,
