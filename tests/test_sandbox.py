@@ -29,6 +29,7 @@ from trl_prime.rewards.sandbox.inside import isolation
 FOLDER = Path(package.__file__).parent
 BOXES = ("bubblewrap", "namespaces")
 LIMITS = Limits(wall_seconds=20)  # this machine may be busy; what must be fast says so
+SCRATCH = "/tmp"  # The sandbox's own, where programs start
 
 
 @pytest.fixture(scope="module", params=BOXES)
@@ -79,7 +80,7 @@ NUMBERS = {
 def run(sandbox, source, stdin="", limits=LIMITS, **values):
     """Run a program in which $NAME stands for the value NAME."""
     source = textwrap.dedent(source)
-    for name, value in values.items():
+    for name, value in {"SCRATCH": SCRATCH, **values}.items():
         source = source.replace(f"${name}", repr(value))
     return sandbox.run(PROLOGUE + source, stdin, limits)
 
@@ -156,7 +157,7 @@ def test_the_end_of_a_program_is_reported(sandbox, source, code, error):
 
 LEGITIMATE = {
     "numpy": "import numpy; print(numpy.arange(5).sum())",
-    "scratch": "open('/tmp/a', 'w').write('10'); print(open('a').read())",
+    "scratch": f"open('{SCRATCH}/a', 'w').write('10'); print(open('a').read())",
     "temporary files": "import tempfile; f = tempfile.TemporaryFile(); f.write(b'10'); f.seek(0); print(f.read().decode())",
     "standard input by name": "open('/dev/stdin').read(); print(10)",
     "environment": "import os; os.environ['A'] = '10'; print(os.environ['A'])",
@@ -397,7 +398,7 @@ def test_no_files_of_the_machine(sandbox, tmp_path):
             """
             for path in $PATHS:
                 attempt(path, lambda: open(path).read())
-                attempt("up " + path, lambda: open("/tmp/../../../.." + path).read())
+                attempt("up " + path, lambda: open($SCRATCH + "/../../../.." + path).read())
                 attempt("root " + path, lambda: open("/proc/self/root" + path).read())
                 attempt("bytes " + path, lambda: os.open(path.encode(), os.O_RDONLY | 0o10000000))
             for folder in ("/home", "/sys", "/run", "/var", "/mnt", "/usr/share/doc", "/usr/local/share", "/proc/1"):
@@ -434,14 +435,14 @@ def test_nothing_outside_scratch_is_written(sandbox):
         for folder in folders:
             attempt(folder, lambda: open(folder + "/x", "w"))
             attempt("folder " + folder, lambda: os.mkdir(folder + "/x"))
-            attempt("away " + folder, lambda: os.rename(folder, "/tmp/x"))
+            attempt("away " + folder, lambda: os.rename(folder, $SCRATCH + "/x"))
         for path in ("/runner/zygote.py", os.__file__, sys.executable):
             attempt(path, lambda: open(path, "r+"))
             attempt("away " + path, lambda: os.unlink(path))
             attempt("mode " + path, lambda: os.chmod(path, 0o777))
-            attempt("link " + path, lambda: os.link(path, "/tmp/x"))
+            attempt("link " + path, lambda: os.link(path, $SCRATCH + "/x"))
             attempt("times " + path, lambda: os.utime(path))
-        attempt("device", lambda: os.mknod("/tmp/null", 0o20666, os.makedev(1, 3)))
+        attempt("device", lambda: os.mknod($SCRATCH + "/null", 0o20666, os.makedev(1, 3)))
         print(sum(os.access(folder, os.W_OK) for folder in folders), "denied ")
         """,
     )
@@ -693,7 +694,7 @@ def look():
     result = run(
         sandbox,
         """
-        for folder in ("/tmp", "/dev/shm", "/proc/2/root/tmp", "/proc/1/cwd", "/tmp/..", "/dev/fd"):
+        for folder in ($SCRATCH, "/dev/shm", "/proc/2/root" + $SCRATCH, "/proc/1/cwd", $SCRATCH + "/..", "/dev/fd"):
             attempt(folder, lambda: open(folder + "/" + $MARKER).read())
         print([name for top in ("/tmp", "/dev", "/proc", "/root") for _, _, names in os.walk(top) for name in names if "trl" in name])
         for pid in [*range(2, 2000), -1]:
@@ -703,7 +704,7 @@ def look():
                     print("OPEN", pid)
                 except ProcessLookupError:
                     pass
-        open("/tmp/" + $MARKER, "w").write("overwritten")
+        open($SCRATCH + "/" + $MARKER, "w").write("overwritten")
         """,
         MARKER=marker,
     )
@@ -731,7 +732,7 @@ sys.setrecursionlimit(77777)
 os.nice(5)
 os.umask(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-for path in ("/tmp/poison", "/dev/shm/poison", "/runner/poison", "/packages/poison", "/poison"):
+for path in ("poison", "/dev/shm/poison", "/runner/poison", "/packages/poison", "/poison"):
     try:
         open(path, "w").write("poison")
     except OSError:
@@ -799,11 +800,11 @@ MEMORY_BOMBS = {
     "one process": "data = bytearray(600 << 20); print('OPEN')",
     "a shared mapping": "import mmap; print('OPEN', mmap.mmap(-1, 1 << 20))",
     "an unnamed file": "print('OPEN', os.memfd_create('x'))",
-    "a file": "f = open('/tmp/a', 'wb')\nfor _ in range(300): f.write(bytes(1 << 20)); f.flush()\nprint('OPEN')",
-    "many files": "for i in range(300): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))\nprint('OPEN')",
-    "many empty files": "for i in range(20_000): open(f'/tmp/{i}', 'w').close()\nprint('OPEN')",
+    "a file": "f = open('a', 'wb')\nfor _ in range(300): f.write(bytes(1 << 20)); f.flush()\nprint('OPEN')",
+    "many files": "for i in range(300): open(f'{i}', 'wb').write(bytes(1 << 20))\nprint('OPEN')",
+    "many empty files": "for i in range(20_000): open(f'{i}', 'w').close()\nprint('OPEN')",
     "shared memory": "for i in range(40): open(f'/dev/shm/{i}', 'wb').write(bytes(1 << 20))\nprint('OPEN')",
-    "a sparse file": "f = open('/tmp/a', 'wb'); f.truncate(1 << 32); print('OPEN')",
+    "a sparse file": "f = open('a', 'wb'); f.truncate(1 << 32); print('OPEN')",
 }
 
 
