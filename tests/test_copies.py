@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_prime import ImplicitPRM
-from trl_prime.implicit_prm.copies import bare_base, check_apart, copied, fingerprints
+from trl_prime.implicit_prm.copies import bare_base, check_apart, copied, fingerprints, share_parameters
 from trl_prime.implicit_prm.model import no_virtual_tokens
 from trl_prime.implicit_prm.scoring import batch_completion_logps, completion_logps
 
@@ -75,6 +75,48 @@ def test_no_copy_computes_with_the_policy(make_trainer, dtype, tied):
     completion_logps(prm.model, *ragged_batch()).sum().backward()
     assert prm.model.lm_head.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in [*policy.parameters(), *prm.reference.parameters()])
+
+
+def closing_over(head):
+    return lambda hidden: head.weight @ hidden[0, 0] + hidden
+
+
+def by_default(head):
+    return lambda hidden, head=head: head.weight @ hidden[0, 0] + hidden
+
+
+def by_keyword(head):
+    def forward(hidden, *, head=head):
+        return head.weight @ hidden[0, 0] + hidden
+
+    return forward
+
+
+@pytest.mark.parametrize("patch", [closing_over, by_default, by_keyword], ids=lambda patch: patch.__name__)
+def test_a_copy_loses_a_function_that_holds_the_policy_in_whatever_way(patch):
+    model = build_model(3, scale=4.0)
+    norm = model.model.norm
+    square = nn.Linear(32, 32)
+    norm.forward = patch(square)
+    norm.register_forward_hook(lambda module, args, output, held=square: output)
+    expected = batch_completion_logps(build_model(3, scale=4.0), *ragged_batch(), 4)
+    for clone in (copied(model), share_parameters(model)):
+        assert torch.equal(batch_completion_logps(clone, *ragged_batch(), 4), expected)
+        assert not clone.model.norm._forward_hooks
+    assert "forward" in vars(norm) and norm._forward_hooks, "the policy keeps its own"
+
+
+@pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])
+def test_a_saved_prm_keeps_its_float32_head(make_trainer, model_path, tmp_path, prm_peft):
+    policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    prm = make_trainer(model=policy, prm_peft_config=prm_peft, cast_lm_head_to_fp32=True).implicit_prm
+    make_trained(prm.model)
+    if prm_peft is None:
+        prm.model.model.norm.weight.data *= 1.5
+    prm.save_pretrained(tmp_path)
+    for ours, theirs in zip(logps_of(prm), logps_of(ImplicitPRM.from_pretrained(tmp_path)), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(*logps_of(prm))
 
 
 @pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full", "lora"])

@@ -45,7 +45,7 @@ def test_weights_of_micro_batches_have_the_mean_one():
     masks = torch.zeros(4, 2, 3, dtype=torch.long)
     masks[0], masks[1, 0], masks[2, 1, 0] = 1, 1, 1  # 2, 1, 1 and 0 of 8 rows are trained on
     for loss_type, factors in (("grpo", [1, 2, 2, 2]), ("dapo", [1] * 4), ("bnpo", [1] * 4)):
-        scales = [loss_scales(mask, 8 / 4, loss_type) for mask in masks]
+        scales = [loss_scales(mask, torch.tensor(8 / 4), loss_type) for mask in masks]
         assert [weight for weight, _ in scales] == [2, 1, 1, 0] and [factor for _, factor in scales] == factors
 
 

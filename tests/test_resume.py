@@ -133,6 +133,15 @@ def test_another_number_of_processes_is_refused_before_anything_is_loaded(train,
         trainer.train(str(checkpoint))
 
 
+def test_a_prm_that_did_not_learn_has_nothing_to_resume_from(train, make_trainer, tmp_path):
+    train(prm_update="none", **STEPS)
+    trainer = make_trainer(**STEPS)
+    with pytest.raises(ValueError, match="prm_update='none' saved, but prm_update is 'after'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert trainer.state.global_step == 0
+    assert train(str(tmp_path / "run" / "checkpoint-2"), prm_update="none", **STEPS).state.global_step == 4
+
+
 def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_weights(train):
     trainer = train(max_steps=3, prm_lr_scheduler_type="linear", prm_learning_rate=1e-3)
     rates, moments = logged(trainer, "prm/learning_rate"), trainer._prm_updater.backend.optimizer

@@ -44,7 +44,9 @@ def vary_within_rows(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     return (((advantages - mean).abs() > 1e-4 * mean.abs() + 1e-6) & mask.bool()).any(1)
 
 
-def loss_scales(mask: torch.Tensor, rows_per_trained_row: float, loss_type: str) -> tuple[float, float]:
+def loss_scales(
+    mask: torch.Tensor, rows_per_trained_row: torch.Tensor, loss_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Two factors that make the loss of a batch with rows left out that of a batch which never had them.
 
@@ -54,12 +56,14 @@ def loss_scales(mask: torch.Tensor, rows_per_trained_row: float, loss_type: str)
 
     Args:
         mask (`torch.Tensor`): `(B, T)` of a micro-batch, non-zero where the loss counts the token.
-        rows_per_trained_row (`float`): Rows of the generation batch for each one that is trained on, over all processes.
+        rows_per_trained_row (`torch.Tensor`): Scalar, rows of the generation batch for each one that is trained on, over all
+            processes.
         loss_type (`str`): Policy loss, as TRL names it.
 
     Returns:
-        `tuple[float, float]`: the weight of the micro-batch's loss, and a factor of its policy and KL terms beside that.
+        `tuple[torch.Tensor, torch.Tensor]`: scalars, the weight of the micro-batch's loss, and a factor of its policy and KL
+        terms beside that.
     """
-    num_rows, num_trained = mask.shape[0], int(mask.any(1).sum())
+    num_rows, num_trained = mask.shape[0], mask.any(1).sum()
     weight = rows_per_trained_row * num_trained / num_rows
-    return weight, 1.0 if loss_type in TOKEN_LOSSES else num_rows / max(num_trained, 1)
+    return weight, torch.ones_like(weight) if loss_type in TOKEN_LOSSES else num_rows / num_trained.clamp(min=1)

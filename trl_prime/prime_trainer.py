@@ -404,7 +404,7 @@ class PRIMETrainer(GRPOTrainer):
         if not self.model.training:
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        weight, policy_factor = loss_scales(mask, float(inputs["rows_per_trained_row"]), self.loss_type)
+        weight, policy_factor = loss_scales(mask, inputs["rows_per_trained_row"], self.loss_type)
         # The policy's term is linear in the advantages, the KL term in beta; what is divided by all tokens keeps its scale
         inputs = {
             **inputs,
@@ -413,7 +413,7 @@ class PRIMETrainer(GRPOTrainer):
         }
         beta, entropy_control = self.beta, (self.entropy_coef, self._last_world_entropy)
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
-        self.beta = beta * policy_factor
+        self.beta = beta * policy_factor if beta else beta
         loss = super()._compute_loss(model, inputs) * weight
         self.beta = beta
         if self._last_world_entropy == 0:
@@ -952,6 +952,12 @@ class PRIMETrainer(GRPOTrainer):
                     f"its own part of the replayed batches and random numbers. Resume with --num_processes {before}, or start a "
                     "new run with model= and prm_model= set to its weights."
                 )
+            if state["updater"] is None and self.args.prm_update != "none":
+                raise ValueError(
+                    f"resume_from_checkpoint is '{checkpoint}', which a run with prm_update='none' saved, but prm_update is "
+                    f"{self.args.prm_update!r}: there is no optimizer of the PRM to go on with. Start a new run with model= and "
+                    "prm_model= set to its weights."
+                )
         if path not in found:
             raise FileNotFoundError(
                 f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer, or with save_only_model=True, "
@@ -1017,7 +1023,7 @@ class PRIMETrainer(GRPOTrainer):
         self._load_prm_weights(self.state.best_model_checkpoint)
 
     def _load_prm_weights(self, checkpoint: str) -> None:
-        if self._prm_backend.load_checkpoint(checkpoint):
+        if self._prm_updater is not None and self._prm_backend.load_checkpoint(checkpoint):
             return
         self._prm_backend.load_weights(saved_weights(self.implicit_prm.model, os.path.join(checkpoint, "prm")))
 

@@ -78,14 +78,15 @@ def _with_own_functions(model: PreTrainedModel | PeftModel) -> PreTrainedModel |
 
 
 def _is_copied(function: Any) -> bool:
-    """Whether `copy.deepcopy` has copied all that a function reaches: it leaves what a plain function closes over."""
+    """Whether `copy.deepcopy` has copied all that a function reaches: it leaves a plain function's closure and defaults."""
     if isinstance(function, functools.partial):
         return _is_copied(function.func)
     if isinstance(function, types.MethodType):
         return _is_copied(function.__func__)
     if not isinstance(function, types.FunctionType):
         return True
-    return all(_is_constant(cell.cell_contents) for cell in function.__closure__ or ())
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return all(map(_is_constant, [*(cell.cell_contents for cell in function.__closure__ or ()), *defaults]))
 
 
 def _is_constant(value: Any) -> bool:
@@ -209,6 +210,19 @@ def _address(parameter: nn.Parameter) -> int:
     return parameter.untyped_storage().data_ptr() if _has_memory(parameter) else 0
 
 
+def _heads(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
+    """The linear layers that make up the head: the original and those trained in its place, without an adapter on them."""
+    head = unwrapped(model).get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return [head.original_module, *getattr(head, "modules_to_save", {}).values()]
+    return [head.get_base_layer() if isinstance(head, BaseTunerLayer) else head]
+
+
+def has_float32_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether [`compute_head_in_float32`] was called for this model."""
+    return any(isinstance(linear, Float32Head) for linear in _heads(model))
+
+
 def compute_head_in_float32(model: PreTrainedModel | PeftModel) -> None:
     """
     Do for one model what TRL's `cast_lm_head_to_fp32` does for the policy, without casting a weight that it may share.
@@ -219,13 +233,7 @@ def compute_head_in_float32(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         ValueError: The head is not a plain linear layer.
     """
-    head = unwrapped(model).get_output_embeddings()
-    heads = [head]
-    if isinstance(head, AuxiliaryTrainingWrapper):
-        heads = [head.original_module, *getattr(head, "modules_to_save", {}).values()]
-    elif isinstance(head, BaseTunerLayer):
-        heads = [head.get_base_layer()]
-    for linear in heads:
+    for linear in _heads(model):
         if type(linear) not in (nn.Linear, Float32Head):
             raise ValueError(
                 f"cast_lm_head_to_fp32=True needs a plain linear head, but that of PRM or reference is a {type(linear).__name__}. "

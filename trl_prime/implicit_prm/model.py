@@ -20,14 +20,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from .copies import bare_base, copied, fingerprints, is_fresh, rewrites_base, share_parameters
+from .copies import (
+    bare_base,
+    compute_head_in_float32,
+    copied,
+    fingerprints,
+    has_float32_head,
+    is_fresh,
+    rewrites_base,
+    share_parameters,
+)
 from .loading import load_adapter, load_model
 from .scoring import batch_completion_logps, unwrapped
 from .text import TextFormat, token_texts, tokenize
@@ -387,6 +395,9 @@ class ImplicitPRM:
             reference = _in_dtype(reference, dtype)
         if model is None:
             model = load_adapter(share_parameters(reference), folder / "adapter", trainable)
+        if saved.get("float32_head"):
+            for part in (model, reference):
+                compute_head_in_float32(part)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text_format = saved.get("text_format")
         return cls(
@@ -516,6 +527,7 @@ class ImplicitPRM:
             # What an adapter's own files do not tell of its base
             "architecture": type(unwrapped(self.model)).__name__.removeprefix("FSDP"),
             "dtype": str(unwrapped(self.model).dtype).removeprefix("torch."),
+            "float32_head": has_float32_head(self.model),
             "text_format": dataclasses.asdict(self.text_format),
         }
         (path / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
@@ -648,11 +660,7 @@ def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike)
     # the model, which need not be able to load it yet: FSDP2 shards it.
     received: dict[str, torch.Tensor] = {}
 
-    def receive(state: dict[str, torch.Tensor], **kwargs: Any) -> _IncompatibleKeys:
-        received.update(state)
-        return _IncompatibleKeys([], [])
-
-    model.load_state_dict = receive
+    model.load_state_dict = lambda state, **kwargs: received.update(state)
     try:
         saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
         set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
