@@ -950,9 +950,20 @@ def test_precision_is_the_correlation_with_process_rewards_in_float32(record, ra
     assert len(precisions) == 2 and precisions[0] == pytest.approx(expected, abs=1e-4) and 0.9 < expected < 1
 
 
+@pytest.mark.parametrize(
+    "settings, measured",
+    [({}, 4), ({"logging_steps": 2}, 2), ({"num_iterations": 2}, 2), ({"logging_steps": 2, "num_iterations": 2}, 2)],
+    ids=str,
+)
+def test_precision_is_measured_once_for_each_entry_of_the_log(train, random_prm, monkeypatch, settings, measured):
+    calls = []
+    monkeypatch.setattr(module, "correlation", lambda *args: calls.append(args) or 0.75)
+    trainer = train(prm_model=random_prm(), bf16=True, max_steps=4, **settings)
+    assert len(calls) == measured and {*logged(trainer, "prm/precision")} == {0.75}
+
+
 def test_precision_is_not_measured_where_it_says_nothing(train, random_prm):
     assert not logged(train(prm_model=random_prm(), bf16=False), "prm/precision")
-    assert len(logged(train(prm_model=random_prm(), bf16=True, logging_steps=2, max_steps=4), "prm/precision")) == 2
     # A PRM that equals its reference has process rewards of 0 in float32
     assert {*logged(train(bf16=True, prm_update="none"), "prm/precision")} <= {None}
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_prime import ImplicitPRM
@@ -22,25 +22,15 @@ TEMPLATE = (
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<t>' }}{% endif %}{% endif %}"
 )
 CHAT = [[{"role": "user", "content": text}] for text in ("1+1=", "23+4=")]
-END, EOS = 3, 1
+EOS, END, THINK = 1, 44, 45
 
 
 def chat_tokenizer():
     """Characters; a turn ends by `<end>`, which is not the end-of-sequence token."""
-    special = ["<pad>", "<eos>", "<unk>", "<end>", "<t>"]
-    vocab = {token: i for i, token in enumerate([*special, *"0123456789+=:\nabcdefghijklmnopqrstuvwxyz "])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<end>", "<t>"],
-        padding_side="left",
-        chat_template=TEMPLATE,
-    )
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<t>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def sentencepiece_tokenizer():
@@ -82,7 +72,7 @@ def test_a_saved_prm_reads_text_as_the_ids_of_training(make_trainer, tmp_path, p
         max_completion_length=12,
         max_steps=2,
         # The tokenizer drops white space, which therefore does not come back
-        generation_kwargs={"suppress_tokens": [0, 2, 4, other, *tokenizer.convert_tokens_to_ids(["\n", " "])]},
+        generation_kwargs={"suppress_tokens": [0, 2, THINK, other, *tokenizer.convert_tokens_to_ids(["\n", " "])]},
     )
     if end == END and not hasattr(trainer, "eos_token_ids"):
         pytest.skip("this TRL does not end completions there")
