@@ -227,6 +227,19 @@ def test_prm_and_reference_start_as_the_start_model_of_any_policy_adapter(tokeni
     assert same(weights(policy), before)
 
 
+@pytest.mark.parametrize("kind", ["head", "tokens"])
+def test_an_adapter_that_was_trained_outside_its_factors_is_part_of_the_start_model(tokenizer, kind):
+    policy = get_peft_model(build_model(3, scale=4.0), copy.deepcopy(KINDS[kind]))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        expected = slow_log_probs(policy, *ragged_batch())
+        assert (slow_log_probs(build_model(3, scale=4.0), *ragged_batch()) - expected).abs().max() > 0.1
+    for logps in logps_of(ImplicitPRM.from_policy(policy, tokenizer)):
+        torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prm_of_any_adapter_starts_as_its_reference(tokenizer, kind):
     prm = ImplicitPRM.from_policy(build_model(3, scale=4.0), tokenizer, peft_config=copy.deepcopy(KINDS[kind]))

@@ -234,10 +234,11 @@ def test_at_exit_a_thread_that_waits_for_the_interpreter_gets_it(monkeypatch, ha
         thread.join()
 
 
-def test_trainers_have_threads_finish_at_exit_once(make_trainer, monkeypatch):
+def test_the_trainer_has_threads_finish_at_exit_once(make_trainer, monkeypatch):
     registered = []
     monkeypatch.setattr("atexit.register", registered.append)
     monkeypatch.setattr("atexit.unregister", lambda function: function in registered and registered.remove(function))
     make_trainer()
+    assert registered.count(let_threads_finish) == 1
     let_threads_finish_at_exit()
     assert registered.count(let_threads_finish) == 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers.utils.hub
 from conftest import build_model, same, weights
+from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -472,6 +473,20 @@ def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("chance of a right outcome: ") == 2
+
+
+@pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "text"])
+def test_cards_give_a_prm_prompts_of_the_form_it_was_trained_on(train, tmp_path, is_chat):
+    prompts = [[{"role": "user", "content": f"{i}+1="}] if is_chat else f"{i}+1=" for i in range(8)]
+    trainer = train(train_dataset=Dataset.from_dict({"prompt": prompts}), max_steps=1)
+    trainer.create_model_card("run")
+    trainer.save_model(tmp_path / "saved")
+    cards = [
+        Path(trainer.args.output_dir, "README.md").read_text(),
+        prm_module.saved_prm_card(tmp_path / "saved/prm", "me/prm").text,
+    ]
+    asked = '[[{"role": "user", "content": "What is 7 * 8?"}]]' if is_chat else '["What is 7 * 8?"]'
+    assert all(card.count("prm.score(") == card.count(f"prm.score({asked}, ") == 1 for card in cards)
 
 
 def test_the_command_line_says_what_the_hub_refused(hub, tmp_path, model_path, capsys):

@@ -7,10 +7,11 @@ import torch
 from conftest import build_model, same
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from test_implicit_prm import ragged_batch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
@@ -26,41 +27,46 @@ def lora(**kwargs):
     return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **kwargs)
 
 
-def build_gemma3():
+def build_qwen3_5():
     """A model of text and pictures, which `AutoModelForCausalLM` reads as another class with other names of weights."""
     text = {
         "vocab_size": 44,
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 8,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 1.0,
+        },
     }
     vision = {
+        "depth": 1,
         "hidden_size": 16,
         "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
+        "num_heads": 2,
+        "out_hidden_size": 32,
         "patch_size": 14,
+        "num_position_embeddings": 16,
     }
-    config = Gemma3Config(
-        text_config=text,
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=40,
-        boi_token_index=41,
-        eoi_token_index=42,
-    )
+    ids = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **ids)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Gemma3ForConditionalGeneration(config)
+        model = Qwen3_5ForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -152,36 +158,37 @@ def test_offline_training_takes_a_saved_prm_in_one_data_type(tmp_path, tokenizer
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_a_prm_is_loaded_as_the_class_that_was_trained(tmp_path, tokenizer, adapter):
     base = str(tmp_path / "base")
-    build_gemma3().save_pretrained(base)
+    build_qwen3_5().save_pretrained(base)
     model = load_model(base)
-    assert type(model) is Gemma3ForConditionalGeneration
+    assert type(model) is Qwen3_5ForConditionalGeneration
     prm = ImplicitPRM.from_model(model, tokenizer, peft_config=lora() if adapter else None, reference_name=base)
     with torch.no_grad():
         for name, parameter in prm.model.named_parameters():
             if parameter.requires_grad and ("lora_B" in name or "q_proj" in name):
-                parameter.add_(0.3)
-    expected = prm.score(PROMPTS, COMPLETIONS)
+                parameter.add_(1.0)
+    batch = ragged_batch()
+    expected, reference = prm.log_probs(*batch), prm.reference_log_probs(*batch)
+    assert (expected - reference).abs().max() > 0.1
     prm.save_pretrained(tmp_path / "prm")
 
     loaded = ImplicitPRM.from_pretrained(tmp_path / "prm")
 
-    for scored, right in zip(loaded.score(PROMPTS, COMPLETIONS), expected, strict=True):
-        assert right.token_rewards.abs().max() > 1e-2
-        assert torch.allclose(scored.token_rewards, right.token_rewards, atol=1e-5)
+    torch.testing.assert_close(loaded.log_probs(*batch), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded.reference_log_probs(*batch), reference, atol=1e-5, rtol=0)
     weights = saved_weights(prm.model, tmp_path / "prm")
     state = prm.model.state_dict()
     assert weights and all(torch.equal(state[name], tensor) for name, tensor in weights.items())
     if not adapter:
         assert same(weights, state)
-        assert type(load_policy(str(tmp_path / "prm"), device_map="cpu")) is Gemma3ForConditionalGeneration
+        assert type(load_policy(str(tmp_path / "prm"), device_map="cpu")) is Qwen3_5ForConditionalGeneration
 
 
 def test_an_adapter_that_does_not_fit_is_an_error(tmp_path):
     base = str(tmp_path / "base")
-    build_gemma3().save_pretrained(base)
+    build_qwen3_5().save_pretrained(base)
     get_peft_model(load_model(base), lora()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="does not fit its base model, a Gemma3ForCausalLM"):
-        load_adapter(load_model(base, "Gemma3ForCausalLM"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not fit its base model, a Qwen3_5ForCausalLM"):
+        load_adapter(load_model(base, "Qwen3_5ForCausalLM"), tmp_path / "adapter")
     assert load_adapter(load_model(base), tmp_path / "adapter").active_adapter == "default"
 
     half = get_peft_model(build_model(), lora(layers_to_transform=[0]))

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, same, weights
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
+from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM
 from trl_prime.commands.score import read_rows
@@ -142,6 +143,16 @@ def test_steps_where_the_decoder_takes_off_the_leading_space():
     assert "".join(scored.steps) == f" {text}</s>" and len(scored.steps) == 3
     steps = prm.step_ids(torch.tensor([ids]))
     assert steps.max() == 2
+
+
+def test_a_run_with_images_trains_nothing(make_trainer, monkeypatch):
+    generate = GRPOTrainer._generate_and_score_completions
+    with_images = lambda self, inputs: {**generate(self, inputs), "pixel_values": torch.zeros(8, 3)}  # noqa: E731
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_images)
+    trainer = make_trainer()
+    with pytest.raises(NotImplementedError, match="pixel_values"):
+        trainer.train()
+    assert same(weights(trainer.model), weights(build_model())) and not trainer.outputs
 
 
 def test_a_rollout_with_images_is_refused():

@@ -234,7 +234,7 @@ def fuse_lm_head(model: nn.Module) -> None:
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """
-    Around forward passes that compute in float32, whatever the autocast of the run.
+    Around forward passes that compute in float32, outside of an autocast context.
 
     Args:
         model (`nn.Module`): Causal LM or PeftModel with float32 weights. Its instance may have a forward of its own, an autocast
@@ -243,8 +243,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     own = [(module, module.__dict__) for module in {model, unwrapped(model)}]
     hidden = [(module, {k: d.pop(k) for k in ("forward", FUSED_LM_HEAD) if k in d}) for module, d in own]
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield
+        yield
     finally:
         for module, attributes in hidden:
             module.__dict__.update(attributes)
