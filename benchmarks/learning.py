@@ -119,7 +119,7 @@ ORACLE = {"process_gamma": 0.0, "process_weight": 3.0, "prm_trust_weighting": Fa
 
 def first_wrong_token(task, prompt: str, completion: str) -> int | None:
     """Index of the first token of the first wrong step; in all tasks one character is one token."""
-    from trl_prime.data.running_sums import STEP_DELIMITER
+    from trl_prime.tasks.running_sums import STEP_DELIMITER
 
     step = next((i for i, right in enumerate(task.step_labels(prompt, completion)) if not right), None)
     if step is None or task.name == GYM_TASK:
@@ -146,7 +146,7 @@ def oracle_combination(rewards, task):
 
 def make_task(name: str, seed: int, folder: Path):
     """Base model, problems and reward, and the longest completion in tokens."""
-    from trl_prime.data.running_sums import every_sum_reward, prepare
+    from trl_prime.tasks.running_sums import every_sum_reward, prepare
 
     if name == GYM_TASK:
         from reasoning_gym_task import prepare_reasoning_gym
@@ -266,8 +266,8 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_prime import PRIMEConfig, PRIMETrainer
-    from trl_prime.data.running_sums import build_model
     from trl_prime.evaluation.held_out import measure_policy
+    from trl_prime.tasks.running_sums import build_model
 
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 
 from trl_prime import OfflinePRMConfig, OfflinePRMTrainer
-from trl_prime.data.running_sums import prepare
 from trl_prime.evaluation.held_out import generate, measure_prm, outcomes
 from trl_prime.implicit_prm.losses import OFFLINE_LOSS_TYPES
+from trl_prime.tasks.running_sums import prepare
 
 SAMPLES = 8
 

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_prime.data.task import Task
+from trl_prime.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,8 +139,8 @@ def prepare_reasoning_gym(folder: Path, seed: int) -> tuple[Task, int]:
     Raises:
         ImportError: reasoning-gym is not installed.
     """
-    from trl_prime.data.running_sums import SPECIAL_TOKENS, build_model, build_tokenizer
     from trl_prime.rewards.reasoning_gym_rewards import reasoning_gym_reward
+    from trl_prime.tasks.running_sums import SPECIAL_TOKENS, build_model, build_tokenizer
 
     taken: set[str] = set()
     held_out = load_problems("test", seed, NUM_HELD_OUT, taken)

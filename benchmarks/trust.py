@@ -21,7 +21,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from trl_prime import PRIMEConfig, PRIMETrainer
-from trl_prime.data.running_sums import prepare
+from trl_prime.tasks.running_sums import prepare
 
 
 def run(seed: int, trust: bool, options: argparse.Namespace, folder: Path) -> dict:

@@ -433,7 +433,7 @@ def fenced(source: str) -> str:
 def sandboxes(peers: Peers) -> dict[str, Any]:
     """A [`CodeReward`] for each sandbox of this machine, the default one first."""
     from trl_prime.rewards import CodeReward
-    from trl_prime.rewards.sandbox import SandboxUnavailable
+    from trl_prime.sandbox import SandboxUnavailable
 
     rewards = {}
     for kind in ("bubblewrap", "namespaces", "none"):

@@ -21,11 +21,11 @@ from slow_reference import (
 from trl_prime.advantages import (
     RolloutRewards,
     advantage_terms,
-    checked_combination,
     combine_rewards,
     process_variance_share,
     whiten_tokens,
 )
+from trl_prime.checks import checked_combination
 from trl_prime.process_rewards import (
     aggregate_process_rewards,
     implicit_process_rewards,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trl_prime.advantages import RolloutRewards, combine_rewards
-from trl_prime.data.running_sums import step_labels
-from trl_prime.data.task import Task
+from trl_prime.tasks.running_sums import step_labels
+from trl_prime.tasks.task import Task
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -15,8 +15,9 @@ from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
 from trl_prime.commands.work import work
-from trl_prime.data.running_sums import running_sum_reward
-from trl_prime.rewards import load_object, load_reward_func
+from trl_prime.rewards import load_reward_func
+from trl_prime.specs import load_object
+from trl_prime.tasks.running_sums import running_sum_reward
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -171,11 +172,11 @@ def test_reward_functions_by_name():
     from trl.rewards import think_format_reward
 
     assert load_reward_func("think_format_reward") is think_format_reward
-    assert load_reward_func("trl_prime.data.running_sums.running_sum_reward") is running_sum_reward
+    assert load_reward_func("trl_prime.tasks.running_sums.running_sum_reward") is running_sum_reward
     with pytest.raises(ValueError, match="'accuracy_reward'"):
         load_reward_func("acuracy_reward")
     with pytest.raises(ValueError, match="'running_sum_reward'"):
-        load_object("trl_prime.data.running_sums.running_sum_rewards")
+        load_object("trl_prime.tasks.running_sums.running_sum_rewards")
     with pytest.raises(ValueError, match="no_such_module"):
         load_object("no_such_module.reward")
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_prime.rewards.code_rewards import CodeReward, code_reward, read_tests
-from trl_prime.rewards.completions import completion_text
-from trl_prime.rewards.sandbox import SandboxUnavailable, open_sandbox
+from trl_prime.sandbox import SandboxUnavailable, open_sandbox
+from trl_prime.texts import completion_text
 
 STDIN = {"inputs": ["3\n", "4\n", "5\n"], "outputs": ["9\n", "16\n", "25\n"]}
 CALLS = {"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [[3], [7]]}

@@ -5,12 +5,12 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_prime import __version__
 from trl_prime.cli import main
 from trl_prime.commands import env
 from trl_prime.commands.data import unjudged_rows
 from trl_prime.data.adapters import load_prime_dataset
-from trl_prime.rewards.sandbox import SandboxUnavailable
+from trl_prime.sandbox import SandboxUnavailable
+from trl_prime.version import __version__
 
 
 @pytest.fixture
@@ -108,5 +108,5 @@ def test_env_tells_why_there_is_no_sandbox(monkeypatch):
     def none(kind):
         raise SandboxUnavailable("user namespaces are forbidden")
 
-    monkeypatch.setattr("trl_prime.rewards.sandbox.open_sandbox", none)
+    monkeypatch.setattr("trl_prime.sandbox.open_sandbox", none)
     assert env.sandbox() == "none. user namespaces are forbidden"

@@ -139,7 +139,7 @@ def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
     data.write_text("".join(json.dumps({"prompt": f"{i}+1=", "solution": str(i % 10)}) + "\n" for i in range(8)))
     recipe.write_text(
         f"model_name_or_path: {model_path}\ndataset_name: {data}\noutput_dir: {tmp_path / 'run'}\n"
-        "reward_funcs: trl_prime.data.running_sums.running_sum_reward\n"
+        "reward_funcs: trl_prime.tasks.running_sums.running_sum_reward\n"
         "accelerate_config: cpu\nmain_process_port: 0\nuse_cpu: true\nbf16: false\ngradient_checkpointing: false\n"
         "per_device_train_batch_size: 4\nnum_generations: 8\nmax_completion_length: 8\nmax_steps: 2\nlogging_steps: 1\n"
         'disable_tqdm: true\nreport_to: none\nsave_strategy: "no"\n'

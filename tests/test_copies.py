@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.copies import bare_base, check_apart, copied, fingerprints, share_parameters
+from trl_prime.implicit_prm.logps import batch_completion_logps, completion_logps
 from trl_prime.implicit_prm.model import no_virtual_tokens
-from trl_prime.implicit_prm.scoring import batch_completion_logps, completion_logps
 
 IA3 = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
 PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -14,7 +14,7 @@ import torch
 from conftest import build_model
 
 from trl_prime import ImplicitPRM
-from trl_prime.implicit_prm.scoring import can_fuse_lm_head
+from trl_prime.implicit_prm.logps import can_fuse_lm_head
 from trl_prime.process_exit import let_threads_finish, let_threads_finish_at_exit
 
 HERE = Path(__file__).parent

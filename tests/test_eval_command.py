@@ -290,8 +290,8 @@ def test_undecided_samples_count_as_wrong():
 def test_benchmarks_name_known_formats(name):
     """Rows as the Hub's data sets have them are adapted; where a data set is can only be checked on the Hub."""
     from trl_prime.data.adapters import adapt_dataset
-    from trl_prime.rewards.registry import parse_call
     from trl_prime.rewards.router import row_kind
+    from trl_prime.specs import parse_call
 
     row = {
         "gsm8k": {"question": "q", "answer": "so\n#### 4"},

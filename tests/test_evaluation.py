@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_prime.data.running_sums import build_model, build_tokenizer, make_dataset, running_sum_reward
 from trl_prime.evaluation.held_out import first_error_auc, generate, measure_policy, outcomes
-from trl_prime.evaluation.progress import plot_learning_curve, print_summary
+from trl_prime.reports.progress import plot_learning_curve, print_summary
+from trl_prime.tasks.running_sums import build_model, build_tokenizer, make_dataset, running_sum_reward
 
 
 def slow_auc(step_rewards, step_labels):

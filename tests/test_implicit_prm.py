@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, ModernBertDecoderCon
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.copies import share_parameters
-from trl_prime.implicit_prm.scoring import (
+from trl_prime.implicit_prm.logps import (
     batch_completion_logps,
     can_fuse_lm_head,
     completion_logps,

@@ -20,7 +20,8 @@ from transformers import RwkvConfig
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.cli import main
-from trl_prime.data.outcomes import (
+from trl_prime.implicit_prm.losses import OFFLINE_LOSS_TYPES
+from trl_prime.offline_prm.data import (
     adapt_outcomes,
     load_outcome_dataset,
     pairs_of_labelled,
@@ -28,8 +29,7 @@ from trl_prime.data.outcomes import (
     to_labelled,
     to_pairs,
 )
-from trl_prime.implicit_prm.losses import OFFLINE_LOSS_TYPES
-from trl_prime.offline_prm_trainer import mismatched_rows
+from trl_prime.offline_prm.offline_prm_trainer import mismatched_rows
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("prm/*.yaml"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

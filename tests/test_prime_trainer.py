@@ -30,8 +30,9 @@ from trl.trainer.utils import create_model_from_path, selective_log_softmax
 import trl_prime.prime_trainer as module
 from trl_prime import ImplicitPRM, PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
-from trl_prime.implicit_prm.losses import LOSS_TYPES, pairwise_accuracy
-from trl_prime.implicit_prm.scoring import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
+from trl_prime.implicit_prm.accuracies import pairwise_accuracy
+from trl_prime.implicit_prm.logps import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
+from trl_prime.implicit_prm.losses import LOSS_TYPES
 from trl_prime.prime_config import UPDATE_MODES
 from trl_prime.process_rewards import GRANULARITIES, NORMALIZATIONS
 
@@ -263,7 +264,7 @@ def test_a_fused_head_trains_the_same(train, prm_peft):
 def test_a_fused_head_that_cannot_be_is_refused(make_trainer, monkeypatch):
     with pytest.raises(ValueError, match="prm_fused_lm_head.*prm_reference='policy'"):
         make_trainer(prm_fused_lm_head=True, prm_reference="policy")
-    monkeypatch.setattr("trl_prime.implicit_prm.scoring.add_fused_lm_head", None)
+    monkeypatch.setattr("trl_prime.implicit_prm.logps.add_fused_lm_head", None)
     with pytest.raises(ValueError, match="prm_fused_lm_head=True needs TRL from 1.15"):
         make_trainer(prm_fused_lm_head=True)
     make_trainer()

@@ -20,9 +20,9 @@ from slow_reference import (
     tensor,
 )
 
+from trl_prime.implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
 from trl_prime.implicit_prm.losses import (
     LOSS_TYPES,
-    absolute_accuracy,
     counted_rows,
     dpo_pair_losses,
     group_rows,
@@ -30,8 +30,6 @@ from trl_prime.implicit_prm.losses import (
     kto_row_losses,
     label_log_odds,
     outcome_scores,
-    pad_groups,
-    pairwise_accuracy,
     prm_loss,
     prm_row_losses,
 )

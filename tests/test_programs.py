@@ -5,7 +5,7 @@ import time
 import pytest
 
 from trl_prime.rewards.programs import code_blocks, pick_solution, same_output, same_value
-from trl_prime.rewards.sandbox.inside import wire
+from trl_prime.sandbox.inside import wire
 
 SOLUTION = "def add(a, b):\n    return a + b\n"
 USAGE = "print(add(1, 2))\n"

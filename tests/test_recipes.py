@@ -18,7 +18,7 @@ from trl_prime.commands import launching
 from trl_prime.commands.dataset_arguments import DatasetArguments
 from trl_prime.commands.prm import OfflinePRMScriptArguments
 from trl_prime.commands.train import PRIMEScriptArguments
-from trl_prime.data.task import Task
+from trl_prime.tasks.task import Task
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))

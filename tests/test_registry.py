@@ -5,7 +5,8 @@ import types
 
 import pytest
 
-from trl_prime.rewards.registry import load_reward_func, parse_call, trl_rewards
+from trl_prime.rewards.registry import load_reward_func, trl_rewards
+from trl_prime.specs import parse_call
 
 
 class StandIn:

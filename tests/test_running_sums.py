@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from trl_prime.data import running_sums
-from trl_prime.data.running_sums import (
+from trl_prime.tasks import running_sums
+from trl_prime.tasks.running_sums import (
     build_model,
     build_tokenizer,
     every_sum_reward,

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from trl_prime.rewards import sandbox as package
-from trl_prime.rewards.sandbox import Limits, LocalSandbox, SandboxUnavailable, boxes, open_sandbox
-from trl_prime.rewards.sandbox.inside import isolation
+from trl_prime import sandbox as package
+from trl_prime.sandbox import Limits, LocalSandbox, SandboxUnavailable, boxes, open_sandbox
+from trl_prime.sandbox.inside import isolation
 
 FOLDER = Path(package.__file__).parent
 BOXES = ("bubblewrap", "namespaces")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_prime.rewards.sandbox import Limits, RemoteSandbox, SandboxUnavailable, open_sandbox, remote
+from trl_prime.sandbox import Limits, RemoteSandbox, SandboxUnavailable, open_sandbox, remote
 
 LIMITS = Limits(wall_seconds=10)
 BREAK = b"{"

@@ -13,7 +13,7 @@ from rich.console import Console
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
 from trl_prime.commands.score import read_rows
-from trl_prime.implicit_prm.losses import absolute_accuracy, pairwise_accuracy
+from trl_prime.implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
 from trl_prime.reports.heat_map import THEMES, colour
 from trl_prime.reports.page import render_page
 from trl_prime.reports.score_page import score_page, summarize

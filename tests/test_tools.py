@@ -5,8 +5,8 @@ import time
 import pytest
 from transformers.utils import get_json_schema
 
-from trl_prime.rewards.sandbox import Limits, SandboxUnavailable
-from trl_prime.tools import load_tool, python_tool
+from trl_prime.sandbox import Limits, SandboxUnavailable
+from trl_prime.sandbox.tool import load_tool, python_tool
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_prime.rewards.sandbox.inside import wire
-from trl_prime.rewards.sandbox.messages import checked_answer, checked_verdict, read_message
+from trl_prime.sandbox.inside import wire
+from trl_prime.sandbox.messages import checked_answer, checked_verdict, read_message
 
 hashable = st.recursive(
     st.none()

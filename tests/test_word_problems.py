@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from trl_prime.data import word_problems
-from trl_prime.data.word_problems import STORIES, load_smollm2, make_splits, prepare
+from trl_prime.tasks import word_problems
+from trl_prime.tasks.word_problems import STORIES, load_smollm2, make_splits, prepare
 
 
 @pytest.fixture(scope="module")

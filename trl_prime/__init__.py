@@ -1,26 +1,21 @@
 """PRIME (Process Reinforcement through Implicit Rewards, arXiv 2502.01456) for TRL."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from .version import __version__
 
 if TYPE_CHECKING:
     from .implicit_prm import ImplicitPRM
-    from .offline_prm_config import OfflinePRMConfig
-    from .offline_prm_trainer import OfflinePRMTrainer
+    from .offline_prm import OfflinePRMConfig, OfflinePRMTrainer
     from .prime_config import PRIMEConfig
     from .prime_trainer import PRIMETrainer
 
-try:
-    __version__ = version("trl-prime")
-except PackageNotFoundError:  # run from a checkout that was not installed
-    __version__ = "0.0.0"
-
-__all__ = ["ImplicitPRM", "OfflinePRMConfig", "OfflinePRMTrainer", "PRIMEConfig", "PRIMETrainer"]
+__all__ = ["ImplicitPRM", "OfflinePRMConfig", "OfflinePRMTrainer", "PRIMEConfig", "PRIMETrainer", "__version__"]
 
 _MODULES = {
     "ImplicitPRM": ".implicit_prm",
-    "OfflinePRMConfig": ".offline_prm_config",
-    "OfflinePRMTrainer": ".offline_prm_trainer",
+    "OfflinePRMConfig": ".offline_prm",
+    "OfflinePRMTrainer": ".offline_prm",
     "PRIMEConfig": ".prime_config",
     "PRIMETrainer": ".prime_trainer",
 }

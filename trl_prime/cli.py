@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from .commands.work import is_on_the_way
-from .names import nearest
+from .specs import nearest
 
 # Name of the command: its module, and what it is for
 COMMANDS = {
@@ -86,7 +86,7 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error whose message says it all; None for one that needs its traceback."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    from .rewards.sandbox.limits import SandboxUnavailable
+    from .sandbox.limits import SandboxUnavailable
 
     # One that the import system raised has a name, one with a sentence of what to install has none
     is_not_installed = isinstance(error, ImportError) and error.name is None

@@ -19,8 +19,8 @@ from trl import GRPOConfig
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
 from .implicit_prm.updater import make_schedule
-from .names import nearest
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
+from .specs import nearest
 
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")

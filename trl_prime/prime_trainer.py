@@ -36,13 +36,8 @@ from transformers.utils import get_json_schema, logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, nanstd
 
-from .advantages import (
-    RewardCombination,
-    RolloutRewards,
-    advantage_terms,
-    checked_combination,
-    process_variance_share,
-)
+from .advantages import RewardCombination, RolloutRewards, advantage_terms, process_variance_share
+from .checks import checked_combination, checked_reward_func, checked_rollout_func
 from .hub import (
     PAPER,
     POLICY_TAGS,
@@ -56,9 +51,18 @@ from .hub import (
     with_ignored_prm,
     with_section,
 )
+from .implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
 from .implicit_prm.backends import DataParallel, make_backend, unshared
 from .implicit_prm.copies import check_apart, compute_head_in_float32
-from .implicit_prm.losses import absolute_accuracy, label_log_odds, outcome_scores, pairwise_accuracy, pairwise_wins
+from .implicit_prm.logps import (
+    batch_completion_logps,
+    can_fuse_lm_head,
+    fuse_lm_head,
+    in_float32,
+    num_chunks,
+    rope_boundary,
+)
+from .implicit_prm.losses import label_log_odds, outcome_scores
 from .implicit_prm.model import (
     CONFIG_NAME,
     QUANTIZED,
@@ -70,17 +74,7 @@ from .implicit_prm.model import (
     saved_weights,
     with_adapter,
 )
-from .implicit_prm.scoring import (
-    batch_completion_logps,
-    can_fuse_lm_head,
-    fuse_lm_head,
-    in_float32,
-    num_chunks,
-    rope_boundary,
-)
-from .implicit_prm.text import TextFormat
 from .implicit_prm.updater import PRMBatch, PRMUpdater
-from .names import nearest
 from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
 from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
@@ -93,7 +87,8 @@ from .process_rewards import (
 )
 from .prompt_filter import select_groups
 from .rollouts import combine_outcomes
-from .user_functions import checked_reward_func, checked_rollout_func
+from .specs import nearest
+from .texts import TextFormat
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
-from ..names import did_you_mean
+from ..specs import did_you_mean
 
 WIDTH, SCREEN = 100, 45
 

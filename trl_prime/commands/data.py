@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..texts import prompt_ids
 from .arguments import parse_arguments
-from .dataset_arguments import FORMAT_HELP, prompt_ids
+from .dataset_arguments import FORMAT_HELP
 from .work import work
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..implicit_prm.text import TextFormat
+    from ..texts import TextFormat
 
 WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
 # How many of the bad rows are named
@@ -100,7 +101,7 @@ def run(argv: list[str]) -> int:
 
     from ..data.adapters import MALFORMED, load_prime_dataset
     from ..implicit_prm.model import saved_text_format
-    from ..implicit_prm.text import TextFormat
+    from ..texts import TextFormat
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
     text_format = (saved_text_format(arguments.tokenizer) if arguments.tokenizer else None) or TextFormat()
@@ -141,7 +142,7 @@ def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat |
     Args:
         dataset (`Dataset`): Adapted rows.
         tokenizer (*optional*): Its chat template writes the messages.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How a run has rendered them.
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How a run has rendered them.
     """
     from rich.console import Console
     from rich.panel import Panel
@@ -175,7 +176,7 @@ def check_rows(
         malformed (`dict[int, str]`): Of other rows the reason.
         tokenizer (*optional*): Counts the tokens of the prompts.
         max_prompt_length (`int`, *optional*): Longer prompts are too long.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How a run has rendered the prompts.
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How a run has rendered the prompts.
 
     Returns:
         `bool`: whether everything is as it has to be.
@@ -187,7 +188,7 @@ def check_rows(
         print(f"  {ability}: {count}")
     too_long: list[str] = []
     if tokenizer is not None and "prompt" in dataset.column_names and len(dataset):
-        from ..implicit_prm.text import TextFormat
+        from ..texts import TextFormat
 
         form = text_format or TextFormat()
         lengths = [len(prompt_ids(prompt, tokenizer, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
@@ -263,7 +264,7 @@ def _written(messages: Any, tokenizer: Any, text_format: Any, add_generation_pro
     if isinstance(messages, str):
         return messages
     if tokenizer is not None:
-        from ..implicit_prm.text import TextFormat
+        from ..texts import TextFormat
 
         form = text_format or TextFormat()
         return form.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)

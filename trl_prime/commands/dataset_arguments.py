@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ScriptArguments
 
+from ..texts import prompt_ids
+
 if TYPE_CHECKING:
-    from ..implicit_prm.text import TextFormat
+    from ..texts import TextFormat
 
 FORMAT_HELP = (
     "How the rows of dataset_name (Hub, local file or folder) are adapted: eurus2_rl, eurus2_sft, gsm8k, math, math500, "
@@ -82,7 +84,7 @@ def load_split(
     """
     from ..data.adapters import load_prime_dataset
     from ..data.formats import DATASET_FORMATS
-    from ..rewards.registry import parse_call
+    from ..specs import parse_call
 
     name = parse_call(arguments.dataset_format or "")[0]
     if name in DATASET_FORMATS and messages not in DATASET_FORMATS[name].features:
@@ -105,7 +107,7 @@ def load_split(
     if arguments.max_prompt_length is not None:
         from transformers import AutoTokenizer
 
-        from ..implicit_prm.text import TextFormat
+        from ..texts import TextFormat
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
         text_format = TextFormat(chat_template_kwargs=chat_template_kwargs or {})
@@ -117,14 +119,6 @@ def load_split(
             f"max_prompt_length is {arguments.max_prompt_length}."
         )
     return dataset
-
-
-def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any, text_format: TextFormat) -> list[int]:
-    """The tokens of a prompt, of messages as the format renders them, with the beginning of the answer."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
-    return tokenizer(rendered, add_special_tokens=False).input_ids
 
 
 def _has_ability(row: dict[str, Any], ability: str) -> bool:

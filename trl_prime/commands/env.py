@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
 
 def sandbox() -> str:
     """Which sandbox the code reward would take on this machine, or why none. Runs a program in it."""
-    from ..rewards.sandbox import SandboxUnavailable, open_sandbox
+    from ..sandbox import SandboxUnavailable, open_sandbox
 
     try:
         box = open_sandbox("auto")
@@ -47,7 +47,7 @@ def sandbox() -> str:
 
 def bubblewrap() -> str:
     """Version and place of bubblewrap."""
-    from ..rewards.sandbox.boxes import find_bubblewrap
+    from ..sandbox.boxes import find_bubblewrap
 
     path = find_bubblewrap()
     if path is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..prime_config import nearest
+from ..specs import nearest
 from .arguments import parse_arguments
 from .work import work
 
@@ -340,7 +340,7 @@ def _load_verifier(spec: str, dataset: Any) -> Callable:
     """The reward function. Where a verifier cannot work on this machine, this says so before any model is loaded."""
     from ..rewards.registry import load_reward_func
     from ..rewards.router import VerifierReward, row_kind
-    from ..rewards.sandbox import SandboxUnavailable
+    from ..sandbox import SandboxUnavailable
 
     try:
         if spec != "verifier":
@@ -424,7 +424,7 @@ def _equal_answers() -> Callable[[list[tuple[str, str]]], list[bool]]:
 
 
 def _as_text(row: dict[str, Any]) -> dict[str, Any]:
-    from ..rewards.completions import completion_text
+    from ..texts import completion_text
 
     prompt = row["prompt"]
     return {"prompt": prompt if isinstance(prompt, str) else "\n\n".join(completion_text([m]) for m in prompt)}

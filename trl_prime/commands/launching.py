@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..names import nearest
+from ..specs import nearest
 from .arguments import ArgumentReader, parse_arguments, show_help
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"

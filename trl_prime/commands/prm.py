@@ -24,7 +24,7 @@ class OfflinePRMScriptArguments(ScriptArguments):
 
     Parameters:
         dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
-            [`~trl_prime.data.outcomes.OUTCOME_FORMATS`], with options if need be, `labelled(completion='answer')`. Not given,
+            [`~trl_prime.offline_prm.data.OUTCOME_FORMATS`], with options if need be, `labelled(completion='answer')`. Not given,
             the data set has `prompt`, `completion` and `label`, or `prompt`, `chosen` and `rejected`. `dataset_name` may be a
             local file or folder.
         held_out_share (`float`, *optional*): Hold out this share of the prompts of the train split for evaluation. Not given,
@@ -59,7 +59,7 @@ class OfflinePRMScriptArguments(ScriptArguments):
 def _types() -> list[type]:
     from trl import ModelConfig
 
-    from ..offline_prm_config import OfflinePRMConfig
+    from ..offline_prm.offline_prm_config import OfflinePRMConfig
 
     return [OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig]
 
@@ -92,8 +92,8 @@ def run(argv: list[str]) -> int:
 
     from trl import get_peft_config, get_quantization_config
 
-    from ..evaluation.progress import MetricsProgressCallback
-    from ..offline_prm_trainer import OfflinePRMTrainer
+    from ..offline_prm.offline_prm_trainer import OfflinePRMTrainer
+    from ..reports.progress import MetricsProgressCallback
 
     with args.main_process_first(desc="loading the data set"):
         train_dataset, eval_dataset = _load_data(script_args, args)
@@ -132,7 +132,7 @@ def run(argv: list[str]) -> int:
 
 
 def _load_data(script_args: OfflinePRMScriptArguments, args: Any) -> tuple[Any, Any]:
-    from ..data.outcomes import load_outcome_dataset, split_by_prompt
+    from ..offline_prm.data import load_outcome_dataset, split_by_prompt
 
     def load(split: str) -> Any:
         return load_outcome_dataset(

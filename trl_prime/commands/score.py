@@ -154,7 +154,7 @@ def read_rows(path: str) -> list[Completion]:
 
 def _row_completions(row: Any, where: str) -> list[Completion]:
     from ..reports.score_page import Completion
-    from ..reports.scoring import can_be_scored, is_text_or_messages
+    from ..texts import can_be_scored, is_text_or_messages
 
     if not isinstance(row, dict) or "prompt" not in row or ("completion" in row) == ("completions" in row):
         raise ValueError(f"{where} must be an object with a `prompt` and either a `completion` or `completions`.")

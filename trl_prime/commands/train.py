@@ -16,17 +16,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..names import nearest
+from ..specs import nearest
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .work import work
 
 if TYPE_CHECKING:
-    from ..data.task import Task
+    from ..tasks.task import Task
 
 TASKS = {
-    "running_sums": "trl_prime.data.running_sums.prepare",
-    "word_problems": "trl_prime.data.word_problems.prepare",
+    "running_sums": "trl_prime.tasks.running_sums.prepare",
+    "word_problems": "trl_prime.tasks.word_problems.prepare",
 }
 # Tell a process that it is one of several
 _GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,7 +39,7 @@ class PRIMEScriptArguments(DatasetArguments):
 
     Parameters:
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
-            the dotted path of a function that returns a [`~trl_prime.data.task.Task`]. Replaces the model and data set.
+            the dotted path of a function that returns a [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
             row), TRL's names or dotted paths, with options if need be, `code(timeout=10)`.
@@ -183,10 +183,11 @@ def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> t
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
 
-    from ..evaluation.progress import PRIME_METRICS, MetricsProgressCallback
     from ..prime_trainer import PRIMETrainer
-    from ..rewards import load_object, load_reward_func
-    from ..tools import load_tool
+    from ..reports.progress import PRIME_METRICS, MetricsProgressCallback
+    from ..rewards import load_reward_func
+    from ..sandbox.tool import load_tool
+    from ..specs import load_object
 
     task = None
     if script_args.task:
@@ -239,7 +240,7 @@ def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> t
 
 
 def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
-    from ..rewards import load_object
+    from ..specs import load_object
 
     path = TASKS.get(script_args.task, script_args.task)
     arguments = (args.output_dir, args.seed, script_args.task_kwargs or {})
@@ -256,7 +257,7 @@ def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
 
 def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]) -> None:
     """Let a task make what it keeps in its folder: its warm-up would wait for processes that do not warm up."""
-    from ..rewards import load_object
+    from ..specs import load_object
 
     for name in [name for name in os.environ if name in _GROUP or name.startswith("ACCELERATE_")]:
         del os.environ[name]
@@ -265,7 +266,7 @@ def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]
 
 def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, resume_from: str | bool | None) -> None:
     """Train, save, and, of a task, measure before and after."""
-    from ..evaluation.progress import plot_learning_curve, print_summary
+    from ..reports.progress import plot_learning_curve, print_summary
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     measures = task is not None and trainer.accelerator.is_main_process

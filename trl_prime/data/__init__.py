@@ -1,1 +1,1 @@
-"""Tasks and data sets that PRIME runs on."""
+"""Data sets, each row brought into the form that trainers and verifiers read."""

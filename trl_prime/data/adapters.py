@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from ..names import nearest
-from ..rewards.registry import parse_call
+from ..specs import nearest, parse_call
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def adapt_dataset(
         )
     columns, settings = _resolve(format, options, present)
     # The version is there for the cache of `map`, which tells functions apart by their name only
-    from .. import __version__
+    from ..version import __version__
 
     adapt = functools.partial(
         _adapt_row,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, Value
 
-from ..names import nearest
+from ..specs import nearest
 
 if TYPE_CHECKING:
     Messages = list[dict[str, str]]

@@ -32,7 +32,7 @@ def load_metric(name: str, **kwargs: Any) -> EvaluationModule:
     {'pass@1': 0.25, 'pass@2': 0.5}
     ```
     """
-    from ..prime_config import nearest
+    from ..specs import nearest
 
     if name not in METRICS:
         raise ValueError(f"The metric {name!r} is unknown. {nearest(name, METRICS)}")

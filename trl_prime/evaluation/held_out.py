@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..implicit_prm.losses import absolute_accuracy, pairwise_accuracy
-from ..implicit_prm.text import TextFormat
+from ..implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
+from ..texts import TextFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +84,7 @@ def encode_prompts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's tokenizer.
         prompts (`list[str]` or `list[list[dict]]`): B prompts, all text or all messages. A chat template writes its own
             special tokens.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How the policy's run has rendered messages;
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How the policy's run has rendered messages;
             by the bare chat template if not given.
 
     Returns:

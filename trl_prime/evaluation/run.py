@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..rewards.completions import completion_text
+from ..texts import completion_text
 from .best_of_n import STEP_AGGREGATIONS, aggregate_step_rewards, best_of_n, draws, sizes_up_to, vote
 from .majority import group_answers
 from .pass_at_k import mean_with_interval, pass_at_k

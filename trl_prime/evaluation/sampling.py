@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..implicit_prm.loading import load_adapted_model, load_model
-from ..implicit_prm.text import TextFormat
+from ..texts import TextFormat
 from .held_out import encode_prompts
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TransformersSampler:
             are dropped, as in training; its end-of-sequence tokens are kept.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SamplingSettings`]): How to sample.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How its run has rendered messages.
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How its run has rendered messages.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class VLLMSampler:
         model_name_or_path (`str`): The policy, or a LoRA adapter of it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SamplingSettings`]): How to sample.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How its run has rendered messages.
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How its run has rendered messages.
         **engine: Arguments of `vllm.LLM`.
     """
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model import ImplicitPRM, ScoredCompletion, share_parameters
+    from .model import ImplicitPRM, ScoredCompletion
 
-__all__ = ["ImplicitPRM", "ScoredCompletion", "share_parameters"]
+__all__ = ["ImplicitPRM", "ScoredCompletion"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from .scoring import FUSED_LM_HEAD, Float32Head, unwrapped
+from .logps import FUSED_LM_HEAD, Float32Head, unwrapped
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

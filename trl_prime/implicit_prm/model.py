@@ -26,6 +26,7 @@ from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, prm_card, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
+from ..texts import TextFormat, token_texts, tokenize
 from .copies import (
     bare_base,
     compute_head_in_float32,
@@ -37,8 +38,7 @@ from .copies import (
     share_parameters,
 )
 from .loading import load_adapter, load_model
-from .scoring import batch_completion_logps, unwrapped
-from .text import TextFormat, token_texts, tokenize
+from .logps import batch_completion_logps, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,7 +174,7 @@ class ImplicitPRM:
         reference_name (`str`, *optional*): Folder or Hub id that `reference` was loaded from and still equals: it is then
             saved by this name, else with its weights.
         reference_revision (`str`, *optional*): Commit on the Hub that it was loaded from.
-        text_format ([`~trl_prime.implicit_prm.text.TextFormat`], *optional*): How text becomes the token ids that the PRM is
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How text becomes the token ids that the PRM is
             trained on. Not given, prompts are rendered by the bare chat template.
 
     Raises:
@@ -541,7 +541,7 @@ class ImplicitPRM:
         Args:
             *batch (`torch.Tensor`): prompt ids and mask `(B, P)` padded on the left, completion ids and mask `(B, T)` padded
                 on the right.
-            **kwargs: `rows` and `num_passes` of [`~trl_prime.implicit_prm.scoring.batch_completion_logps`].
+            **kwargs: `rows` and `num_passes` of [`~trl_prime.implicit_prm.logps.batch_completion_logps`].
 
         Returns:
             `torch.Tensor`: `(B, T)` float32 in nats, zero at padding.

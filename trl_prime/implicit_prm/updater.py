@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
+from .logps import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
-from .scoring import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

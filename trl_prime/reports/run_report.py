@@ -20,10 +20,11 @@ import numpy as np
 
 from ..hub import SETTINGS
 from ..prime_config import SETTINGS_NAME, TABLE_PREFIX
+from ..texts import can_be_scored, is_text_or_messages
 from .heat_map import finite
 from .page import render_page
 from .score_page import Completion, card_data, make_cards, step_scale, token_scale
-from .scoring import can_be_scored, is_text_or_messages, load_prm, score_completions
+from .scoring import load_prm, score_completions
 
 MAX_POINTS = 2000
 # Of the metrics that few readers open

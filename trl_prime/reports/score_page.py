@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..implicit_prm.losses import absolute_accuracy, pairwise_wins
-from ..rewards.completions import completion_text
+from ..implicit_prm.accuracies import absolute_accuracy, pairwise_wins
+from ..texts import completion_text
 from .heat_map import (
     NUM_BINS,
     colour_scale,

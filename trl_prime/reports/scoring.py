@@ -44,24 +44,3 @@ def score_completions(prm: ImplicitPRM, completions: list[Completion]) -> list[C
         chunk = completions[start : start + size]
         scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk], [c.truncated for c in chunk])
     return [dataclasses.replace(c, scored=result) for c, result in zip(completions, scored, strict=True)]
-
-
-def is_text_or_messages(prompt: Any) -> bool:
-    """Whether a prompt can be rendered: text, or messages."""
-    return isinstance(prompt, str) or (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
-    )
-
-
-def can_be_scored(completion: Any) -> bool:
-    """Whether `ImplicitPRM.score` takes the completion: text, or one assistant message that is text."""
-    if isinstance(completion, str):
-        return True
-    return (
-        is_text_or_messages(completion)
-        and len(completion) == 1
-        and completion[0]["role"] == "assistant"
-        and isinstance(completion[0]["content"], str)
-    )

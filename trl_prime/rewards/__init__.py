@@ -1,11 +1,11 @@
-"""Outcome rewards: verifiers of math and code, the sandbox that model-written code runs in, and their names in recipes."""
+"""Outcome rewards: verifiers of math and code, and their names in recipes."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .code_rewards import CodeReward, code_reward
     from .math_rewards import MathReward, math_reward
-    from .registry import load_object, load_reward_func
+    from .registry import load_reward_func
     from .router import VerifierReward, verifier_reward
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "MathReward",
     "VerifierReward",
     "code_reward",
-    "load_object",
     "load_reward_func",
     "math_reward",
     "verifier_reward",
@@ -24,7 +23,6 @@ _MODULES = {
     "MathReward": ".math_rewards",
     "VerifierReward": ".router",
     "code_reward": ".code_rewards",
-    "load_object": ".registry",
     "load_reward_func": ".registry",
     "math_reward": ".math_rewards",
     "verifier_reward": ".router",

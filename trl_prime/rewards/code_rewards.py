@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from .completions import completion_text
+from ..sandbox import Limits, open_sandbox
+from ..texts import completion_text
 from .programs import pick_solution, same_output, same_value
-from .sandbox import Limits, open_sandbox
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class CodeReward:
     Args:
         scoring (`str`): `"all"`: 1.0 if every test passes, else 0.0, and the first failure ends it. `"fraction"`: share of
             passed tests.
-        sandbox (`str`): See [`~trl_prime.rewards.sandbox.open_sandbox`].
+        sandbox (`str`): See [`~trl_prime.sandbox.open_sandbox`].
         test_seconds (`float`): Time for one test.
         total_seconds (`float`): Time for all tests of one completion; tests beyond it count as failed.
         memory_mb (`int`): Memory of one program.

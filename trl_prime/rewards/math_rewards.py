@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Callable, Collection
 from typing import Any
 
+from ..texts import completion_text
 from .answers import MAX_ANSWER_LENGTH, extract_answer, extract_gold, judge, quick_verdict
-from .completions import completion_text
 from .worker_pool import WorkerPool
 
 # A worker imports Math-Verify and learns most of the grammar by it, outside the time limit

@@ -123,7 +123,7 @@ def same_value(form: Any, expected: Any, tolerance: float = 1e-6) -> bool:
 
     Equality is Python's, tuples count as lists (the expected value comes from JSON), dictionary keys are compared as JSON
     has them, as text, and real numbers may differ by `tolerance`. Compares the forms of
-    [`~trl_prime.rewards.sandbox.inside.wire.encode`] without building the values: what a hostile solution sends costs no
+    [`~trl_prime.sandbox.inside.wire.encode`] without building the values: what a hostile solution sends costs no
     more than reading it.
 
     Args:

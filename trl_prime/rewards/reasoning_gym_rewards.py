@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from .completions import completion_text
+from ..texts import completion_text
 
 # Names that turn text into running code
 RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
@@ -123,7 +123,7 @@ def make_task(task: str, config: dict[str, Any]) -> Any:
             "`pip install reasoning-gym`."
         ) from error
 
-    from ..names import nearest
+    from ..specs import nearest
 
     # A composite hands answers on to other tasks' scorers, past the check of `load_scorer`
     if task == "composite":

@@ -1,21 +1,17 @@
 """Names of reward functions and hooks in a recipe: this package's verifiers, TRL's own rewards, and dotted paths.
 
-A *call form* gives options, `code(scoring='fraction', timeout=10)`. It is parsed, never evaluated: keyword arguments with
-literal values are all that it may hold.
+A spec may be a call form with options, see `specs.py`.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..names import nearest
+from ..specs import load_object, nearest, parse_call
 
 # Spec name -> (module, function for the plain name, class for the call form); imported when they are asked for
 VERIFIERS = {
@@ -24,67 +20,6 @@ VERIFIERS = {
     "verifier": ("router", "verifier_reward", "VerifierReward"),
     "reasoning_gym": ("reasoning_gym_rewards", "reasoning_gym_reward", None),
 }
-
-
-def load_object(path: str) -> Any:
-    """
-    The object at a dotted path, `package.module.name`; modules of the current folder are found too.
-
-    Args:
-        path (`str`): Dotted path.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: There is no such module or name.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"'{path}' is not a dotted path; write module.name.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"'{path}' could not be loaded: {error}.") from error
-    if not hasattr(module, name):
-        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
-        raise ValueError(f"'{module_name}' has no {name!r}. {nearest(name, public)}")
-    return getattr(module, name)
-
-
-def parse_call(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """
-    Split `name(option=value, ...)` into the name and its options, without evaluating anything.
-
-    Args:
-        spec (`str`): A name, a dotted path, or either with keyword arguments that are literals.
-
-    Returns:
-        `tuple[str, dict | None]`: the name and the options; None for the options if there are no parentheses.
-
-    Raises:
-        ValueError: The spec holds anything else.
-    """
-    name, parenthesis, _ = spec.strip().partition("(")
-    if not parenthesis:
-        return name, None
-    try:
-        call = ast.parse(spec.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or ast.unparse(call.func) != name:
-            raise ValueError("it is no single call")
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("an argument has no name")
-        if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
-            raise ValueError("an argument is given twice")
-        return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(
-            f"{spec!r} could not be read ({reason}). Write name(option=value, ...), where every value is a literal: a "
-            "number, a quoted string, True, False, None, or a list or dict of these."
-        ) from error
 
 
 def trl_rewards() -> dict[str, Callable]:

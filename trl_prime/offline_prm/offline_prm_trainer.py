@@ -27,21 +27,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, pad
 
-from .data.outcomes import group_by_prompt, to_labelled, to_pairs
-from .hub import cached_commit, hub_dataset, settings_table
-from .implicit_prm.backends import make_backend, unshared
-from .implicit_prm.copies import check_apart
-from .implicit_prm.losses import (
-    absolute_accuracy,
-    dpo_pair_losses,
-    kto_reference_point,
-    kto_row_losses,
-    outcome_scores,
-    pad_groups,
-    pairwise_accuracy,
-    prm_row_losses,
-)
-from .implicit_prm.model import (
+from ..hub import cached_commit, hub_dataset, settings_table
+from ..implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
+from ..implicit_prm.backends import make_backend, unshared
+from ..implicit_prm.copies import check_apart
+from ..implicit_prm.logps import check_scoring, completion_logps
+from ..implicit_prm.losses import dpo_pair_losses, kto_reference_point, kto_row_losses, outcome_scores, prm_row_losses
+from ..implicit_prm.model import (
     CONFIG_NAME,
     ImplicitPRM,
     downloaded_prm,
@@ -51,10 +43,10 @@ from .implicit_prm.model import (
     saved_weights,
     with_adapter,
 )
-from .implicit_prm.scoring import check_scoring, completion_logps
-from .implicit_prm.text import TextFormat, tokenize
+from ..process_exit import let_threads_finish_at_exit
+from ..texts import TextFormat, tokenize
+from .data import group_by_prompt, to_labelled, to_pairs
 from .offline_prm_config import OfflinePRMConfig
-from .process_exit import let_threads_finish_at_exit
 
 logger = logging.get_logger(__name__)
 
@@ -446,7 +438,7 @@ def _prepare_dataset(
             dataset = to_labelled(dataset)
         num_rows = len(dataset)
         # The version is there for the cache of `map`, which tells functions apart by their name only
-        from . import __version__
+        from ..version import __version__
 
         encode = functools.partial(
             _encode,

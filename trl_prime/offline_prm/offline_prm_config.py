@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .implicit_prm.losses import OFFLINE_LOSS_TYPES
-from .prime_config import nearest
+from ..implicit_prm.losses import OFFLINE_LOSS_TYPES
+from ..specs import nearest
 
 OVERLONG = ("drop", "truncate")
 

@@ -259,7 +259,7 @@ def warm_up(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from ..evaluation.progress import MetricsProgressCallback
+    from ..reports.progress import MetricsProgressCallback
 
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from .names import nearest
-from .rewards.registry import load_object, parse_call
-from .rewards.sandbox import Limits, open_sandbox
+from ..specs import load_object, nearest, parse_call
+from . import Limits, open_sandbox
 
-TOOLS = {"python": "trl_prime.tools.python_tool"}
+TOOLS = {"python": "trl_prime.sandbox.tool.python_tool"}
 
 
 def python_tool(
@@ -27,7 +26,7 @@ def python_tool(
         seconds (`float`): Time of one program.
         memory_mb (`int`): Its memory.
         max_characters (`int`): How much of its output the policy reads; of a longer one the beginning and the end.
-        sandbox (`str`): See [`~trl_prime.rewards.sandbox.open_sandbox`].
+        sandbox (`str`): See [`~trl_prime.sandbox.open_sandbox`].
 
     Returns:
         `Callable`: the tool `python`.

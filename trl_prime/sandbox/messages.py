@@ -8,7 +8,7 @@ from typing import Any
 
 def read_message(line: bytes) -> Any:
     """
-    A message of [`~trl_prime.rewards.sandbox.inside.wire.Channel`].
+    A message of [`~trl_prime.sandbox.inside.wire.Channel`].
 
     Raises:
         EOFError: It is none.

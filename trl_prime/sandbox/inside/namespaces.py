@@ -1,7 +1,7 @@
 """Build the box by Linux namespaces alone, where bubblewrap is not installed, and start the zygote in it.
 
 `namespaces.py SETTINGS` with the JSON {"read_only": [...], "empty": [...], "links": {...}, "packages": {...}, "devices":
-[...], "new_root": path, "command": [...]}: what [`~trl_prime.rewards.sandbox.boxes`] gives to bubblewrap as options.
+[...], "new_root": path, "command": [...]}: what [`~trl_prime.sandbox.boxes`] gives to bubblewrap as options.
 """
 
 import json

@@ -111,7 +111,7 @@ class LocalSandbox:
             total_seconds (`float`): Time for all.
 
         Yields:
-            `dict`: For each call `{"value": form}`, a form of [`~trl_prime.rewards.sandbox.inside.wire.encode`], or
+            `dict`: For each call `{"value": form}`, a form of [`~trl_prime.sandbox.inside.wire.encode`], or
             `{"error": [type, text]}`.
 
         Raises:
@@ -164,7 +164,7 @@ class LocalSandbox:
 
         Args:
             source (`str`): The solution.
-            tests (`dict`): As [`~trl_prime.rewards.sandbox.inside.examiner.examine`] takes them.
+            tests (`dict`): As [`~trl_prime.sandbox.inside.examiner.examine`] takes them.
             limits ([`Limits`]): Of each process; `wall_seconds` is for one assert.
             total_seconds (`float`): Time for all.
 

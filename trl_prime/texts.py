@@ -1,7 +1,8 @@
-"""Between text and the token ids that an implicit PRM is trained on.
+"""Prompts and completions: what is text, what is messages, and the token ids that models read.
 
-Covered: prompts rendered as in the PRM's training, the token that ends a completion, and the text that each token adds. Not
-covered: a sampled completion need not be what the tokenizer makes of its text; ids are those of the text.
+Covered: the text of a completion, prompts rendered as in the PRM's training, the token that ends a completion, and the text
+that each token adds. Not covered: a sampled completion need not be what the tokenizer makes of its text; ids are those of
+the text.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from trl.data_utils import prepare_multimodal_messages
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Content that no chat template changes
 _CONTENT = "4"
@@ -70,6 +71,8 @@ class TextFormat:
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **kwargs: Any) -> Any:
         """What `apply_chat_template` makes of messages: the text, or with `tokenize=True` what that returns."""
         if self.content_blocks:
+            from trl.data_utils import prepare_multimodal_messages
+
             messages = prepare_multimodal_messages(list(messages))
         return tokenizer.apply_chat_template(messages, **{"tokenize": False, **self.chat_template_kwargs, **kwargs})
 
@@ -157,3 +160,52 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         for i, text, bare in zip(unique, after, alone, strict=True)
     }
     return [texts[i] for i in token_ids]
+
+
+def completion_text(completion: Any) -> str:
+    """
+    The text of a completion.
+
+    Args:
+        completion (`str` or `list[dict]`): A text, or messages, of which the last one counts. Its content may be a text, a
+            list of parts, or None.
+
+    Returns:
+        `str`: empty where there is no text.
+    """
+    content = completion
+    if isinstance(completion, (list, tuple)):
+        content = completion[-1].get("content") if completion else None
+    if isinstance(content, (list, tuple)):
+        parts = (part if isinstance(part, str) else part.get("text") for part in content)
+        content = "".join(part for part in parts if part)
+    return content or ""
+
+
+def is_text_or_messages(prompt: Any) -> bool:
+    """Whether a prompt can be rendered: text, or messages."""
+    return isinstance(prompt, str) or (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
+    )
+
+
+def can_be_scored(completion: Any) -> bool:
+    """Whether `ImplicitPRM.score` takes the completion: text, or one assistant message that is text."""
+    if isinstance(completion, str):
+        return True
+    return (
+        is_text_or_messages(completion)
+        and len(completion) == 1
+        and completion[0]["role"] == "assistant"
+        and isinstance(completion[0]["content"], str)
+    )
+
+
+def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any, text_format: TextFormat) -> list[int]:
+    """The tokens of a prompt, of messages as the format renders them, with the beginning of the answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False).input_ids

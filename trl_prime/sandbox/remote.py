@@ -46,7 +46,7 @@ class RemoteSandbox:
             raise SandboxUnavailable(f"The sandbox at {self.url} did not run a test program: {result}")
 
     def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Result:
-        """Run a program to its end, as [`~trl_prime.rewards.sandbox.local.LocalSandbox.run`]."""
+        """Run a program to its end, as [`~trl_prime.sandbox.local.LocalSandbox.run`]."""
         limits = limits or Limits()
         answer = self._post(
             {
@@ -75,7 +75,7 @@ class RemoteSandbox:
     def call(
         self, source: str, name: str, calls: list[list[Any]], limits: Limits, total_seconds: float
     ) -> Iterator[dict[str, Any]]:
-        """Call a function of a solution, as [`~trl_prime.rewards.sandbox.local.LocalSandbox.call`]; all in one request."""
+        """Call a function of a solution, as [`~trl_prime.sandbox.local.LocalSandbox.call`]; all in one request."""
         forms = [[wire.encode(argument) for argument in arguments] for arguments in calls]
         whole = replace(limits, output_bytes=limits.output_bytes * max(1, len(calls)))
         answers = self._one_shot({"kind": "call", "name": name, "calls": forms}, source, whole, total_seconds)
@@ -85,7 +85,7 @@ class RemoteSandbox:
     def examine(
         self, source: str, tests: dict[str, Any], limits: Limits, total_seconds: float
     ) -> Iterator[dict[str, Any]]:
-        """Run tests written as Python code, as [`~trl_prime.rewards.sandbox.local.LocalSandbox.examine`]."""
+        """Run tests written as Python code, as [`~trl_prime.sandbox.local.LocalSandbox.examine`]."""
         for verdict in self._one_shot({"kind": "examine", "tests": tests}, source, limits, total_seconds):
             yield checked_verdict(verdict)
 

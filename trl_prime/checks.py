@@ -10,9 +10,13 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from .advantages import RewardCombination, RolloutRewards
 
 logger = logging.get_logger(__name__)
 
@@ -118,3 +122,42 @@ def checked_rollout_func(func: Callable) -> Callable:
         return output
 
     return wrapper
+
+
+def checked_combination(hook: RewardCombination, rewards: RolloutRewards) -> torch.Tensor:
+    """
+    Advantages from a user's hook, refused when they could harm the run.
+
+    Args:
+        hook (`Callable`): Takes [`RolloutRewards`], returns `(B, T)` advantages.
+        rewards ([`RolloutRewards`]): The batch.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` advantages, zero where masked.
+
+    Raises:
+        TypeError: The hook returned no tensor.
+        ValueError: The hook returned another shape, or NaN or infinity at an unmasked token.
+    """
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    advantages = hook(rewards)
+    if not isinstance(advantages, torch.Tensor):
+        raise TypeError(
+            f"The reward combination '{name}' returned {type(advantages).__name__}; return a (B, T) tensor of advantages."
+        )
+    expected = tuple(rewards.completion_mask.shape)
+    if tuple(advantages.shape) != expected:
+        raise ValueError(
+            f"The reward combination '{name}' returned shape {tuple(advantages.shape)}, but one advantage per token was "
+            f"expected: {expected}, as `rewards.completion_mask`."
+        )
+    advantages = advantages.detach().to(rewards.process_rewards.device, torch.float32)
+    advantages = advantages.masked_fill(~rewards.completion_mask, 0.0)
+    if not advantages.isfinite().all():
+        row, token = (~advantages.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"The reward combination '{name}' returned {advantages[row, token].item()} for completion {row}, token {token}. "
+            "Outcomes that could not be judged are NaN: leave them out of every mean, or call `rewards.combine()`."
+        )
+    return advantages

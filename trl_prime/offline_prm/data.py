@@ -21,10 +21,9 @@ from typing import Any
 from datasets import Dataset, Value
 from trl import extract_prompt, unpair_preference_dataset
 
-from ..prime_config import nearest
-from ..rewards.registry import parse_call
-from .adapters import adapt_dataset, read_rows
-from .formats import MalformedRow
+from ..data.adapters import adapt_dataset, read_rows
+from ..data.formats import MalformedRow
+from ..specs import nearest, parse_call
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
 
@@ -91,7 +90,7 @@ def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
         if option not in known:
             raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, known)}")
     # The version is there for the cache of `map`, which tells functions apart by their name only
-    from .. import __version__
+    from ..version import __version__
 
     adapt_batch = functools.partial(_adapt_batch, format=format, options=options or {}, version=__version__)
     adapted = dataset.map(adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)

@@ -1,0 +1,97 @@
+"""Names that a recipe gives: what they stand for, and what was probably meant by a misspelt one.
+
+A *call form* gives options, `code(scoring='fraction', timeout=10)`. It is parsed, never evaluated: keyword arguments with
+literal values are all that it may hold.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """
+    A sentence with the choice nearest to a misspelt name, and all of them.
+
+    Args:
+        name (`str`): What was given.
+        choices (`Iterable[str]`): What could have been.
+
+    Returns:
+        `str`: for instance `"Did you mean 'rloo'? Choose one of: rloo, grpo."`
+    """
+    choices = list(choices)
+    return f"{did_you_mean(name, choices)}Choose one of: {', '.join(choices)}."
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The first half of [`nearest`] with a space at its end, or nothing: where there are too many choices to list."""
+    matches = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"Did you mean {matches[0]!r}? " if matches else ""
+
+
+def load_object(path: str) -> Any:
+    """
+    The object at a dotted path, `package.module.name`; modules of the current folder are found too.
+
+    Args:
+        path (`str`): Dotted path.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: There is no such module or name.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(f"'{path}' is not a dotted path; write module.name.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"'{path}' could not be loaded: {error}.") from error
+    if not hasattr(module, name):
+        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
+        raise ValueError(f"'{module_name}' has no {name!r}. {nearest(name, public)}")
+    return getattr(module, name)
+
+
+def parse_call(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """
+    Split `name(option=value, ...)` into the name and its options, without evaluating anything.
+
+    Args:
+        spec (`str`): A name, a dotted path, or either with keyword arguments that are literals.
+
+    Returns:
+        `tuple[str, dict | None]`: the name and the options; None for the options if there are no parentheses.
+
+    Raises:
+        ValueError: The spec holds anything else.
+    """
+    name, parenthesis, _ = spec.strip().partition("(")
+    if not parenthesis:
+        return name, None
+    try:
+        call = ast.parse(spec.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != name:
+            raise ValueError("it is no single call")
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("an argument has no name")
+        if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
+            raise ValueError("an argument is given twice")
+        return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(
+            f"{spec!r} could not be read ({reason}). Write name(option=value, ...), where every value is a literal: a "
+            "number, a quoted string, True, False, None, or a list or dict of these."
+        ) from error
