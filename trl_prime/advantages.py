@@ -194,7 +194,7 @@ def combine_rewards(
         `torch.Tensor`: `(B, T)` advantages, zero where masked, for rows that could not be judged and, with baselines of peers,
         for rows that have no judged peer.
     """
-    outcome_term, process_term, active = advantage_terms(
+    terms = advantage_terms(
         outcome_rewards,
         process_rewards,
         completion_mask,
@@ -206,10 +206,24 @@ def combine_rewards(
         process_gamma=process_gamma,
         reward_mask=reward_mask,
     )
+    return add_terms(*terms, whiten=whiten or estimator == "reinforce_plus_plus")
+
+
+def add_terms(
+    outcome_term: torch.Tensor, process_term: torch.Tensor, active: torch.Tensor, *, whiten: bool = True
+) -> torch.Tensor:
+    """
+    The advantages that two terms add up to. The memory of `process_term` is used for them.
+
+    Args:
+        outcome_term, process_term, active (`torch.Tensor`): as returned by [`advantage_terms`].
+        whiten (`bool`): Zero mean and unit variance over the tokens of the batch.
+
+    Returns:
+        `torch.Tensor`: `(B, T)`.
+    """
     advantages = process_term.add_(outcome_term)
-    if whiten or estimator == "reinforce_plus_plus":
-        advantages = whiten_tokens(advantages, active)
-    return advantages
+    return whiten_tokens(advantages, active) if whiten else advantages
 
 
 def process_variance_share(outcome_term: torch.Tensor, process_term: torch.Tensor, active: torch.Tensor) -> float:
@@ -269,7 +283,18 @@ class RolloutRewards:
         `(B, T)` advantages by [`combine_rewards`] as configured. `changes` replace any of its arguments, so that a hook
         can alter one thing and keep the rest.
         """
-        arguments = {
+        return combine_rewards(**{**self._arguments(), **changes})
+
+    def combine_with_share(self) -> tuple[torch.Tensor, float]:
+        """`(B, T)` advantages as configured, and the share of process rewards in them, see [`process_variance_share`]."""
+        arguments = self._arguments()
+        whiten = arguments.pop("whiten") or arguments["estimator"] == "reinforce_plus_plus"
+        terms = advantage_terms(**arguments)
+        share = process_variance_share(*terms)
+        return add_terms(*terms, whiten=whiten), share
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
             "outcome_rewards": self.outcome_rewards,
             "process_rewards": self.process_rewards,
             "completion_mask": self.completion_mask,
@@ -277,7 +302,6 @@ class RolloutRewards:
             "reward_mask": self.reward_mask,
             **self.settings,
         }
-        return combine_rewards(**{**arguments, **changes})
 
 
 RewardCombination = Callable[[RolloutRewards], torch.Tensor]

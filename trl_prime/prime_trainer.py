@@ -36,7 +36,7 @@ from transformers.utils import get_json_schema, logging
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, nanstd
 
-from .advantages import RewardCombination, RolloutRewards, advantage_terms, process_variance_share
+from .advantages import RewardCombination, RolloutRewards
 from .checks import checked_combination, checked_reward_func, checked_rollout_func
 from .hub import (
     PAPER,
@@ -806,13 +806,7 @@ class PRIMETrainer(GRPOTrainer):
             trainer_state=self.state,
         )
         if self.reward_combination is None:
-            advantages = rewards.combine()
-            terms = {name: value for name, value in settings.items() if name != "whiten"}
-            share = process_variance_share(
-                *advantage_terms(
-                    outcomes, all_process, all_mask, self.num_generations, reward_mask=all_positions, **terms
-                )
-            )
+            advantages, share = rewards.combine_with_share()
             self._log("advantage/process_share", share)
         else:
             advantages = checked_combination(
