@@ -16,7 +16,8 @@ from peft import PeftModel
 from test_implicit_prm import lora
 from trl.generation import vllm_generation
 
-import trl_prime.prime_trainer as module
+from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.updater import PRMUpdater
 
 INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 MIXED = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
@@ -423,10 +424,8 @@ def test_evaluation_uses_the_engine_too(run):
 @pytest.mark.parametrize("vllm", [False, True])
 def test_a_rollout_function_gives_tokens_masks_and_columns(make_trainer, engine, random_prm, monkeypatch, vllm):
     """Tokens of its environment learn nothing, and its columns stay with their rows when groups are dropped."""
-    batches, update = [], module.PRMUpdater.update
-    monkeypatch.setattr(
-        module.PRMUpdater, "update", lambda self, batch, *logps: batches.append(batch) or update(self, batch, *logps)
-    )
+    batches, update = [], PRMUpdater.update
+    monkeypatch.setattr(PRMUpdater, "update", lambda self, batch: batches.append(batch) or update(self, batch))
     engine.offset = 0.3
 
     def rollout(prompts, trainer):
@@ -468,7 +467,7 @@ def test_a_rollout_function_gives_tokens_masks_and_columns(make_trainer, engine,
         written = output["completion_ids"] % 2 == 1
         written[:, 0] = True
         written &= output["completion_mask"].bool()
-        assert torch.equal(loss_mask(output).bool(), written) and torch.equal(batch.reward_mask, written)
+        assert torch.equal(loss_mask(output).bool(), written) and torch.equal(batch.policy_mask, written)
         assert not output["advantages"][~written].any() and output["advantages"][written].any()
         assert batch.labels.tolist() == [1, 0, 0, 0, 1, 0, 0, 1]
         if vllm:
@@ -554,10 +553,8 @@ def run_with_tools(make_trainer, engine, tool_tokenizer, monkeypatch):
 @pytest.fixture
 def updates(monkeypatch):
     """The batches that the PRM is updated on."""
-    seen, update = [], module.PRMUpdater.update
-    monkeypatch.setattr(
-        module.PRMUpdater, "update", lambda self, batch, *logps: seen.append(batch) or update(self, batch, *logps)
-    )
+    seen, update = [], PRMUpdater.update
+    monkeypatch.setattr(PRMUpdater, "update", lambda self, batch: seen.append(batch) or update(self, batch))
     return seen
 
 
@@ -565,7 +562,7 @@ def far_prm(tokenizer):
     """A PRM whose rewards are not zero."""
     models = (build_model(seed, len(tokenizer), scale=4.0) for seed in (1, 2))
     model, reference = models
-    return module.ImplicitPRM(model, reference.requires_grad_(False), tokenizer, beta=0.5)
+    return ImplicitPRM(model, reference.requires_grad_(False), tokenizer, beta=0.5)
 
 
 def unwritten(tokenizer, ids, mask):
@@ -620,7 +617,7 @@ def test_what_a_tool_says_teaches_nothing(run_with_tools, tool_tokenizer, update
                 tool_tokenizer, ids[row][mask[row].bool()], output["tool_mask"][row][mask[row].bool()]
             ) == ("\ntool:50\nassistant:")
         written = mask.bool() & ~told
-        assert torch.equal(batch.reward_mask, written) and torch.equal(rewards.completion_mask, written)
+        assert torch.equal(batch.policy_mask, written) and torch.equal(rewards.completion_mask, written)
         assert not rewards.process_rewards[~written].any() and rewards.process_rewards[written].all()
         assert not output["advantages"][~written].any() and (output["advantages"] != 0)[written].float().mean() > 0.9
         assert output["num_items_in_batch"] == written.sum()
@@ -688,14 +685,14 @@ def test_an_environment_of_two_turns_gives_the_outcome(run_with_tools, tool_toke
         for row in range(8):
             kept = mask[row].bool()
             text = tool_tokenizer.decode(ids[row][kept])
-            told = unwritten(tool_tokenizer, ids[row][kept], batch.reward_mask[row][kept])
+            told = unwritten(tool_tokenizer, ids[row][kept], batch.policy_mask[row][kept])
             assert told.count("tool:") == text.count("tool:") == text.count("<call>")
             assert "<call>" not in told and "<eos>" not in told
             assert batch.labels[row] == float("right" in text)
             learnt += batch.labels[row].item()
-        told = mask.bool() & ~batch.reward_mask
+        told = mask.bool() & ~batch.policy_mask
         assert told.any() and not output["advantages"][told].any()
-        assert output["advantages"][batch.reward_mask].any()
+        assert output["advantages"][batch.policy_mask].any()
     assert 0 < learnt < 16
     assert result.trainer.reward_func_names == ["row_reward", "Guessing"]
     assert distance(weights(result.trainer.implicit_prm.model), weights(far_prm(tool_tokenizer).model)) > 1e-4

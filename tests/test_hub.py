@@ -26,7 +26,7 @@ from trl.trainer.utils import generate_model_card
 from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.hub import PAPER, SETTINGS, policy_section, with_ignored_prm, with_section
-from trl_prime.implicit_prm import model as prm_module
+from trl_prime.implicit_prm.files import downloaded_prm, saved_prm_card
 
 # No blanks: of a Qwen2 model AutoTokenizer makes a Qwen2 tokenizer, which writes them otherwise than that of these tests
 PROMPTS, COMPLETIONS = ["1+1=", "whatistwoandtwo", "3="], ["two", "first:second=2", ""]
@@ -309,7 +309,7 @@ def test_a_pushed_prm_is_trained_on_with_its_own_reference(hub, train, tokenizer
     prm.push_to_hub("me/prm")
     trainer = train(prm_model="me/prm", max_steps=1, prm_learning_rate=0.0)
     assert same(weights(trainer.implicit_prm.reference), weights(prm.reference))
-    assert prm_module.downloaded_prm("me/base") is None
+    assert downloaded_prm("me/base") is None
 
 
 def test_a_model_of_the_hub_that_is_no_saved_prm(hub):
@@ -484,7 +484,7 @@ def test_cards_give_a_prm_prompts_of_the_form_it_was_trained_on(train, tmp_path,
     trainer.save_model(tmp_path / "saved")
     cards = [
         Path(trainer.args.output_dir, "README.md").read_text(),
-        prm_module.saved_prm_card(tmp_path / "saved/prm", "me/prm").text,
+        saved_prm_card(tmp_path / "saved/prm", "me/prm").text,
     ]
     asked = '[[{"role": "user", "content": "What is 7 * 8?"}]]' if is_chat else '["What is 7 * 8?"]'
     assert all(card.count("prm.score(") == card.count(f"prm.score({asked}, ") == 1 for card in cards)

@@ -17,8 +17,8 @@ from transformers import (
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.evaluation.process_bench import score_steps
 from trl_prime.evaluation.sampling import load_policy
+from trl_prime.implicit_prm.files import saved_weights
 from trl_prime.implicit_prm.loading import load_adapter, load_model
-from trl_prime.implicit_prm.model import saved_weights
 
 PROMPTS, COMPLETIONS = ["1+1=", "23+4="], ["2\nabcdefgh 33", "27 zz hello 123456789"]
 

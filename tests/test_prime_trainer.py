@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, selective_log_softmax
 
-import trl_prime.prime_trainer as module
 from trl_prime import ImplicitPRM, PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
 from trl_prime.implicit_prm.accuracies import pairwise_accuracy
 from trl_prime.implicit_prm.logps import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
 from trl_prime.implicit_prm.losses import LOSS_TYPES
+from trl_prime.implicit_prm.updater import PRMUpdater
 from trl_prime.prime_config import UPDATE_MODES
 from trl_prime.process_rewards import GRANULARITIES, NORMALIZATIONS
 
@@ -76,13 +76,13 @@ def record(make_trainer):
 @pytest.fixture
 def updates(monkeypatch):
     """The batches that the PRM is updated on."""
-    seen, update = [], module.PRMUpdater.update
+    seen, update = [], PRMUpdater.update
 
-    def recorded(self, batch, *logps):
+    def recorded(self, batch):
         seen.append(batch)
-        return update(self, batch, *logps)
+        return update(self, batch)
 
-    monkeypatch.setattr(module.PRMUpdater, "update", recorded)
+    monkeypatch.setattr(PRMUpdater, "update", recorded)
     return seen
 
 
@@ -501,7 +501,7 @@ def test_rows_without_reward_train_nothing(record, updates, random_prm, unjudged
     rows = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(unjudged), True)
     assert torch.equal(rewards.outcome_rewards.isnan(), rows) and torch.equal(updates[0].labels.isnan(), rows)
     assert not output["advantages"][rows].any() and not loss_mask(output)[rows].any()
-    assert not updates[0].reward_mask[rows].any()
+    assert not updates[0].policy_mask[rows].any()
     assert loss_mask(output).sum() == output["completion_mask"][~rows].sum()
     assert output["num_items_in_batch"] == max(loss_mask(output).sum(), 1)
     if not rows.all():
@@ -696,7 +696,7 @@ def test_tokens_that_the_policy_did_not_write_get_nothing(record, updates, rando
     output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
     written = output["completion_mask"].bool().clone()
     written[:, [1, 3]] = False
-    assert torch.equal(rewards.completion_mask, written) and torch.equal(updates[0].reward_mask, written)
+    assert torch.equal(rewards.completion_mask, written) and torch.equal(updates[0].policy_mask, written)
     assert torch.equal(loss_mask(output).bool(), written)
     assert not rewards.process_rewards[~written].any() and not output["advantages"][~written].any()
     assert rewards.process_rewards[written].all()
@@ -718,7 +718,7 @@ def test_masked_truncated_completions_teach_nothing(record, updates, random_prm)
     output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
     truncated = torch.tensor([1, 4])  # those of 8 tokens
     assert not loss_mask(output)[truncated].any() and not output["advantages"][truncated].any()
-    assert not updates[0].reward_mask[truncated].any() and output["advantages"].isfinite().all()
+    assert not updates[0].policy_mask[truncated].any() and output["advantages"].isfinite().all()
     # A completion that has no tokens has no score, and is in no pair
     scores, judged = rewards.process_rewards.sum(1), torch.tensor(labels).index_fill(0, truncated, NAN)
     expected = pairwise_accuracy(scores, judged, 4)
@@ -830,10 +830,10 @@ def test_evaluation_moves_nothing(make_trainer, updates, num_generations_eval, r
     before = trainer.evaluate()
     trainer.train()
     num_updates, state = len(updates), weights(trainer.implicit_prm.model)
-    counts = trainer._prm_wins, trainer._prm_pairs
+    trust = dataclasses.replace(trainer.prm_learner.trust)
     result = trainer.evaluate()
     assert len(updates) == num_updates == 2 and same(weights(trainer.implicit_prm.model), state)
-    assert (trainer._prm_wins, trainer._prm_pairs) == counts
+    assert trainer.prm_learner.trust == trust
     assert not same(state, weights(build_model()))
     assert before["eval_prm/accuracy"] == 0.5 and before["eval_prm/process_reward"] == 0.0
     assert 0 <= result["eval_prm/accuracy"] <= 1 and result["eval_prm/process_reward"] != 0
@@ -958,7 +958,7 @@ def test_precision_is_the_correlation_with_process_rewards_in_float32(record, ra
 )
 def test_precision_is_measured_once_for_each_entry_of_the_log(train, random_prm, monkeypatch, settings, measured):
     calls = []
-    monkeypatch.setattr(module, "correlation", lambda *args: calls.append(args) or 0.75)
+    monkeypatch.setattr("trl_prime.implicit_prm.precision.correlation", lambda *args: calls.append(args) or 0.75)
     trainer = train(prm_model=random_prm(), bf16=True, max_steps=4, **settings)
     assert len(calls) == measured and {*logged(trainer, "prm/precision")} == {0.75}
 
@@ -970,8 +970,8 @@ def test_precision_is_not_measured_where_it_says_nothing(train, random_prm):
 
 
 def test_process_rewards_that_are_rounding_are_warned_of(train, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_PRECISION_UPDATES", 0)
-    monkeypatch.setattr(module, "correlation", lambda *args: 0.125)
+    monkeypatch.setattr("trl_prime.implicit_prm.precision._UPDATES", 0)
+    monkeypatch.setattr("trl_prime.implicit_prm.precision.correlation", lambda *args: 0.125)
     train(bf16=True, prm_learning_rate=1e-6)
     assert "mostly rounding" in caplog.text and "by 0.12 with" in caplog.text and "which is 1e-06" in caplog.text
 
@@ -1012,7 +1012,7 @@ def test_a_stream_that_ends_before_the_first_generation_batch_is_an_error(make_t
     "wins, pairs", [(3.0, 10), (5.0, 10), (6.0, 10), (60.0, 100), (9.0, 10), (400.0, 400), (0.0, 0)]
 )
 def test_process_rewards_count_as_much_as_the_prm_is_better_than_chance(record, random_prm, monkeypatch, wins, pairs):
-    monkeypatch.setattr(module, "pairwise_wins", lambda *args: (wins, pairs))
+    monkeypatch.setattr("trl_prime.implicit_prm.learner.pairwise_wins", lambda *args: (wins, pairs))
     recorder = record(
         row_rewards(MIXED), prm_model=random_prm(), prm_trust_weighting=True, process_weight=2.0, max_steps=3
     )

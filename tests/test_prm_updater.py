@@ -13,8 +13,9 @@ from test_implicit_prm import ragged_batch
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
-from trl_prime.implicit_prm.losses import LOSS_TYPES, prm_loss
-from trl_prime.implicit_prm.updater import PRMBatch, PRMUpdater
+from trl_prime.implicit_prm.batch import PRMBatch
+from trl_prime.implicit_prm.losses import LOSS_TYPES, group_rows, prm_loss
+from trl_prime.implicit_prm.updater import PRMUpdater
 
 K, LR = 4, 0.5
 LENGTHS = ((3, 5), (3, 2), (3, 6), (3, 1), (2, 6), (2, 3), (2, 4), (2, 2))
@@ -30,7 +31,7 @@ def setup(make_config, tokenizer):
         reference = build_model(2, scale=4.0).requires_grad_(False)
         prm = ImplicitPRM(model or build_model(1, scale=4.0), reference, tokenizer, beta=0.5)
         args = make_config(**{"prm_optim": "sgd", "prm_learning_rate": LR, "prm_max_grad_norm": 0.0, **settings})
-        return prm, PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, num_rollout_batches, K)
+        return prm, PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, num_rollout_batches)
 
     return build
 
@@ -41,14 +42,15 @@ def make_batch(prm, labels=LABELS, seed=0):
     mask[0, 2] = False  # a token that a tool wrote
     ref_logps = prm.reference_log_probs(*inputs)
     scores = prm.beta * ((prm.log_probs(*inputs) - ref_logps) * mask).sum(1)
-    return PRMBatch(*inputs, mask, ref_logps, torch.tensor(labels), scores)
+    labels = torch.tensor(labels)
+    return PRMBatch(*inputs, mask, ref_logps, labels, group_rows(labels, K), group_rows(scores, K))
 
 
 def expected_step(prm, batch, loss_type="ce", max_norm=None):
     """Weights after `prm - lr * grad` by hand, the loss and the gradient norm."""
     model = copy.deepcopy(prm.model)
     log_ratios = slow_log_probs(model, *batch.inputs) - batch.ref_logps
-    loss = prm_loss(log_ratios, batch.labels, batch.reward_mask, prm.beta, loss_type=loss_type, num_generations=K)
+    loss = prm_loss(log_ratios, batch.labels, batch.policy_mask, prm.beta, loss_type=loss_type, num_generations=K)
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     scale = min(1.0, max_norm / norm.item()) if max_norm else 1.0
@@ -68,9 +70,11 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
     expected, loss, norm = expected_step(prm, batch, loss_type, max_norm)
     assert norm > 0.05
     before = weights(prm.model)
-    result = updater.update(batch)
+    result = updater.update(batch).metrics
     assert distance(weights(prm.model), expected) < min(2e-5, 0.01 * distance(before, expected))
-    assert result == pytest.approx({"loss": loss, "grad_norm": norm, "learning_rate": LR}, rel=1e-3)
+    assert result == pytest.approx(
+        {"loss": loss, "grad_norm": norm, "learning_rate": LR, "skipped_steps": 0}, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,25 +91,24 @@ def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(se
     prm, updater = setup(prm_intercept=True, prm_replay_batches=1, prm_guess_rate=guess_rate)
     if kept_labels is not None:
         updater.replay.append(make_batch(prm, (NAN,) * 8, seed=1))
-        updater.replay[0].labels = torch.tensor(kept_labels)
-        updater._step = lambda replayed, *args, step=updater._step: (
-            step(replayed, *args) if replayed is batch else None
+        updater.replay[0] = dataclasses.replace(updater.replay[0], labels=torch.tensor(kept_labels))
+        updater._step = lambda replayed, keep_scores, step=updater._step: (
+            step(replayed, keep_scores) if replayed is batch else (None, None)
         )
     batch = make_batch(prm)
-    model, logps = copy.deepcopy(prm.model), torch.zeros_like(batch.ref_logps)
+    model = copy.deepcopy(prm.model)
     seen = slow_log_probs(model, *batch.inputs)
-    scores = prm.beta * ((seen - batch.ref_logps) * batch.reward_mask).sum(1)
+    scores = prm.beta * ((seen - batch.ref_logps) * batch.policy_mask).sum(1)
     judged = ~batch.labels.isnan()
     chances = guess_rate + (1 - guess_rate) * torch.sigmoid(scores + math.log(rate / (1 - rate)))[judged]
     labels = batch.labels[judged]
     loss = -(labels * chances.log() + (1 - labels) * (1 - chances).log()).mean()
     loss.backward()
-    updater.update(batch, None if kept_labels else logps)
+    first_logps = updater.update(batch).first_logps
     assert updater.intercept == pytest.approx(math.log(rate / (1 - rate)), abs=1e-6)
     for parameter, trained in zip(model.parameters(), prm.model.parameters(), strict=True):
         assert torch.allclose(parameter - LR * parameter.grad, trained, atol=2e-5)
-    if kept_labels is None:
-        assert torch.allclose(logps[judged], seen[judged], atol=1e-4)
+    assert torch.allclose(first_logps[judged], seen[judged], atol=1e-4) and not first_logps[~judged].any()
 
 
 @pytest.mark.parametrize("guess_rate", [0.0, 0.25])
@@ -145,7 +148,7 @@ def test_rows_without_label_have_no_influence(setup, loss_type):
         batch = make_batch(prm)
         unjudged = batch.labels.isnan()
         batch.completion_ids[unjudged] = (batch.completion_ids[unjudged] - 3 + noise) % 40 + 3
-        batch.scores[unjudged] += noise
+        batch.group_scores[K:, unjudged[K:]] += noise
         before = weights(prm.model)
         updater.update(batch)
         results.append(weights(prm.model))
@@ -157,7 +160,7 @@ def test_nothing_to_learn_makes_no_step(setup, labels):
     """No row is judged, or no completion has a peer to be compared with."""
     prm, updater = setup(prm_loss_type="dpo", prm_lr_scheduler_type="linear", num_rollout_batches=4)
     before = weights(prm.model)
-    result = updater.update(make_batch(prm, labels))
+    result = updater.update(make_batch(prm, labels)).metrics
     assert same(weights(prm.model), before)
     assert result["loss"] != result["loss"] and result["grad_norm"] != result["grad_norm"]
 
@@ -180,7 +183,10 @@ def test_epochs_and_replay_train_on_the_right_batches_oldest_first(setup, epochs
 def test_replay_steps_are_distinct_batches_drawn_from_all_that_are_kept(setup):
     prm, updater = setup(prm_num_epochs=2, prm_replay_batches=6, prm_replay_steps=2)
     steps = []
-    updater._step = lambda batch, *args: steps.append(int(batch.prompt_ids[0, 0])) or updater.scheduler.step()
+    updater._step = lambda batch, keep_scores: (
+        steps.append(int(batch.prompt_ids[0, 0])) or updater.scheduler.step(),
+        None,
+    )
     drawn = set()
     for number in range(30):
         batch = make_batch(prm)
@@ -202,7 +208,7 @@ def test_schedule_counts_the_steps_that_are_made(setup):
         num_rollout_batches=4, prm_lr_scheduler_type="linear", prm_replay_batches=2, prm_replay_steps=1
     )
     # One step on the first batch, two on each of the others, of eight that were planned for
-    rates = [updater.update(make_batch(prm))["learning_rate"] for _ in range(4)]
+    rates = [updater.update(make_batch(prm)).metrics["learning_rate"] for _ in range(4)]
     assert rates == pytest.approx([LR * (1 - done / 8) for done in (0, 1, 3, 5)])
 
 
@@ -215,7 +221,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(setup):
     assert updater.skipped_steps == 1
     assert same(weights(prm.model), before) and not updater.backend.optimizer.state
     assert all(p.grad is None or not p.grad.any() for p in prm.model.parameters())
-    result = updater.update(batch)
+    result = updater.update(batch).metrics
     assert result["loss"] == result["loss"] and not same(weights(prm.model), before)
     assert all(p.isfinite().all() for p in prm.model.parameters())
 
@@ -242,7 +248,7 @@ def test_schedule(setup, schedule, warmup, expected, epochs):
         prm_warmup_steps=warmup * epochs,
         prm_num_epochs=epochs,
     )
-    rates = [updater.update(make_batch(prm))["learning_rate"] for _ in range(4)]
+    rates = [updater.update(make_batch(prm)).metrics["learning_rate"] for _ in range(4)]
     assert rates == pytest.approx([LR * factor for factor in expected])
 
 
@@ -267,8 +273,8 @@ def test_resumed_updater_goes_on_bit_identically(setup, loss_type, more):
     saved.seek(0)
     resumed_prm, resumed = setup(model=model, **settings)
     resumed.load_state_dict(torch.load(saved, weights_only=True))
-    expected = updater.update(make_batch(prm, seed=3))
-    assert resumed.update(make_batch(resumed_prm, seed=3)) == expected
+    expected = updater.update(make_batch(prm, seed=3)).metrics
+    assert resumed.update(make_batch(resumed_prm, seed=3)).metrics == expected
     assert same(weights(prm.model), weights(resumed_prm.model))
 
 
@@ -277,7 +283,7 @@ def test_only_the_adapter_of_a_lora_prm_is_optimized(setup, make_config, tokeniz
 
     prm = ImplicitPRM.from_policy(build_model(scale=4.0), tokenizer, peft_config=lora(), beta=0.5)
     args = make_config()
-    updater = PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, 10, K)
+    updater = PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, 10)
     before, batch = weights(prm.model), make_batch(prm)
     for _ in range(2):
         updater.update(batch)
@@ -288,7 +294,7 @@ def test_only_the_adapter_of_a_lora_prm_is_optimized(setup, make_config, tokeniz
 
 def test_learning_makes_right_completions_score_higher(setup):
     prm, updater = setup(prm_optim="adamw_torch", prm_learning_rate=3e-3)
-    losses = [updater.update(make_batch(prm))["loss"] for _ in range(15)]
+    losses = [updater.update(make_batch(prm)).metrics["loss"] for _ in range(15)]
     assert losses[-1] < 0.5 * losses[0]
-    scores, labels = make_batch(prm).scores, torch.tensor(LABELS)
+    scores, labels = make_batch(prm).group_scores[::K].flatten(), torch.tensor(LABELS)
     assert scores[labels == 1].min() > scores[labels == 0].max()

@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
-from trl_prime.implicit_prm.model import saved_weights
+from trl_prime.implicit_prm.files import saved_weights
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 KILLED_RUN = {**STEPS, "per_device_train_batch_size": 8, "sample": True, "prm_replay_batches": 1}
@@ -144,13 +144,13 @@ def test_a_prm_that_did_not_learn_has_nothing_to_resume_from(train, make_trainer
 
 def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_weights(train):
     trainer = train(max_steps=3, prm_lr_scheduler_type="linear", prm_learning_rate=1e-3)
-    rates, moments = logged(trainer, "prm/learning_rate"), trainer._prm_updater.backend.optimizer
+    rates, moments = logged(trainer, "prm/learning_rate"), trainer.prm_learner.updater.backend.optimizer
     assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
-    assert set(trainer._prm_updater.scheduler.get_last_lr()) == {0.0}
+    assert set(trainer.prm_learner.updater.scheduler.get_last_lr()) == {0.0}
     before = weights(trainer.implicit_prm.model)
     trainer.train()
     assert logged(trainer, "prm/learning_rate") == pytest.approx(rates)
-    assert trainer._prm_updater.backend.optimizer is moments
+    assert trainer.prm_learner.updater.backend.optimizer is moments
     assert not same(before, weights(trainer.implicit_prm.model))
 
 

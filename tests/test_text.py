@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from trl_prime import ImplicitPRM
 from trl_prime.commands.score import read_rows
 from trl_prime.evaluation.held_out import encode_prompts
-from trl_prime.implicit_prm.model import saved_text_format
+from trl_prime.implicit_prm.files import saved_text_format
 from trl_prime.prime_trainer import _check_text_only
 from trl_prime.texts import TextFormat, token_texts, tokenize
 

@@ -1,7 +1,8 @@
-"""The functions that a user passes to the trainer, with errors that name them and say what was wrong with their result.
+"""Checks: what cannot work is refused before a model is loaded, and what a user's functions return is refused when they do.
 
-Covered: reward functions, plain and async; rollout functions. Not covered: a function that never returns. It can do so
-for good reasons, so a limit of time is its own affair: the verifiers in `rewards/` have one.
+Covered: arguments of the trainer, columns of the data set, tokenizers; results of reward functions, plain and async, of
+rollout functions and of the reward-combination hook. Not covered: single settings (`prime_config.py`), and a function that
+never returns. It can do so for good reasons, so a limit of time is its own affair: the verifiers in `rewards/` have one.
 """
 
 from __future__ import annotations
@@ -9,16 +10,219 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
+from trl import GRPOTrainer
+
+from .implicit_prm import ImplicitPRM
+from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
+from .implicit_prm.files import is_adapter, is_saved_prm
+from .prime_config import PRIMEConfig
+from .specs import nearest
 
 if TYPE_CHECKING:
     from .advantages import RewardCombination, RolloutRewards
 
 logger = logging.get_logger(__name__)
+
+# Keyword arguments that TRL gives to every reward function beside the columns of the data set
+_REWARD_KWARGS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+    "self",
+}
+# What TRL adds to rollouts with images, beside keys that begin with pixel_ or image_
+_VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
+
+
+# --- Before a model is loaded ---
+
+
+def check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: Any, reward_combination: Any) -> None:
+    """Refuse what cannot work before any model is loaded."""
+    args, train_dataset = grpo["args"], grpo.get("train_dataset")
+    if not isinstance(args, PRIMEConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}, but PRIMETrainer needs a PRIMEConfig: it has the PRM's settings."
+        )
+    if args.prm_reference == "policy" and args.deepspeed_plugin and args.deepspeed_plugin.zero_stage == 3:
+        raise NotImplementedError(
+            "prm_reference='policy' does not go with DeepSpeed ZeRO-3, which cannot mix the policy's own forward pass with the "
+            "fused one that TRL trains by. Use prm_reference='frozen', ZeRO-2 or FSDP2."
+        )
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise NotImplementedError(
+            "use_liger_kernel=True makes this version of TRL compute the policy's loss by Liger, which takes one advantage for "
+            "each completion, not for each token. Leave it out, or use a TRL whose GRPOTrainer has no loss by Liger (1.16)."
+        )
+    if reward_combination is not None and not callable(reward_combination):
+        raise TypeError(
+            f"reward_combination is {reward_combination!r}; pass a callable that takes RolloutRewards. In YAML, give its dotted "
+            "path."
+        )
+    is_saved = is_saved_prm(prm_model)
+    if (is_saved or isinstance(prm_model, ImplicitPRM)) and prm_peft_config is not None:
+        raise ValueError(
+            "prm_model is an ImplicitPRM or the folder of one, which is full or LoRA already: leave prm_peft_config out."
+        )
+    if isinstance(prm_model, ImplicitPRM) and prm_model.reference is None and args.prm_reference == "frozen":
+        raise ValueError(
+            "prm_model is an ImplicitPRM without a reference, but prm_reference is 'frozen'. Pass one with a reference, or set "
+            "prm_reference='policy' to measure it against the policy."
+        )
+
+    policy, tokenizer = grpo["model"], grpo.get("processing_class")
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
+    if prm_model is not None and not isinstance(prm_model, str) and prm_model is policy:
+        raise ValueError(
+            "prm_model is the policy itself, but they are trained apart. Leave prm_model out: the PRM then starts as a copy."
+        )
+    for option, name in (("model", policy), ("prm_model", prm_model)):
+        if isinstance(name, str) and is_adapter(name):
+            raise ValueError(
+                f"{option} is '{name}', which holds an adapter only. Load it with its base: pass "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)."
+            )
+    _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
+    prm_tokenizer = _tokenizer_of(prm_model, args.trust_remote_code)
+    if prm_tokenizer is not None:
+        tokenizer = tokenizer or _tokenizer_of(policy, args.trust_remote_code)
+        if tokenizer is not None:
+            _check_same_tokenizer(tokenizer, prm_tokenizer)
+
+    if isinstance(train_dataset, Dataset):
+        _check_enough_prompts(len(train_dataset), args)
+    if train_dataset is None or grpo.get("environment_factory") is not None:
+        return
+    columns = _columns(train_dataset)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        raise ValueError(
+            f"The training data set has no column 'prompt'; its columns are {sorted(columns)}. Rename one "
+            "(`dataset.rename_column`), or map the rows to TRL's prompt format."
+        )
+    if grpo.get("rollout_func") is not None:
+        return  # which may add columns of its own
+    reward_funcs = grpo.get("reward_funcs")
+    for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not callable(func) or isinstance(func, torch.nn.Module):
+            continue
+        for name, parameter in inspect.signature(func).parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.KEYWORD_ONLY,
+                parameter.POSITIONAL_OR_KEYWORD,
+            )
+            if required and name not in _REWARD_KWARGS and name not in columns:
+                raise ValueError(
+                    f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
+                    f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
+                )
+
+
+def _check_enough_prompts(num_prompts: int, args: PRIMEConfig) -> None:
+    """TRL drops an incomplete generation batch: a run without a whole one would end without a step."""
+    needed = args.prompts_per_generation
+    if num_prompts < needed:
+        raise ValueError(
+            f"The training data set has {num_prompts} prompts, but one generation batch takes {needed}: "
+            f"generation_batch_size={args.generation_batch_size} completions, num_generations={args.num_generations} of each "
+            f"prompt, oversample_factor={args.oversample_factor:g}. Not a single step could be made. Lower "
+            "per_device_train_batch_size, steps_per_generation or oversample_factor, or give more prompts."
+        )
+
+
+def _check_prm_is_trainable(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None) -> None:
+    """Refuse a PRM that would be trained as a whole on a quantized start, and adapters that no PRM can have."""
+    args, policy = grpo["args"], grpo["model"]
+    if prm_peft_config is not None:
+        if prm_peft_config.is_prompt_learning:
+            raise ValueError(no_virtual_tokens(prm_peft_config))
+    elif prm_model is None or isinstance(prm_model, str):
+        kwargs = (args.prm_model_init_kwargs if prm_model is not None else None) or args.model_init_kwargs or {}
+        quantized = kwargs.get("quantization_config") is not None
+        if prm_model is None:
+            quantized |= isinstance(policy, str) and grpo.get("quantization_config") is not None
+        if quantized and not (is_saved_prm(prm_model)):
+            raise ValueError(QUANTIZED)
+    policy_config = grpo.get("peft_config")
+    if policy_config is None and isinstance(policy, PeftModel):
+        policy_config = policy.active_peft_config
+    if policy_config is not None and policy_config.is_prompt_learning and args.prm_reference == "policy":
+        raise ValueError(
+            f"prm_reference='policy' does not go with a {type(policy_config).__name__}: the PRM starts without the policy's virtual "
+            "tokens and would differ from it from the beginning. Use prm_reference='frozen'."
+        )
+
+
+def _tokenizer_of(model: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a model given in any form; None where an instance does not say where it came from."""
+    if isinstance(model, ImplicitPRM):
+        return model.tokenizer
+    if isinstance(model, str):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = getattr(base, "name_or_path", None)
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None  # an instance need not have come with a tokenizer; its size is checked later
+
+
+def _columns(dataset: Dataset | IterableDataset) -> set[str] | None:
+    """Column names, of a streamed data set by its first row; None where they cannot be known."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and isinstance(dataset, IterableDataset):
+        first = next(iter(itertools.islice(dataset, 1)), None)
+        names = first and list(first)
+    return set(names) if names else None
+
+
+def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """The PRM reads the policy's token ids: a single different id mis-scores silently."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours if theirs.get(token) != ours[token])
+    if not different:
+        return  # the PRM knows tokens that the policy never writes
+    raise ValueError(
+        f"The PRM's tokenizer differs from the policy's: {len(different)} of {len(ours)} tokens have another id or none, "
+        f"{different[0]!r} first. The PRM reads the policy's token ids, so use one of the same model family."
+    )
+
+
+def check_text_only(output: dict[str, Any]) -> None:
+    """Refuse rollouts with pictures: the policy would see them, and PRM and reference would not."""
+    found = [
+        key
+        for key, value in output.items()
+        if value is not None and (key in _VISION_KEYS or key.startswith(("pixel_", "image_")))
+    ]
+    if found:
+        raise NotImplementedError(
+            f"The rollouts hold images ({', '.join(sorted(found))}), which the policy sees, but the implicit PRM and its "
+            "reference score text only so far. Take the images out of the data set: columns 'image' and 'images', and "
+            "blocks of type 'image' in the prompts. A multimodal model can be trained on text."
+        )
+
+
+# --- The functions that a user passes ---
 
 
 def checked_reward_func(func: Callable, name: str) -> Callable:

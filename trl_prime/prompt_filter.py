@@ -1,7 +1,7 @@
 """Which groups are worth learning from: the online prompt filter (PRIME, arXiv 2502.01456, section 3.3).
 
-Covered: the accuracy band, the spread within a group, truncated completions. Not covered: what happens to the groups
-that fail (`prime_trainer.py`).
+Covered: the accuracy band, the spread within a group, truncated completions, and which groups make up a training batch. Not
+covered: that rows of groups that failed carry no gradient (`prime_trainer.py`).
 """
 
 from __future__ import annotations
@@ -48,3 +48,20 @@ def select_groups(
     if truncated is not None:
         keep &= ~truncated.view(-1, num_generations).any(dim=1)
     return keep
+
+
+def rows_to_train_on(passed: torch.Tensor, num_groups: int, num_generations: int) -> torch.Tensor:
+    """
+    Rows of the generated batch that make up the training batch: whole groups in their order, those that passed first.
+
+    Args:
+        passed (`torch.Tensor`): `(G,)` bool, as [`select_groups`] returns it.
+        num_groups (`int`): Groups of the training batch, at most G. Where fewer passed, others fill it up.
+        num_generations (`int`): K.
+
+    Returns:
+        `torch.Tensor`: `(num_groups * K,)` places, rising.
+    """
+    order = torch.cat([passed.nonzero().flatten(), (~passed).nonzero().flatten()])[:num_groups].sort().values
+    offsets = torch.arange(num_generations, device=order.device)
+    return (order[:, None] * num_generations + offsets).flatten()

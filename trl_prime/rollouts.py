@@ -1,12 +1,101 @@
-"""From the rewards of each reward function to the outcome of a completion.
+"""One generation batch: which outcomes its completions have, and which of its rows are trained on.
 
-Covered: weighted sums, and what a missing reward (None) means. Not covered: reward functions (`rewards/`), baselines and
-advantages (`advantages.py`). B = completions, F = reward functions, K = completions of a prompt; groups are contiguous.
+Covered: weighted sums of rewards and what a missing reward (None) means; labels of the PRM; tokens that the policy wrote,
+truncated completions; taking rows out of the batches of all processes. Not covered: reward functions (`rewards/`), which
+groups are worth learning from (`prompt_filter.py`), advantages (`advantages.py`). B = completions of all processes, F =
+reward functions, K = completions of a prompt, T = completion tokens; groups are contiguous.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from transformers.utils import logging
+
+from .processes import gather_padded, local_rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """
+    The rows of a generation batch that make up the training batch. B of N generated rows, over all processes.
+
+    Attributes:
+        output (`dict`): This process's rows, as TRL returns them.
+        outcomes (`torch.Tensor`): `(B,)` outcomes; NaN = not trained on.
+        labels (`torch.Tensor`): `(B,)` labels of the PRM; NaN = not trained on.
+        trains (`torch.Tensor`): `(B,)` bool, whether the row carries a gradient.
+        rewards_per_func (`torch.Tensor`): `(B, F)` rewards; NaN = None.
+        rows (`torch.Tensor`): `(B,)` places of these rows among the N generated ones.
+        generated_outcomes (`torch.Tensor`): `(N,)` outcomes of all generated rows.
+    """
+
+    output: dict[str, Any]
+    outcomes: torch.Tensor
+    labels: torch.Tensor
+    trains: torch.Tensor
+    rewards_per_func: torch.Tensor
+    rows: torch.Tensor
+    generated_outcomes: torch.Tensor
+
+
+def policy_mask(output: dict[str, Any]) -> torch.Tensor:
+    """`(B, T)` bool: the tokens that the policy wrote; what tools answered and padding is false."""
+    return (output["completion_mask"] * output.get("tool_mask", 1)).bool()
+
+
+def outcomes_and_labels(
+    rewards_per_func: torch.Tensor, weights: torch.Tensor, names: Sequence[str], prm_label: str, num_generations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The outcome of every completion, and the label that the PRM learns from.
+
+    Args:
+        rewards_per_func (`torch.Tensor`): `(B, F)`; NaN = the function returned None.
+        weights (`torch.Tensor`): `(F,)`.
+        names (`list[str]`): Names of the reward functions.
+        prm_label (`str`): `"reward"` for the outcome, or one of the names.
+        num_generations (`int`): K.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `(B,)` outcomes and `(B,)` labels between 0 and 1; NaN = could not be judged.
+
+    Raises:
+        ValueError: A reward is infinite, or a label outside of [0, 1].
+    """
+    if rewards_per_func.isinf().any():
+        column = rewards_per_func.isinf().any(0).nonzero()[0].item()
+        raise ValueError(
+            f"The reward function '{names[column]}' returned infinity. Return None for a completion that it cannot judge."
+        )
+    column = None if prm_label == "reward" else list(names).index(prm_label)
+    outcomes, applies = combine_outcomes(rewards_per_func, weights, num_generations, column)
+    labels = outcomes if column is None else rewards_per_func[:, column]
+    if num_generations > 1 and column is None:
+        left_out = (~applies[~outcomes.isnan()]).any(0) & (weights != 0).to(applies.device)
+        if left_out.any():
+            without = [name for name, is_out in zip(names, left_out.tolist(), strict=True) if is_out]
+            logger.warning_once(
+                f"{without} returned None for all completions of a prompt, so that its outcome is the sum of the other reward "
+                "functions. That is right where a function is not for that prompt. If it says right or wrong and could not "
+                "judge, set prm_label to its name, and such prompts are left out."
+            )
+    outside = (labels < -1e-6) | (labels > 1 + 1e-6)
+    if outside.any():
+        raise ValueError(
+            f"The outcome label {labels[outside][0].item():g} is outside [0, 1], but the implicit PRM is trained on "
+            f"probabilities of success. prm_label is {prm_label!r}: set it to the name of the reward function that says "
+            f"right or wrong (one of {names}), or choose reward_weights so that the sum stays between 0 and 1."
+        )
+    return outcomes, labels.clamp(0, 1)
 
 
 def combine_outcomes(
@@ -40,3 +129,58 @@ def combine_outcomes(
         unjudged |= ~judged[:, label]
     outcomes = (rewards_per_func * weights).nansum(1).masked_fill(unjudged, torch.nan)
     return outcomes, applies
+
+
+def is_truncated(output: dict[str, Any], end_token_ids: Sequence[int]) -> torch.Tensor:
+    """
+    `(B,)` bool: the completion ran into the length limit.
+
+    Args:
+        output (`dict`): Rows of this process, as TRL returns them.
+        end_token_ids (`list[int]`): Tokens that end a completion, and the padding token.
+    """
+    completion_ids, mask = output["completion_ids"], output["completion_mask"]
+    last = (mask.sum(1) - 1).clamp(min=0)
+    last_ids = completion_ids.gather(1, last[:, None]).squeeze(1)
+    # An empty mask is a completion that TRL has masked because it was truncated
+    return ~torch.isin(last_ids, torch.tensor(end_token_ids, device=mask.device)) | (mask.sum(1) == 0)
+
+
+def select_rows(
+    output: dict[str, Any], rows: torch.Tensor, accelerator: Accelerator, pad_token_id: int
+) -> dict[str, Any]:
+    """
+    Keep some rows of the batches of all processes, spread evenly over the processes, without padding that no row needs.
+
+    Args:
+        output (`dict`): Rows of this process, as TRL returns them.
+        rows (`torch.Tensor`): `(B,)` places of the rows to keep among those of all processes.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        pad_token_id (`int`): Fills up token ids.
+
+    Returns:
+        `dict`: The same keys, with this process's part of the kept rows.
+    """
+    if len(rows) == output["completion_ids"].shape[0] * accelerator.num_processes:
+        return output
+    selected = {}
+    for key, value in output.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            pad_index = pad_token_id if key.endswith("_ids") else 0
+            value = gather_padded(value, accelerator, pad_index, pad_first=key.startswith("prompt_"))
+            value = local_rows(value[rows], accelerator)
+        elif isinstance(value, torch.Tensor) and value.ndim == 1:
+            value = local_rows(accelerator.gather(value)[rows], accelerator)
+        selected[key] = value
+    prompt_len = int(selected["prompt_mask"].sum(1).amax())
+    num_tokens = selected["completion_ids"].shape[1]
+    completion_len = max(int((selected["completion_ids"] != pad_token_id).sum(1).amax()), 1)
+    completion_len = max(int(selected["completion_mask"].sum(1).amax()), completion_len)
+    for key, value in selected.items():
+        if not isinstance(value, torch.Tensor) or value.ndim < 2:
+            continue
+        if key.startswith("prompt_"):
+            selected[key] = value[:, -prompt_len:]
+        elif value.shape[1] == num_tokens:
+            selected[key] = value[:, :completion_len]
+    return selected

@@ -100,7 +100,7 @@ def run(argv: list[str]) -> int:
     from transformers import AutoTokenizer
 
     from ..data.adapters import MALFORMED, load_prime_dataset
-    from ..implicit_prm.model import saved_text_format
+    from ..implicit_prm.files import saved_text_format
     from ..texts import TextFormat
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None

@@ -226,7 +226,7 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
     from ..evaluation.run import SampleTable, sample_problems, score_samples, summarize_best_of_n, summarize_samples
     from ..evaluation.sampling import load_tokenizer
     from ..evaluation.tables import print_best_of_n, print_samples
-    from ..implicit_prm.model import saved_text_format
+    from ..implicit_prm.files import saved_text_format
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     text_format = saved_text_format(args.model_name_or_path, revision=args.model_revision)

@@ -62,11 +62,11 @@ class DataParallel:
 
     Attributes:
         model (`nn.Module`): What computes the loss; a wrapper around `prm.model` where gradients are exchanged.
-        collective (`bool`): Whether a forward pass is a joint act of all processes, so that all need as many of them.
+        forward_is_collective (`bool`): Whether a forward pass is a joint act of all processes, so that all need as many of them.
         optimizer_is_sharded (`bool`): Whether each process holds its own part of the optimizer's state.
     """
 
-    collective = False
+    forward_is_collective = False
     optimizer_is_sharded = False
 
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
@@ -164,7 +164,7 @@ def _load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 class FullyShard(DataParallel):
     """PRM and reference sharded by FSDP2, as accelerate shards the policy."""
 
-    collective = True
+    forward_is_collective = True
     optimizer_is_sharded = True
 
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
@@ -239,7 +239,7 @@ class ZeRO(DataParallel):
         super().__init__(prm, accelerator)
         self.config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
         self.stage = self.config.get("zero_optimization", {}).get("stage", 0)
-        self.collective = self.stage == 3
+        self.forward_is_collective = self.stage == 3
         self.last = True
 
     def place_reference(self) -> None:

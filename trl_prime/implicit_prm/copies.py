@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
@@ -171,20 +171,6 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     whole = len(octets) // 8 * 8
     # As integers of 8 bytes, because a sum of single bytes would need eight times the memory
     return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
-
-
-def rewrites_base(config: PeftConfig) -> bool:
-    """Whether making such an adapter changes the layer it is put on, by making one on a small layer."""
-    init = getattr(config, "init_lora_weights", None)
-    if not isinstance(init, str):
-        return False
-    small = nn.ModuleDict({"layer": nn.Linear(8, 8)})
-    before = fingerprints(small)["layer.weight"]
-    try:
-        inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=init), small)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return True  # it looks at data first, which is done to find a better base
-    return fingerprints(small)["layer.base_layer.weight"] != before
 
 
 def check_apart(policy: nn.Module | None, prm: nn.Module, reference: nn.Module | None) -> None:

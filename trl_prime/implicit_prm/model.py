@@ -18,88 +18,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 from trl.trainer.utils import pad
 
-from ..hub import cached_commit, create_repo, prm_card, upload
+from ..hub import cached_commit, create_repo, upload
 from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
 from ..texts import TextFormat, token_texts, tokenize
+from .adapters import QUANTIZED, check_adapter, check_base_frozen, with_adapter
 from .copies import (
     bare_base,
     compute_head_in_float32,
     copied,
-    fingerprints,
     has_float32_head,
     is_fresh,
-    rewrites_base,
     share_parameters,
 )
+from .files import CONFIG_NAME, local_folder, saved_prm_card
 from .loading import load_adapter, load_model
 from .logps import batch_completion_logps, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from huggingface_hub import CommitInfo, ModelCard
+    from huggingface_hub import CommitInfo
 
 logger = logging.get_logger(__name__)
-
-CONFIG_NAME = "implicit_prm.json"
-QUANTIZED = (
-    "The PRM would be trained as a whole, but its start is quantized, and only an adapter can be trained on that. Pass "
-    "prm_peft_config, or an unquantized prm_model."
-)
-
-
-def _check_frozen(base: PreTrainedModel) -> None:
-    trainable = next((name for name, p in base.named_parameters() if p.requires_grad), None)
-    if trainable is not None:
-        raise ValueError(
-            f"The PRM's adapter trains {trainable!r} of the base model, which is the reference too and would move along. Use "
-            "bias='none'."
-        )
-
-
-def no_virtual_tokens(config: PeftConfig) -> str:
-    """Why prompt and prefix tuning are no adapters of a PRM."""
-    return (
-        f"The PRM's adapter is a {type(config).__name__}, whose virtual tokens make it differ from its reference before it has "
-        "learnt anything. Use an adapter of the weights, such as LoraConfig."
-    )
-
-
-def with_adapter(model: PreTrainedModel, config: PeftConfig, **kwargs: Any) -> PeftModel:
-    """
-    Put a new adapter on a base model whose weights others use too.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The base.
-        config ([`~peft.PeftConfig`]): The adapter.
-        **kwargs: Of `get_peft_model`.
-
-    Returns:
-        [`~peft.PeftModel`]
-
-    Raises:
-        ValueError: The adapter is one of virtual tokens, or has rewritten the base, which is of no use any more then.
-    """
-    if config.is_prompt_learning:
-        raise ValueError(no_virtual_tokens(config))
-    weights, before = list(model.parameters()), fingerprints(model)
-    shared = share_parameters(model)
-    adapted = get_peft_model(model.requires_grad_(False), config, **kwargs)
-    kept, after = {id(p) for p in adapted.parameters()}, fingerprints(shared)
-    changed = [name for name in before if before[name] != after[name]]
-    if changed or not all(id(p) in kept for p in weights):
-        raise ValueError(
-            f"The PRM's adapter with init_lora_weights={getattr(config, 'init_lora_weights', None)!r} rewrites weights of the base "
-            f"model ({', '.join(changed[:1]) or 'by others'}), which is the reference too, and the policy's base where that has an "
-            "adapter. Use an initialisation that leaves the base alone: init_lora_weights=True, 'gaussian' or 'orthogonal'."
-        )
-    return adapted
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -249,25 +194,13 @@ class ImplicitPRM:
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError("prm_model is a PeftModel already: leave prm_peft_config out, or pass the bare base.")
-            if model.active_peft_config.is_prompt_learning:
-                raise ValueError(no_virtual_tokens(model.active_peft_config))
-            if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
-                raise ValueError(
-                    "prm_model is a PeftModel that trains biases of its base model, so that the base is not what it was and no "
-                    "reference. Use bias='none'."
-                )
-            if any(map(rewrites_base, model.peft_config.values())):
-                raise ValueError(
-                    f"prm_model is a PeftModel with init_lora_weights={model.active_peft_config.init_lora_weights!r}, which has "
-                    "rewritten its base model, so that the base is not what it was and no reference. Merge the adapter "
-                    "(merge_and_unload) and pass the result."
-                )
+            check_adapter(model)
             reference = bare_base(model) if frozen_reference else None
         elif peft_config is not None:
             base = share_parameters(model.requires_grad_(False))
             reference = base if frozen_reference else None
             model = with_adapter(model, peft_config)
-            _check_frozen(base)
+            check_base_frozen(base)
         else:
             quantized = next((name for name, p in model.named_parameters() if not p.is_floating_point()), None)
             if quantized is not None:
@@ -362,7 +295,7 @@ class ImplicitPRM:
             ValueError: The PRM does not name its reference, or its adapter does not fit the reference.
         """
         hub = {"token": token, "cache_dir": cache_dir}
-        folder, saved = _local_folder(path_or_repo, subfolder, reference is None, revision=revision, **hub)
+        folder, saved = local_folder(path_or_repo, subfolder, reference is None, revision=revision, **hub)
         if reference is None and saved.get("reference") is None:
             raise ValueError(
                 f"'{path_or_repo}' does not name its reference model. Pass `reference`: the model that the PRM started from."
@@ -641,121 +574,3 @@ class ImplicitPRM:
                 )
             )
         return scored
-
-
-def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """
-    Weights that [`ImplicitPRM.save_pretrained`] wrote, by their names in `model`: all of them, or the adapter's.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The PRM that is to have them.
-        folder (`str`): Where they are saved.
-
-    Returns:
-        `dict[str, torch.Tensor]`: on the CPU.
-    """
-    if not isinstance(model, PeftModel):
-        return load_model(folder, type(model).__name__.removeprefix("FSDP"), dtype=model.dtype).state_dict()
-    # In files the adapter has no name, and each kind of adapter has rules of its own. PEFT applies them and hands the result to
-    # the model, which need not be able to load it yet: FSDP2 shards it.
-    received: dict[str, torch.Tensor] = {}
-
-    model.load_state_dict = lambda state, **kwargs: received.update(state)
-    try:
-        saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
-        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
-    finally:
-        del model.load_state_dict
-    return received
-
-
-def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> ModelCard:
-    """
-    The card of a saved PRM, see [`~trl_prime.hub.prm_card`].
-
-    Args:
-        folder (`str`): Where it is saved.
-        repo_id (`str`): The repo that it is going to.
-        **kwargs: `policy`, `trained`, `settings`, `datasets`, `revision`.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
-    """
-    saved = json.loads((Path(folder) / CONFIG_NAME).read_text())
-    return prm_card(
-        repo_id,
-        beta=saved["beta"],
-        is_adapter=saved["adapter"],
-        reference=saved["reference"],
-        reference_revision=saved["reference_revision"],
-        messages=saved["text_format"]["messages"],
-        **kwargs,
-    )
-
-
-def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat | None:
-    """
-    How text is written for a saved PRM, or for the policy of a run whose `prm/` holds one.
-
-    Args:
-        path_or_repo (`str`): Folder or Hub id.
-        **hub: `revision`, `token`, `cache_dir`.
-
-    Returns:
-        [`TextFormat`]: `None` if there is no PRM, or one that does not say.
-    """
-    try:
-        names = [name for name in (f"prm/{CONFIG_NAME}", CONFIG_NAME) if _has(path_or_repo, name, **hub)]
-    except OSError:
-        return None  # who loads it as a model says why that fails
-    if not names:
-        return None
-    saved = json.loads(Path(cached_file(path_or_repo, names[0], **hub)).read_text()).get("text_format")
-    return None if saved is None else TextFormat(**saved)
-
-
-def downloaded_prm(path_or_repo: str) -> str | None:
-    """The folder of a PRM that was saved or pushed, downloaded if it is on the Hub; `None` if this is any other model."""
-    try:
-        return str(_local_folder(path_or_repo)[0]) if _has(path_or_repo, CONFIG_NAME) else None
-    except OSError:
-        return None  # who loads it as a model says why that fails
-
-
-def is_adapter(path_or_repo: str) -> bool:
-    """Whether this is an adapter without its base model."""
-    try:
-        return _has(path_or_repo, "adapter_config.json") and not _has(path_or_repo, "config.json")
-    except OSError:
-        return False  # who loads it as a model says why that fails
-
-
-def _has(path_or_repo: str | os.PathLike, filename: str, **hub: Any) -> bool:
-    found = cached_file(
-        path_or_repo,
-        filename,
-        _raise_exceptions_for_missing_entries=False,
-        # Without a network a file that was not downloaded before cannot be told from one that does not exist
-        _raise_exceptions_for_connection_errors=not is_offline_mode(),
-        **hub,
-    )
-    return found is not None
-
-
-def _local_folder(
-    path_or_repo: str | os.PathLike, subfolder: str | None = None, with_reference: bool = True, **hub: Any
-) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds the PRM itself, downloaded if it is on the Hub, and its settings, empty if it has none."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    if _has(path_or_repo, f"{prefix}prm/{CONFIG_NAME}", **hub):
-        prefix += "prm/"
-    root = Path(path_or_repo)
-    if not root.is_dir():
-        # The repo of a run holds the policy beside the PRM, and checkpoints of both
-        ignored = [] if prefix else ["last-checkpoint/*", "checkpoint-*"]
-        ignored += [] if with_reference else [f"{prefix}reference/*"]
-        root = Path(
-            snapshot_download(str(path_or_repo), allow_patterns=[f"{prefix}*"], ignore_patterns=ignored, **hub)
-        )
-    settings = root / prefix / CONFIG_NAME
-    return settings.parent, json.loads(settings.read_text()) if settings.is_file() else {}

@@ -2,7 +2,7 @@
 
 Covered: gradient accumulation over micro-batches that gives the gradient of the whole batch on all processes, whatever the
 micro-batch size and wherever rows without label are; optimizer and schedule; state for resuming. Not covered: when to
-update (`prime_trainer.py`); where weights and gradients are (`backends.py`).
+update (`learner.py`); where weights and gradients are (`backends.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from peft import PeftModel
 from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
+from ..processes import local_rows
+from .batch import PRMBatch
 from .logps import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
 
@@ -31,34 +33,22 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-@dataclasses.dataclass
-class PRMBatch:
+@dataclasses.dataclass(frozen=True)
+class PRMUpdate:
     """
-    The rollouts of one generation batch on this process, as the PRM trains on them. B rows here, groups contiguous over
-    all processes.
+    What training on a batch has shown.
 
     Attributes:
-        prompt_ids, prompt_mask (`torch.Tensor`): `(B, P)`, padded on the left.
-        completion_ids, completion_mask (`torch.Tensor`): `(B, T)`, padded on the right.
-        reward_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token.
-        ref_logps (`torch.Tensor`): `(B, T)` reference log-probabilities, computed once however often the batch is used.
-        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN rows are not trained on.
-        scores (`torch.Tensor`, *optional*): `(B,)` scores q of the PRM as it was before it saw the batch. None where they
-            come out of the first update (see [`PRMUpdater.can_score`]).
+        metrics (`dict[str, float]`): `loss` and `grad_norm`, means over the optimizer steps (NaN where there was none), the
+            `learning_rate` of the first step, and `skipped_steps`, those that were left out in the whole run.
+        first_logps (`torch.Tensor`): `(B, T)` log-probabilities that the first step on the batch saw, zero in rows that it does
+            not train on. They are those of the PRM before the update where [`PRMUpdater.can_score`] says so.
+        last_logps (`torch.Tensor`): `(B, T)` log-probabilities that the last step saw.
     """
 
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    reward_mask: torch.Tensor
-    ref_logps: torch.Tensor
-    labels: torch.Tensor
-    scores: torch.Tensor | None = None
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+    metrics: dict[str, float]
+    first_logps: torch.Tensor
+    last_logps: torch.Tensor
 
 
 class PRMUpdater:
@@ -69,21 +59,13 @@ class PRMUpdater:
         backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): Of the PRM; its models have been placed.
         args ([`PRIMEConfig`]): The `prm_*` fields are read.
         num_rollout_batches (`int`): Generation batches of the whole run, for the schedule.
-        num_generations (`int`): K.
     """
 
-    def __init__(
-        self,
-        backend: DataParallel,
-        args: PRIMEConfig,
-        num_rollout_batches: int,
-        num_generations: int,
-    ):
+    def __init__(self, backend: DataParallel, args: PRIMEConfig, num_rollout_batches: int):
         self.backend = backend
         self.prm = prm = backend.prm
         self.args = args
         self.accelerator = backend.accelerator
-        self.num_generations = num_generations
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
         # Log-odds added to the scores inside the cross-entropy loss, as of the last update
@@ -118,61 +100,63 @@ class PRMUpdater:
         """
         return self.args.prm_loss_type == "ce" and not self.replay and not _has_dropout(self.prm.model)
 
-    def update(
-        self, batch: PRMBatch, first_logps: torch.Tensor | None = None, last_logps: torch.Tensor | None = None
-    ) -> dict[str, float]:
+    def update(self, batch: PRMBatch) -> PRMUpdate:
         """
         Train on a rollout batch and, before it, on those kept for replay or on `prm_replay_steps` of them, oldest first.
 
         Args:
-            batch ([`PRMBatch`]): The rollouts.
-            first_logps, last_logps (`torch.Tensor`, *optional*): `(B, T)`, where the log-probabilities that the first and the
-                last step see are written, in the rows that they train on.
+            batch ([`~trl_prime.implicit_prm.batch.PRMBatch`]): The rollouts, with `group_scores` unless [`can_score`] is true.
 
         Returns:
-            `dict[str, float]`: `loss` and `grad_norm`, means over the optimizer steps (NaN where there was none), and the
-            `learning_rate` of the first step.
+            [`PRMUpdate`]
         """
-        learning_rate = self.scheduler.get_last_lr()[0]
-        if self.args.prm_intercept:
+        args, learning_rate = self.args, self.scheduler.get_last_lr()[0]
+        if args.prm_intercept:
             self.intercept = self._base_rate_log_odds([*self.replay, batch])
         num_replayed = self._num_replayed(len(self.replay))
         # By the place in the schedule: the same on all processes and in a resumed run
-        rng = random.Random(f"{self.args.seed} {self.scheduler.last_epoch}")
-        results, num_steps = [], self.args.prm_num_epochs * (1 + num_replayed)
-        for _ in range(self.args.prm_num_epochs):
+        rng = random.Random(f"{args.seed} {self.scheduler.last_epoch}")
+        results, seen_logps = [], []
+        for epoch in range(args.prm_num_epochs):
             drawn = [self.replay[i] for i in sorted(rng.sample(range(len(self.replay)), num_replayed))]
-            for replayed in [*drawn, batch]:
-                # The scores taken before the update are still those of the present PRM at the very first step
-                fresh = replayed is batch and not results and self.args.prm_update != "before"
-                keep_scores = fresh or self.args.prm_update == "reverse"
-                seen_logps = None
-                if not results:
-                    seen_logps = first_logps
-                elif len(results) == num_steps - 1:
-                    seen_logps = last_logps
-                results.append(self._step(replayed, keep_scores, seen_logps))
+            for replayed in drawn:
+                results.append(self._step(replayed, keep_scores=args.prm_update == "reverse")[0])
+            # The scores taken before the update are still those of the present PRM at the very first step
+            fresh = epoch == 0 and not drawn and args.prm_update != "before"
+            result, logps = self._step(batch, keep_scores=fresh or args.prm_update == "reverse")
+            results.append(result)
+            seen_logps.append(logps)
         if self.replay.maxlen:
             self.replay.append(batch)
-        results = [result for result in results if result is not None]
-        loss, grad_norm = torch.tensor(results).mean(0).tolist() if results else (float("nan"), float("nan"))
-        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        made = [result for result in results if result is not None]
+        loss, grad_norm = torch.tensor(made).mean(0).tolist() if made else (float("nan"), float("nan"))
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped_steps": self.skipped_steps,
+        }
+        return PRMUpdate(metrics, seen_logps[0], seen_logps[-1])
 
     def _num_replayed(self, num_kept: int) -> int:
         return num_kept if self.args.prm_replay_steps is None else min(num_kept, self.args.prm_replay_steps)
 
-    def _step(self, batch: PRMBatch, keep_scores: bool, seen_logps: torch.Tensor | None) -> tuple[float, float] | None:
-        """One optimizer step on the mean loss over the rows that count on all processes; loss and gradient norm."""
+    def _step(self, batch: PRMBatch, keep_scores: bool) -> tuple[tuple[float, float] | None, torch.Tensor]:
+        """
+        One optimizer step on the mean loss over the rows that count on all processes: loss and gradient norm, or `None` where
+        none counts, and the `(B, T)` log-probabilities that it saw, zero in rows that do not count.
+        """
         args = self.args
+        seen_logps = torch.zeros_like(batch.ref_logps)
         peer_scores = peer_labels = None
         if args.prm_loss_type != "ce":
-            scores = batch.scores if keep_scores else self._scores(batch)
-            peer_scores, peer_labels = self._of_group(scores), self._of_group(batch.labels)
-        counted = counted_rows(batch.labels, batch.reward_mask, args.prm_loss_type, peer_labels)
+            peer_scores = batch.group_scores if keep_scores else self._group_scores(batch)
+            peer_labels = batch.group_labels
+        counted = counted_rows(batch.labels, batch.policy_mask, args.prm_loss_type, peer_labels)
         num_counted_per_process = self.accelerator.gather(counted.sum().view(1))
         total = int(num_counted_per_process.sum())
         if total == 0:
-            return None
+            return None, seen_logps
 
         rows = counted.nonzero().flatten()
         masks, boundary = (batch.prompt_mask[rows], batch.completion_mask[rows]), rope_boundary(self.prm.model)
@@ -188,7 +172,7 @@ class PRMUpdater:
             with self.backend.micro_batch(last=i == num_passes - 1):
                 with self.accelerator.autocast():
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
-                scores = outcome_scores(logps - batch.ref_logps[index], batch.reward_mask[index], self.prm.beta)
+                scores = outcome_scores(logps - batch.ref_logps[index], batch.policy_mask[index], self.prm.beta)
                 losses = prm_row_losses(
                     label_log_odds(scores, self.intercept, args.prm_guess_rate),
                     batch.labels[index],
@@ -198,7 +182,7 @@ class PRMUpdater:
                 )
                 loss = losses.sum() * (0.0 if chunk is None else 1.0 / total)
                 self.backend.backward(loss)
-            if seen_logps is not None and chunk is not None:
+            if chunk is not None:
                 seen_logps[chunk] = logps.detach()
             loss_sum += loss.detach()
 
@@ -211,7 +195,7 @@ class PRMUpdater:
                 "far). Lower prm_learning_rate or prm_beta if it happens again."
             )
         self.scheduler.step()
-        return self.accelerator.reduce(loss_sum, "sum").item(), grad_norm
+        return (self.accelerator.reduce(loss_sum, "sum").item(), grad_norm), seen_logps
 
     def _base_rate_log_odds(self, batches: list[PRMBatch]) -> float:
         """
@@ -226,17 +210,12 @@ class PRMUpdater:
         rate = min(max((total / count - guess_rate) / (1 - guess_rate), 0.02), 0.98)
         return math.log(rate / (1 - rate))
 
-    def _scores(self, batch: PRMBatch) -> torch.Tensor:
-        """`(B,)` scores of the present PRM, without gradient."""
+    def _group_scores(self, batch: PRMBatch) -> torch.Tensor:
+        """`(B, K)` scores by the present PRM of the whole group of each row; a group may be split over processes."""
         with self.accelerator.autocast():
             logps = self.prm.log_probs(*batch.inputs)
-        return outcome_scores(logps - batch.ref_logps, batch.reward_mask, self.prm.beta)
-
-    def _of_group(self, values: torch.Tensor) -> torch.Tensor:
-        """`(B, K)` values of the whole group of each of this process's rows; a group may be split over processes."""
-        grouped = group_rows(self.accelerator.gather(values), self.num_generations)
-        first = self.accelerator.process_index * values.shape[0]
-        return grouped[first : first + values.shape[0]]
+        scores = outcome_scores(logps - batch.ref_logps, batch.policy_mask, self.prm.beta)
+        return local_rows(group_rows(self.accelerator.gather(scores), self.args.num_generations), self.accelerator)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
@@ -252,15 +231,10 @@ class PRMUpdater:
         self.backend.load_optimizer_state(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.replay.clear()
+        device = self.accelerator.device
         for fields in state["replay"]:
             self.replay.append(
-                PRMBatch(
-                    **{
-                        name: tensor.to(self.accelerator.device)
-                        for name, tensor in fields.items()
-                        if tensor is not None
-                    }
-                )
+                PRMBatch(**{name: value if value is None else value.to(device) for name, value in fields.items()})
             )
         self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
 

@@ -23,26 +23,26 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, pad
+from trl.trainer.utils import pad
 
-from ..hub import cached_commit, hub_dataset, settings_table
+from ..hub import hub_dataset, settings_table
 from ..implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
-from ..implicit_prm.backends import make_backend, unshared
+from ..implicit_prm.backends import make_backend
+from ..implicit_prm.build import build_prm, warn_of_rounding
 from ..implicit_prm.copies import check_apart
-from ..implicit_prm.logps import check_scoring, completion_logps
-from ..implicit_prm.losses import dpo_pair_losses, kto_reference_point, kto_row_losses, outcome_scores, prm_row_losses
-from ..implicit_prm.model import (
+from ..implicit_prm.files import (
     CONFIG_NAME,
-    ImplicitPRM,
     downloaded_prm,
-    end_token_ids,
+    is_saved_prm,
+    save_prm,
     saved_prm_card,
     saved_text_format,
     saved_weights,
-    with_adapter,
 )
+from ..implicit_prm.logps import check_scoring, completion_logps
+from ..implicit_prm.losses import dpo_pair_losses, kto_reference_point, kto_row_losses, outcome_scores, prm_row_losses
+from ..implicit_prm.model import ImplicitPRM, end_token_ids
 from ..process_exit import let_threads_finish_at_exit
 from ..texts import TextFormat, tokenize
 from .data import group_by_prompt, to_labelled, to_pairs
@@ -123,9 +123,6 @@ class OfflinePRMTrainer(Trainer):
 
         self.implicit_prm = prm = _build_prm(model, args, processing_class, peft_config)
         prm.text_format = text_format
-        if args.disable_dropout:
-            disable_dropout_in_model(prm.model)
-        prm.reference.eval()
         if args.gradient_checkpointing and isinstance(prm.model, PeftModel):
             prm.model.enable_input_require_grads()
         super().__init__(
@@ -270,12 +267,7 @@ class OfflinePRMTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        prm = self.implicit_prm
-        weights, reference_weights = self._backend.full_weights(prm.model), None
-        if prm.reference_is_saved_in(folder):
-            reference_weights = self._backend.full_weights(prm.reference)
-        if self.args.should_save:
-            prm.save_pretrained(folder, weights, reference_weights)
+        save_prm(self.implicit_prm, self._backend, folder, self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -347,54 +339,23 @@ class OfflinePRMTrainer(Trainer):
 def _build_prm(
     model: Any, args: OfflinePRMConfig, tokenizer: PreTrainedTokenizerBase, peft_config: PeftConfig | None
 ) -> ImplicitPRM:
-    settings = {
-        "beta": args.beta,
-        "step_delimiter": args.step_delimiter,
-        "micro_batch_size": args.per_device_eval_batch_size,
-    }
-    saved = isinstance(model, str) and os.path.isfile(os.path.join(model, CONFIG_NAME))
-    if (saved or isinstance(model, ImplicitPRM)) and peft_config is not None:
+    if (is_saved_prm(model) or isinstance(model, ImplicitPRM)) and peft_config is not None:
         raise ValueError("model is an implicit PRM, which is full or LoRA already: leave peft_config out.")
-    zero3 = is_deepspeed_zero3_enabled()
-    with torch.random.fork_rng():
-        # An adapter starts alike on all processes, and as `seed` says
-        torch.manual_seed(args.seed)
-        if saved:
-            kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
-            model = ImplicitPRM.from_pretrained(model, trainable=True, **kwargs)
-        if isinstance(model, ImplicitPRM):
-            prm = model
-            prm.use_settings(**settings)
-        elif isinstance(model, str) and zero3:
-            # Sharded while they are loaded, which neither shares nor copies
-            start, reference = (_load(model, args) for _ in range(2))
-            if peft_config is not None:
-                start = with_adapter(start, peft_config, autocast_adapter_dtype=False)
-            prm = ImplicitPRM(start, reference.requires_grad_(False), tokenizer, **settings)
-            zero3 = False
-        else:
-            start = _load(model, args) if isinstance(model, str) else model
-            prm = ImplicitPRM.from_model(start, tokenizer, peft_config=peft_config, **settings)
+    prm = build_prm(
+        model,
+        tokenizer,
+        peft_config=peft_config,
+        init_kwargs=args.model_init_kwargs,
+        disable_dropout=args.disable_dropout,
+        seed=args.seed,
+        beta=args.beta,
+        step_delimiter=args.step_delimiter,
+        micro_batch_size=args.per_device_eval_batch_size,
+    )
     if prm.reference is None:
         raise ValueError("The implicit PRM has no reference to be measured against. Pass one with a reference.")
-    if zero3:
-        # Engines fetch and release weights each for itself, so that nothing can be shared between them
-        prm.reference = unshared(prm.reference)
-    if isinstance(prm.model, PeftModel):
-        prm.model.set_adapter(prm.model.active_adapter)  # makes it trainable, and nothing else
-    else:
-        prm.model.requires_grad_(True)
-    if isinstance(model, str) and not saved:
-        kwargs = args.model_init_kwargs or {}
-        prm.reference_name = model
-        prm.reference_revision = cached_commit(model, kwargs.get("revision"), kwargs.get("cache_dir"))
     check_apart(None, prm.model, prm.reference)
-    trainable = next(p for p in prm.model.parameters() if p.requires_grad)
-    if trainable.dtype in (torch.bfloat16, torch.float16):
-        logger.warning(
-            f"The trainable weights of the PRM are {trainable.dtype}: updates of the size of learning_rate={args.learning_rate} "
-            "are rounded away. Load it in float32 (dtype='float32'); bf16=True still computes in bfloat16."
-        )
+    warn_of_rounding(prm, "learning_rate", args.learning_rate, "dtype='float32'")
     return prm
 
 
@@ -408,10 +369,6 @@ def _text_format(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Datase
     if isinstance(dataset, Dataset) and len(dataset) and "prompt" in dataset.column_names:
         text_format = dataclasses.replace(text_format, messages=not isinstance(dataset[0]["prompt"], str))
     return text_format
-
-
-def _load(name: str, args: OfflinePRMConfig) -> PreTrainedModel:
-    return create_model_from_path(name, **{"device_map": None, **(args.model_init_kwargs or {})})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

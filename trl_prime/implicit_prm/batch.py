@@ -1,0 +1,45 @@
+"""The rollouts of one generation batch as the implicit PRM reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class PRMBatch:
+    """
+    The rollouts of one generation batch on this process. B rows here, K completions per prompt, groups contiguous over all
+    processes, so that a group may be split between two.
+
+    Attributes:
+        prompt_ids, prompt_mask (`torch.Tensor`): `(B, P)`, padded on the left.
+        completion_ids, completion_mask (`torch.Tensor`): `(B, T)`, padded on the right.
+        policy_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token, in rows that are trained on.
+        ref_logps (`torch.Tensor`): `(B, T)` reference log-probabilities, computed once however often the batch is used.
+        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN rows are not trained on.
+        group_labels (`torch.Tensor`): `(B, K)` labels of each row's whole group.
+        group_scores (`torch.Tensor`, *optional*): `(B, K)` scores q of each row's whole group by the PRM as it was before it saw
+            the batch. `None` where they come out of the first update (see [`~PRMUpdater.can_score`]).
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    policy_mask: torch.Tensor
+    ref_logps: torch.Tensor
+    labels: torch.Tensor
+    group_labels: torch.Tensor
+    group_scores: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a model reads: prompt ids and mask, completion ids and mask."""
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+    @property
+    def has_tokens(self) -> torch.Tensor:
+        """`(B,)` bool: whether the policy wrote any token of the row that is trained on."""
+        return self.policy_mask.any(1)

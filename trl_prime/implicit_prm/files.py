@@ -1,0 +1,326 @@
+"""Saved PRMs and checkpoints of runs: where the files are, what is in them, and which are whole.
+
+Covered: finding a PRM in a folder or on the Hub, its weights, card and text format; checkpoints of both trainers, and the
+state of a learning PRM in them. Not covered: building a PRM (`model.py`, `build.py`), what is pushed (`hub.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import is_offline_mode, snapshot_download
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import cached_file, logging
+
+from ..hub import prm_card
+from ..texts import TextFormat
+from .loading import load_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from huggingface_hub import ModelCard
+
+    from .backends import DataParallel
+    from .model import ImplicitPRM
+
+logger = logging.get_logger(__name__)
+
+# In the folder of a PRM: its settings
+CONFIG_NAME = "implicit_prm.json"
+# In a checkpoint, where all processes hold the same: the optimizer of the PRM
+PRM_OPTIMIZER_NAME = "prm_optimizer.pt"
+
+# --- Finding a PRM ---
+
+
+def is_saved_prm(start: Any) -> bool:
+    """Whether this is a folder that a PRM was saved in."""
+    return isinstance(start, str) and os.path.isfile(os.path.join(start, CONFIG_NAME))
+
+
+def downloaded_prm(path_or_repo: str) -> str | None:
+    """The folder of a PRM that was saved or pushed, downloaded if it is on the Hub; `None` if this is any other model."""
+    try:
+        return str(local_folder(path_or_repo)[0]) if _has(path_or_repo, CONFIG_NAME) else None
+    except OSError:
+        return None  # who loads it as a model says why that fails
+
+
+def is_adapter(path_or_repo: str) -> bool:
+    """Whether this is an adapter without its base model."""
+    try:
+        return _has(path_or_repo, "adapter_config.json") and not _has(path_or_repo, "config.json")
+    except OSError:
+        return False  # who loads it as a model says why that fails
+
+
+def _has(path_or_repo: str | os.PathLike, filename: str, **hub: Any) -> bool:
+    found = cached_file(
+        path_or_repo,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        # Without a network a file that was not downloaded before cannot be told from one that does not exist
+        _raise_exceptions_for_connection_errors=not is_offline_mode(),
+        **hub,
+    )
+    return found is not None
+
+
+def local_folder(
+    path_or_repo: str | os.PathLike, subfolder: str | None = None, with_reference: bool = True, **hub: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the PRM itself, downloaded if it is on the Hub, and its settings, empty if it has none."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    if _has(path_or_repo, f"{prefix}prm/{CONFIG_NAME}", **hub):
+        prefix += "prm/"
+    root = Path(path_or_repo)
+    if not root.is_dir():
+        # The repo of a run holds the policy beside the PRM, and checkpoints of both
+        ignored = [] if prefix else ["last-checkpoint/*", "checkpoint-*"]
+        ignored += [] if with_reference else [f"{prefix}reference/*"]
+        root = Path(
+            snapshot_download(str(path_or_repo), allow_patterns=[f"{prefix}*"], ignore_patterns=ignored, **hub)
+        )
+    settings = root / prefix / CONFIG_NAME
+    return settings.parent, json.loads(settings.read_text()) if settings.is_file() else {}
+
+
+# --- Reading a PRM ---
+
+
+def saved_weights(model: PreTrainedModel | PeftModel, folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    Weights that [`ImplicitPRM.save_pretrained`] wrote, by their names in `model`: all of them, or the adapter's.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The PRM that is to have them.
+        folder (`str`): Where they are saved.
+
+    Returns:
+        `dict[str, torch.Tensor]`: on the CPU.
+    """
+    if not isinstance(model, PeftModel):
+        return load_model(folder, type(model).__name__.removeprefix("FSDP"), dtype=model.dtype).state_dict()
+    # In files the adapter has no name, and each kind of adapter has rules of its own. PEFT applies them and hands the result to
+    # the model, which need not be able to load it yet: FSDP2 shards it.
+    received: dict[str, torch.Tensor] = {}
+
+    model.load_state_dict = lambda state, **kwargs: received.update(state)
+    try:
+        saved = load_peft_weights(os.path.join(folder, "adapter"), device="cpu")
+        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+    finally:
+        del model.load_state_dict
+    return received
+
+
+def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> ModelCard:
+    """
+    The card of a saved PRM, see [`~trl_prime.hub.prm_card`].
+
+    Args:
+        folder (`str`): Where it is saved.
+        repo_id (`str`): The repo that it is going to.
+        **kwargs: `policy`, `trained`, `settings`, `datasets`, `revision`.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+    """
+    saved = json.loads((Path(folder) / CONFIG_NAME).read_text())
+    return prm_card(
+        repo_id,
+        beta=saved["beta"],
+        is_adapter=saved["adapter"],
+        reference=saved["reference"],
+        reference_revision=saved["reference_revision"],
+        messages=saved["text_format"]["messages"],
+        **kwargs,
+    )
+
+
+def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat | None:
+    """
+    How text is written for a saved PRM, or for the policy of a run whose `prm/` holds one.
+
+    Args:
+        path_or_repo (`str`): Folder or Hub id.
+        **hub: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        [`TextFormat`]: `None` if there is no PRM, or one that does not say.
+    """
+    try:
+        names = [name for name in (f"prm/{CONFIG_NAME}", CONFIG_NAME) if _has(path_or_repo, name, **hub)]
+    except OSError:
+        return None  # who loads it as a model says why that fails
+    if not names:
+        return None
+    saved = json.loads(Path(cached_file(path_or_repo, names[0], **hub)).read_text()).get("text_format")
+    return None if saved is None else TextFormat(**saved)
+
+
+# --- Checkpoints ---
+
+
+def whole_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
+    """
+    The checkpoint to resume from: the given one, or with True the last in `output_dir` that was saved to its end.
+
+    Args:
+        checkpoint (`str` or `bool`): As the trainer was given it.
+        output_dir (`str`): Folder of the run.
+
+    Returns:
+        `str`: Its folder.
+
+    Raises:
+        ValueError: There is none, or the given one was not saved to its end.
+    """
+
+    def is_whole(folder: str) -> bool:
+        try:
+            TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            return False
+        return True
+
+    if checkpoint is not True:
+        if not is_whole(checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint is '{checkpoint}', which has no readable {TRAINER_STATE_NAME}: it is no checkpoint, "
+                "or the run was stopped while it was saved. Resume from an earlier one, or set it to True to take the last "
+                "whole one."
+            )
+        return checkpoint
+    found = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
+    ]
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if is_whole(str(path)):
+            return str(path)
+        logger.warning(f"'{path}' was not saved to its end; resuming from the one before.")
+    raise ValueError(
+        f"resume_from_checkpoint is True, but there is no whole checkpoint in output_dir='{output_dir}'. Leave it out to start "
+        "from the beginning."
+    )
+
+
+def save_prm(prm: ImplicitPRM, backend: DataParallel, folder: str, should_save: bool) -> None:
+    """
+    Save a PRM whose weights may be spread over processes. All of them call this.
+
+    Args:
+        prm ([`ImplicitPRM`]): The PRM.
+        backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): Collects its weights.
+        folder (`str`): Where to.
+        should_save (`bool`): Whether this process writes.
+    """
+    weights, reference_weights = backend.full_weights(prm.model), None
+    if prm.reference_is_saved_in(folder):
+        reference_weights = backend.full_weights(prm.reference)
+    if should_save:
+        prm.save_pretrained(folder, weights, reference_weights)
+
+
+def _state_path(checkpoint: str, accelerator: Accelerator) -> str:
+    return os.path.join(checkpoint, f"prm_state_{accelerator.process_index}.pt")
+
+
+def save_prm_state(checkpoint: str, state: dict[str, Any], accelerator: Accelerator, optimizer_is_saved: bool) -> None:
+    """
+    Save what a learning PRM needs beside its weights, of each process in a file of its own.
+
+    Args:
+        checkpoint (`str`): Folder of the checkpoint, made if needed.
+        state (`dict`): State of [`~trl_prime.implicit_prm.learner.PRMLearner`]. An optimizer that is the same on all
+            processes is `state["optimizer"]`; it has a file by itself, because it is twice the size of the trained weights.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        optimizer_is_saved (`bool`): Whether this process writes that file.
+    """
+    os.makedirs(checkpoint, exist_ok=True)
+    state = {"num_processes": accelerator.num_processes, **state}
+    optimizer = state.pop("optimizer", None)
+    if optimizer is not None and optimizer_is_saved:
+        torch.save(optimizer, os.path.join(checkpoint, PRM_OPTIMIZER_NAME))
+    torch.save(state, _state_path(checkpoint, accelerator))
+
+
+def load_prm_state(checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
+    """What [`save_prm_state`] saved of this process, on the CPU."""
+    state = torch.load(_state_path(checkpoint, accelerator), map_location="cpu", weights_only=True)
+    path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
+    if os.path.isfile(path):
+        state["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def check_prm_state(checkpoint: str, accelerator: Accelerator, prm_update: str) -> None:
+    """
+    Refuse a checkpoint that a run cannot go on from.
+
+    Args:
+        checkpoint (`str`): Its folder.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        prm_update (`str`): That of the run's configuration.
+
+    Raises:
+        ValueError: Another number of processes saved it, or it has no optimizer for a PRM that is going to learn.
+        FileNotFoundError: It lacks this process's state.
+    """
+    path = _state_path(checkpoint, accelerator)
+    found = [path] if os.path.isfile(path) else sorted(map(str, Path(checkpoint).glob("prm_state_*.pt")))
+    if found:
+        state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
+        before, now = state["num_processes"], accelerator.num_processes
+        if before != now:
+            raise ValueError(
+                f"resume_from_checkpoint is '{checkpoint}', which {before} processes saved, but this run has {now}: each has "
+                f"its own part of the replayed batches and random numbers. Resume with --num_processes {before}, or start a "
+                "new run with model= and prm_model= set to its weights."
+            )
+        if state["updater"] is None and prm_update != "none":
+            raise ValueError(
+                f"resume_from_checkpoint is '{checkpoint}', which a run with prm_update='none' saved, but prm_update is "
+                f"{prm_update!r}: there is no optimizer of the PRM to go on with. Start a new run with model= and "
+                "prm_model= set to its weights."
+            )
+    if path not in found:
+        raise FileNotFoundError(
+            f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer, or with save_only_model=True, "
+            "and the PRM could not go on where it stopped. Resume from another checkpoint, or start a new run with model= and "
+            "prm_model= set to its weights."
+        )
+
+
+def check_loaded_policy(policy: torch.nn.Module, load_result: Any) -> None:
+    """
+    Refuse weights of a checkpoint that the policy has no place for, or lacks: it would keep those that it started with.
+
+    Args:
+        policy (`nn.Module`): The policy.
+        load_result: What `load_state_dict` returned, with `missing_keys` and `unexpected_keys`.
+
+    Raises:
+        ValueError: Names in the file are others than the model's.
+    """
+    weights = policy.state_dict(keep_vars=True)
+    missing = set(load_result.missing_keys) - set(policy._keys_to_ignore_on_save or ())
+    # Tied weights are saved under one of their names
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    missing = sorted(name for name in missing if name in weights and id(weights[name]) not in loaded)
+    if missing or load_result.unexpected_keys:
+        raise ValueError(
+            f"The checkpoint does not fit the policy: {missing[:3]} are not in it, and {load_result.unexpected_keys[:3]} of it "
+            "are not in the model. If the model's class saves its weights under other names (mixtures of experts, Gemma 3), a "
+            "run cannot be resumed: start a new one with model= and prm_model= set to the checkpoint's weights, and leave "
+            "load_best_model_at_end out."
+        )

@@ -1,0 +1,260 @@
+"""The implicit PRM while it learns beside a policy: it scores each rollout batch and is trained on it.
+
+Covered: the order of scoring and learning (`prm_update`), trust, what is logged as `prm/...`, state and weights in a
+checkpoint. Not covered: one optimizer step (`updater.py`), where weights are (`backends.py`), process rewards and
+advantages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..processes import local_rows
+from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
+from .backends import make_backend
+from .batch import PRMBatch
+from .files import load_prm_state, save_prm, save_prm_state, saved_weights
+from .logps import batch_completion_logps, num_chunks, rope_boundary
+from .losses import group_rows, label_log_odds, outcome_scores
+from .precision import PrecisionProbe
+from .trust import Trust
+from .updater import PRMUpdater
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from ..prime_config import PRIMEConfig
+    from .model import ImplicitPRM
+
+
+@dataclasses.dataclass(frozen=True)
+class PRMScores:
+    """
+    What the PRM says of a batch.
+
+    Attributes:
+        logps (`torch.Tensor`): `(B, T)` log-probabilities of this process's rows, which process rewards are made of; zero in
+            rows without labels.
+        trust (`float`): Weight of the process rewards, between 0 and 1.
+        metrics (`dict[str, float]`): Logged as `prm/<name>`; NaN where there was nothing to measure.
+    """
+
+    logps: torch.Tensor
+    trust: float
+    metrics: dict[str, float]
+
+
+class PRMLearner:
+    """
+    An implicit PRM with its optimizer, replay and trust.
+
+    Args:
+        prm ([`ImplicitPRM`]): The PRM, trainable.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        args ([`PRIMEConfig`]): The `prm_*` fields are read.
+    """
+
+    def __init__(self, prm: ImplicitPRM, accelerator: Accelerator, args: PRIMEConfig):
+        self.prm = prm
+        self.accelerator = accelerator
+        self.args = args
+        self.backend = make_backend(prm, accelerator)
+        self.updater: PRMUpdater | None = None
+        self.trust = Trust()
+        self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
+        self._is_placed = False
+
+    # --- Placing and starting ---
+
+    def place(self) -> None:
+        """Bring PRM and reference to where they compute, once. The policy is distributed first."""
+        if not self._is_placed:
+            self.backend.place()
+            self._is_placed = True
+
+    def start(self, num_rollout_batches: int, measure_every: int = 1) -> None:
+        """
+        Begin to learn, with a new learning-rate schedule; an optimizer and replay that there are already stay.
+
+        Args:
+            num_rollout_batches (`int`): Generation batches of the whole run.
+            measure_every (`int`): Steps between two measurements of `prm/precision`.
+        """
+        self.place()
+        self.precision.every = measure_every
+        if self.updater is not None:
+            self.updater.start_schedule(num_rollout_batches)
+        elif self.args.prm_update != "none":
+            self.updater = PRMUpdater(self.backend, self.args, num_rollout_batches)
+
+    # --- Scoring and learning ---
+
+    def make_batch(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        policy_mask: torch.Tensor,
+        labels: torch.Tensor,
+        num_generations: int,
+        policy: PreTrainedModel,
+    ) -> PRMBatch:
+        """
+        This process's rows of a generation batch, with the reference's log-probabilities.
+
+        Args:
+            inputs (`tuple[torch.Tensor, ...]`): Prompt ids and mask `(B, P)`, completion ids and mask `(B, T)`.
+            policy_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token, in rows that are trained on.
+            labels (`torch.Tensor`): `(B * processes,)` outcomes of the rows of all processes; NaN = not trained on.
+            num_generations (`int`): K.
+            policy ([`~transformers.PreTrainedModel`]): Gives the reference log-probabilities of a PRM without reference.
+
+        Returns:
+            [`PRMBatch`]
+        """
+        prm, rows = self.prm, policy_mask.any(1)
+        # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
+        chosen = {"rows": rows, "num_passes": self._num_passes(rows)}
+        with self.accelerator.autocast():
+            if prm.reference is not None:
+                ref_logps = prm.reference_log_probs(*inputs, **chosen)
+            else:
+                ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
+        # A completion without tokens has no score to be compared with
+        labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
+        group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
+        return PRMBatch(*inputs, policy_mask, ref_logps, local_rows(labels, self.accelerator), group_labels)
+
+    def score(self, batch: PRMBatch, labels: torch.Tensor, num_generations: int, step: int) -> PRMScores:
+        """
+        Score held-out completions; nothing moves.
+
+        Args:
+            batch ([`PRMBatch`]): This process's rows.
+            labels (`torch.Tensor`): `(B * processes,)` outcomes of the rows of all processes; NaN = not judged.
+            num_generations (`int`): K.
+            step (`int`): Step of the run, for errors.
+
+        Returns:
+            [`PRMScores`]: with full trust.
+        """
+        logps = self._logps(batch)
+        scores = self._scores(batch, logps, step)
+        metrics = {"accuracy": absolute_accuracy(self._label_log_odds(scores), labels)}
+        if num_generations > 1:
+            metrics["pairwise_accuracy"] = pairwise_accuracy(scores, labels, num_generations)
+        return PRMScores(logps, 1.0, metrics)
+
+    def score_and_learn(self, batch: PRMBatch, labels: torch.Tensor, step: int) -> PRMScores:
+        """
+        Score a rollout batch and learn from it, in the order that `prm_update` says. Accuracies and trust are those of the PRM
+        before it has seen the batch.
+
+        Args:
+            batch ([`PRMBatch`]): This process's rows.
+            labels (`torch.Tensor`): `(B * processes,)` outcomes of the rows of all processes; NaN = not trained on.
+            step (`int`): Step of the run, for errors.
+
+        Returns:
+            [`PRMScores`]
+
+        Raises:
+            FloatingPointError: A score is not finite.
+        """
+        args, updater, update = self.args, self.updater, None
+        exact = self.precision.exact_log_ratios(batch, step)
+        if updater is not None and updater.can_score:
+            # Single forward: the update's own passes give the log-probabilities of the PRM as it was before
+            update = updater.update(batch)
+            logps = update.first_logps
+            scores = self._scores(batch, logps, step)
+        else:
+            logps = self._logps(batch)
+            scores = self._scores(batch, logps, step)
+            if updater is not None:
+                group_scores = local_rows(group_rows(scores.nan_to_num(), args.num_generations), self.accelerator)
+                update = updater.update(dataclasses.replace(batch, group_scores=group_scores))
+        metrics = {} if update is None else dict(update.metrics)
+        if exact is not None:
+            num_updates = 0 if updater is None else updater.scheduler.last_epoch
+            metrics["precision"] = self.precision.precision(batch, logps, exact, num_updates)
+        metrics["accuracy"] = absolute_accuracy(self._label_log_odds(scores), labels)
+        wins, pairs = pairwise_wins(scores, labels, args.num_generations)
+        metrics["pairwise_accuracy"] = wins / pairs if pairs else float("nan")
+        self.trust.add(wins, pairs)
+        metrics["trust"] = self.trust.weight if args.prm_trust_weighting else 1.0
+
+        updated_logps = None
+        if args.prm_update == "before":
+            logps = updated_logps = self._logps(batch)
+        elif update is not None and args.prm_num_epochs > 1:
+            updated_logps = update.last_logps
+        if updated_logps is not None:
+            updated = self._scores(batch, updated_logps, step)
+            metrics["pairwise_accuracy_after_update"] = pairwise_accuracy(updated, labels, args.num_generations)
+        return PRMScores(logps, metrics["trust"], metrics)
+
+    def _label_log_odds(self, scores: torch.Tensor) -> torch.Tensor:
+        intercept = self.updater.intercept if self.updater else 0.0
+        return label_log_odds(scores, intercept, self.args.prm_guess_rate)
+
+    def _logps(self, batch: PRMBatch) -> torch.Tensor:
+        """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
+        rows = batch.has_tokens
+        with self.accelerator.autocast():
+            return self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self._num_passes(rows))
+
+    def _scores(self, batch: PRMBatch, prm_logps: torch.Tensor, step: int) -> torch.Tensor:
+        """`(B * processes,)` scores of the completions of all processes; NaN where there was nothing to score."""
+        scores = outcome_scores(prm_logps - batch.ref_logps, batch.policy_mask, self.prm.beta)
+        # On all processes alike: the others would wait for one that has stopped
+        scores, scored = self.accelerator.gather(torch.stack([scores, batch.has_tokens.to(scores)], dim=1)).unbind(1)
+        if not scores.isfinite().all():
+            raise FloatingPointError(
+                f"The implicit PRM gave {scores[~scores.isfinite()][0].item()} for a completion at step {step}. Its weights, the "
+                "reference or the rollouts are broken: look at prm/grad_norm of the last steps, lower prm_learning_rate, and "
+                "resume from the last checkpoint."
+            )
+        return scores.masked_fill(scored == 0, torch.nan)
+
+    def _num_passes(self, rows: torch.Tensor) -> int:
+        """Forward passes for the rows of the process that has the most of them, where a pass is a joint act of all."""
+        if not self.backend.forward_is_collective:
+            return 0
+        num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
+        return num_chunks(num_rows, self.prm.micro_batch_size, rope_boundary(self.prm.model))
+
+    # --- Saving and loading ---
+
+    def save(self, folder: str, should_save: bool) -> None:
+        """Save the PRM in `folder`; all processes call this, and those with `should_save` write."""
+        save_prm(self.prm, self.backend, folder, should_save)
+
+    def save_state(self, checkpoint: str, should_save: bool) -> None:
+        """Save in a checkpoint what [`PRMLearner.load`] needs beside the PRM itself; all processes call this."""
+        state = {"wins": self.trust.wins, "pairs": self.trust.pairs, "updater": None}
+        if self.updater is not None:
+            state["updater"] = self.updater.state_dict()
+            if not self.backend.optimizer_is_sharded:
+                state["optimizer"] = state["updater"].pop("optimizer")
+        save_prm_state(checkpoint, state, self.accelerator, should_save)
+        if self.updater is not None:
+            self.backend.save_checkpoint(checkpoint)
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Load the PRM's weights from a checkpoint of this run or of one like it."""
+        if self.updater is None or not self.backend.load_checkpoint(checkpoint):
+            self.backend.load_weights(saved_weights(self.prm.model, os.path.join(checkpoint, "prm")))
+
+    def load(self, checkpoint: str) -> None:
+        """Load weights, optimizer, schedule, replay and trust; the learner has been started."""
+        self.load_weights(checkpoint)
+        state = load_prm_state(checkpoint, self.accelerator)
+        self.trust = Trust(state["wins"], state["pairs"])
+        if self.updater is not None:
+            if "optimizer" in state:
+                state["updater"]["optimizer"] = state["optimizer"]
+            self.updater.load_state_dict(state["updater"])
