@@ -1,5 +1,6 @@
 """README and docs: their code runs, their recipes and commands exist, their links lead somewhere, and they name everything."""
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -8,17 +9,23 @@ import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+import peft
 import pytest
+import transformers
+import trl
 import yaml
-from trl import GRPOTrainer
+from transformers import Trainer, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
 
 import trl_prime
 from trl_prime.cli import COMMANDS, main
@@ -27,7 +34,9 @@ from trl_prime.rewards.registry import trl_rewards
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
+NOTEBOOKS = sorted((ROOT / "benchmarks").glob("*.md"))
+TOP = [ROOT / file for file in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/README.md")]
+PAGES = [*TOP, *DOCS, *NOTEBOOKS]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
 )
@@ -39,7 +48,7 @@ def blocks(page, language):
 
 
 def name(page):
-    return page.name
+    return str(page.relative_to(ROOT))
 
 
 def pages_with(language):
@@ -128,6 +137,113 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
                 assert (ROOT / word).exists(), word
 
 
+# --- Names in the text ---
+
+# What pages tell a reader to write, or name as an example
+OF_THE_READER = {"my_module.py", "tasks/verify.py"}
+FOLDERS = ("trl_prime", "recipes", "benchmarks", "docs", "tests")
+OPTIONS_OF_BENCHMARKS = {
+    flag for path in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r'"--([\w-]+)"', path.read_text())
+}
+# Where names of pages may be defined
+SOURCES = [path for folder in ("trl_prime", "recipes", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+INHERITED = [Path(inspect.getfile(cls)) for cls in (GRPOTrainer, GRPOConfig, Trainer, TrainingArguments)]
+
+
+def prose(page):
+    """A page without its fenced blocks and formulas."""
+    return re.sub(r"\$`.*?`\$", "", FENCE.sub("", page.read_text()), flags=re.DOTALL)
+
+
+def code_spans(page):
+    """What stands between backticks in the text of a page."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@cache
+def definitions():
+    """
+    What the package, TRL's and transformers' trainers and the benchmarks define: all names, and the members of each class. A
+    name in a comment or a string is no definition.
+    """
+    names, members = set(), defaultdict(set)
+    for path in [*SOURCES, *INHERITED]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names |= defined_by(node)
+            if isinstance(node, ast.ClassDef):
+                # Its methods and fields, and what methods set on `self`; not the variables within methods
+                within = [part for child in node.body for part in (child, *getattr(child, "targets", ()))]
+                within += [child.target for child in node.body if isinstance(child, ast.AnnAssign)]
+                within += [child for child in ast.walk(node) if isinstance(child, ast.Attribute)]
+                members[node.name] |= {word for child in within for word in defined_by(child)}
+    return names, members
+
+
+def defined_by(node):
+    """The names that a node of a syntax tree defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return {node.id if isinstance(node, ast.Name) else node.attr}
+    return {node.arg} if isinstance(node, ast.arg) else set()
+
+
+def has_member(cls, member):
+    """Whether a class of the package, TRL, transformers or PEFT has a member, inherited ones included."""
+    if member in definitions()[1].get(cls, ()):
+        return True
+    found = [getattr(package, cls) for package in (trl_prime, trl, transformers, peft) if hasattr(package, cls)]
+    return any(hasattr(each, member) or member in getattr(each, "__dataclass_fields__", {}) for each in found)
+
+
+def missing_names(span):
+    """What a code span names and nobody defines: private names, files, members of classes, dotted names of the package."""
+    missing = set(re.findall(r"(?<![\w.])_[a-z]\w*", span)) - definitions()[0]
+    files = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+    for file in re.findall(r"[\w./-]+\.py\b", span):
+        if file not in OF_THE_READER and not any(f"/{path}".endswith(f"/{file}") for path in files):
+            missing.add(file)
+    if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", span) and not (ROOT / span).exists():
+        missing.add(span)
+    for cls, member in re.findall(r"(?<![\w.-])([A-Z]\w*[a-z]\w*)\.([a-z_]\w*)\b(?!\.)", span):
+        if not has_member(cls, member):
+            missing.add(f"{cls}.{member}")
+    for path in re.findall(r"(?<![\w.-])trl_prime(?:\.\w+)+", span):
+        try:
+            pkgutil.resolve_name(path)
+        except (ImportError, AttributeError):
+            missing.add(path)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_what_code_spans_name_exists(page):
+    assert {span: missing for span in code_spans(page) if (missing := missing_names(span))} == {}
+
+
+@pytest.mark.parametrize(
+    ("span", "missing"),
+    [
+        ("_update_prm", {"_update_prm"}),
+        ("_rewards_per_func", set()),
+        ("_calculate_rewards", set()),
+        ("implicit_prm/updater.py", set()),
+        ("implicit_prm/scoring.py: PRMUpdater", {"implicit_prm/scoring.py"}),
+        ("advantages.py, prompt_filters.py", {"prompt_filters.py"}),
+        ("benchmarks/results/steps.json", {"benchmarks/results/steps.json"}),
+        ("ImplicitPRM.from_pretrained", set()),
+        ("ImplicitPRM.load", {"ImplicitPRM.load"}),
+        ("PRMUpdater.updates", {"PRMUpdater.updates"}),
+        ("PRMUpdater.chunks", {"PRMUpdater.chunks"}),  # a variable of one of its methods
+        ("PRIMETrainer.save_model", set()),
+        ("GRPOConfig.scale_reward", {"GRPOConfig.scale_reward"}),
+        ("trl_prime.rewards.math_rewarded", {"trl_prime.rewards.math_rewarded"}),
+    ],
+)
+def test_the_guard_of_names_sees(span, missing):
+    assert missing_names(span) == missing
+
+
 def test_names_in_the_text_exist():
     """Settings, metrics, functions and columns that pages name are fields, or occur in the package, recipes, benchmarks or TRL."""
     files = [path for folder in ("trl_prime", "recipes", "benchmarks") for path in (ROOT / folder).rglob("*.*")]
@@ -136,9 +252,17 @@ def test_names_in_the_text_exist():
     known = fields("train") | set(trl_rewards())
     known |= {word for path in files for word in re.findall(r"\w+", path.read_text())}
     for page in PAGES:
-        text = re.sub(r"\$`.*?`\$", "", FENCE.sub("", page.read_text()), flags=re.DOTALL)  # formulas
-        named = set(re.findall(r"`([a-z]+_\w+)(?:: [^`]*|\(.*?\))?`", text)) - {"stand_ins"}
+        named = set(re.findall(r"`([a-z]+_\w+)(?:: [^`]*|\(.*?\))?`", prose(page))) - {"stand_ins"}
         assert named <= known, (page.name, named - known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_settings_in_the_text_exist(page):
+    # `name: value` and `--name value`
+    known = {field for command in COMMANDS for field in fields(command)} | OPTIONS_OF_BENCHMARKS | {"help"}
+    named = {match[1] for span in code_spans(page) if (match := re.fullmatch(r"([a-z]\w*): \S.*", span))}
+    named |= {flag for span in code_spans(page) for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", span)}
+    assert named <= known, named - known
 
 
 def test_every_command_that_is_named_exists_and_every_command_is_named():
@@ -151,15 +275,13 @@ def test_every_command_that_is_named_exists_and_every_command_is_named():
 # --- What the docs have to name ---
 
 
-def test_every_setting_is_described_and_named():
-    docs = "".join(page.read_text() for page in DOCS)
-    own = {field.name for field in dataclasses.fields(PRIMEConfig)} - {
-        field.name for field in dataclasses.fields(PRIMEConfig.__mro__[1])
-    }
-    assert "prm_beta" in own
-    for setting in own:
-        assert f"{setting} (`" in PRIMEConfig.__doc__, setting
-        assert f"`{setting}`" in docs, setting
+def test_every_setting_is_described():
+    fields_of_trl = {field.name for field in dataclasses.fields(GRPOConfig)}
+    own = [field for field in dataclasses.fields(PRIMEConfig) if field.name not in fields_of_trl]
+    assert "prm_beta" in {field.name for field in own}
+    for field in own:
+        assert f"{field.name} (`" in PRIMEConfig.__doc__, field.name
+        assert field.metadata.get("help"), field.name
 
 
 def test_every_metric_is_in_the_docs():
