@@ -28,6 +28,8 @@ from .prime_config import PRIMEConfig
 from .specs import nearest
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from .advantages import RewardCombination, RolloutRewards
 
 logger = logging.get_logger(__name__)
@@ -131,6 +133,36 @@ def check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: 
                     f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
                     f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
                 )
+
+
+def warn_of_uneven_saving(args: PRIMEConfig) -> None:
+    """Warn where checkpoints lie between two generations: a run resumed from one differs from the run that was stopped."""
+    per_generation = args.steps_per_generation * args.num_iterations
+    if args.save_strategy == "steps" and args.save_steps * args.gradient_accumulation_steps % per_generation:
+        logger.warning(
+            f"save_steps={args.save_steps} ends between two generations (one lasts {per_generation} "
+            f"micro-batches, a step has {args.gradient_accumulation_steps}): a run resumed from such a checkpoint generates "
+            "anew and will not repeat the one that was stopped to the bit."
+        )
+
+
+def check_prm_label(prm_label: str, reward_func_names: list[str]) -> None:
+    """Raise a ValueError unless `prm_label` is "reward" or the name of a reward function."""
+    if prm_label != "reward" and prm_label not in reward_func_names:
+        raise ValueError(
+            f"prm_label is {prm_label!r}, but no reward function has that name. "
+            f"{nearest(prm_label, ['reward', *reward_func_names])}"
+        )
+
+
+def check_trained(state: TrainerState, args: PRIMEConfig) -> None:
+    """Raise a RuntimeError where a run has ended without a step: the length of a streamed data set is not known before."""
+    if state.max_steps and not state.global_step:
+        raise RuntimeError(
+            f"The training data set ended before a generation batch of {args.prompts_per_generation} prompts was full, so "
+            "that nothing was trained. Lower per_device_train_batch_size, steps_per_generation or oversample_factor, or give "
+            "more prompts."
+        )
 
 
 def _check_enough_prompts(num_prompts: int, args: PRIMEConfig) -> None:

@@ -438,6 +438,17 @@ class PRIMEConfig(GRPOConfig):
         """Prompts of one generation batch over all processes, those generated on top by `oversample_factor` included."""
         return int(self.generation_batch_size * self.oversample_factor) // self.num_generations
 
+    def combination_settings(self, trust: float) -> dict[str, Any]:
+        """The keyword arguments of [`~trl_prime.advantages.combine_rewards`], process rewards weighted by the trust in the PRM."""
+        return {
+            "estimator": self.advantage_estimator,
+            "outcome_weight": self.outcome_weight,
+            "process_weight": self.process_weight * trust,
+            "outcome_gamma": self.outcome_gamma,
+            "process_gamma": self.process_gamma,
+            "whiten": self.whiten_advantages,
+        }
+
     def _check_choices(self) -> None:
         for name, choices in {
             "prm_reference": REFERENCES,

@@ -35,10 +35,13 @@ from trl.trainer.utils import nanstd
 from .advantages import RewardCombination, RolloutRewards
 from .checks import (
     check_before_loading,
+    check_prm_label,
     check_text_only,
+    check_trained,
     checked_combination,
     checked_reward_func,
     checked_rollout_func,
+    warn_of_uneven_saving,
 )
 from .hub import (
     PAPER,
@@ -75,7 +78,6 @@ from .process_rewards import (
 from .processes import gather_padded, local_rows, masked_mean
 from .prompt_filter import rows_to_train_on, select_groups
 from .rollouts import Rollouts, is_truncated, outcomes_and_labels, policy_mask, select_rows
-from .specs import nearest
 from .texts import TextFormat
 
 if TYPE_CHECKING:
@@ -128,6 +130,7 @@ class PRIMETrainer(GRPOTrainer):
     Attributes:
         implicit_prm ([`ImplicitPRM`]): The PRM: `.model` is trained, `.reference` is frozen, or `None` when its
             log-probabilities come from the policy.
+        prm_learner ([`~trl_prime.implicit_prm.learner.PRMLearner`]): Its optimizer, replay and trust.
     """
 
     _tag_names = POLICY_TAGS
@@ -162,11 +165,7 @@ class PRIMETrainer(GRPOTrainer):
         super().__init__(**grpo)
         let_threads_finish_at_exit()
 
-        if args.prm_label != "reward" and args.prm_label not in self.reward_func_names:
-            raise ValueError(
-                f"prm_label is {args.prm_label!r}, but no reward function has that name. "
-                f"{nearest(args.prm_label, ['reward', *self.reward_func_names])}"
-            )
+        check_prm_label(args.prm_label, self.reward_func_names)
         self.reward_funcs = [
             func if isinstance(func, torch.nn.Module) else checked_reward_func(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
@@ -179,16 +178,7 @@ class PRIMETrainer(GRPOTrainer):
         # Whether the learner has the schedule of the present `train()`
         self._prm_is_started = False
         self._rewards_per_func: torch.Tensor | None = None
-        micro_batches_per_generation = args.steps_per_generation * args.num_iterations
-        if (
-            args.save_strategy == "steps"
-            and args.save_steps * args.gradient_accumulation_steps % micro_batches_per_generation
-        ):
-            logger.warning(
-                f"save_steps={args.save_steps} ends between two generations (one lasts {micro_batches_per_generation} "
-                f"micro-batches, a step has {args.gradient_accumulation_steps}): a run resumed from such a checkpoint generates "
-                "anew and will not repeat the one that was stopped to the bit."
-            )
+        warn_of_uneven_saving(args)
         # TRL sizes the completions table to one generation batch
         if args.oversample_factor > 1:
             size = int(args.generation_batch_size * args.oversample_factor)
@@ -299,7 +289,9 @@ class PRIMETrainer(GRPOTrainer):
         rewards, process_rewards = self._rollout_rewards(rollouts, batch, prm)
         advantages = self._advantages(rollouts, rewards)
         output = self._for_policy_loss(rollouts, advantages)
-        self._log_rows(rollouts, output, process_rewards, advantages)
+        if self.log_completions:
+            mean_advantages = sequence_advantages(advantages, policy_mask(output)).squeeze(1)
+            self._log_rows(*rollouts.table_columns(process_rewards.sum(1), mean_advantages, self.accelerator))
         return output
 
     def _outcomes_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -390,14 +382,7 @@ class PRIMETrainer(GRPOTrainer):
             completion_mask=all_mask,
             reward_mask=all_positions,
             num_generations=self.num_generations,
-            settings={
-                "estimator": args.advantage_estimator,
-                "outcome_weight": args.outcome_weight,
-                "process_weight": args.process_weight * prm.trust,
-                "outcome_gamma": args.outcome_gamma,
-                "process_gamma": args.process_gamma,
-                "whiten": args.whiten_advantages,
-            },
+            settings=args.combination_settings(prm.trust),
             outcome_rewards_per_func=rollouts.rewards_per_func,
             reward_func_names=self.reward_func_names,
             trainer_state=self.state,
@@ -467,41 +452,21 @@ class PRIMETrainer(GRPOTrainer):
         process_rewards = implicit_process_rewards(prm.logps, batch.ref_logps, mask, self.implicit_prm.beta)
         self._log("prm/process_reward", masked_mean(process_rewards, mask, self.accelerator))
         if self.log_completions:
-            self._log_columns(outcomes, self.accelerator.gather(process_rewards.sum(1)), torch.zeros_like(judged))
+            sums = self.accelerator.gather(process_rewards.sum(1))
+            self._log_rows({"outcome": outcomes, "process_reward": sums, "trained": torch.zeros_like(judged)})
 
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
 
-    def _log_rows(
-        self,
-        rollouts: Rollouts,
-        output: dict[str, Any],
-        process_rewards: torch.Tensor,
-        advantages: torch.Tensor,
-    ) -> None:
-        """Complete the rows of TRL's completions table that this batch has added, one for each generated completion."""
-        if not self.log_completions:
-            return
-        # The rows that were generated and not trained on have no process reward and no advantage
-        columns = {
-            "process_reward": process_rewards.sum(1),
-            "advantage": sequence_advantages(advantages, policy_mask(output)).squeeze(1),
-        }
-        rows, num_generated = rollouts.rows, len(rollouts.generated_outcomes)
+    def _log_rows(self, columns: dict[str, torch.Tensor], advantages: torch.Tensor | None = None) -> None:
+        """Complete the rows of TRL's completions table that this batch has added, by columns of `(N,)` values."""
+        if advantages is not None:
+            for _ in range(len(advantages)):
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(advantages.tolist())
         for name, values in columns.items():
-            columns[name] = torch.zeros(num_generated, device=rows.device)
-            columns[name][rows] = self.accelerator.gather(values.float())
-        trained = torch.zeros(num_generated, dtype=torch.bool, device=rows.device)
-        trained[rows] = rollouts.trains
-        for _ in range(num_generated):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(columns["advantage"].tolist())
-        self._log_columns(rollouts.generated_outcomes, columns["process_reward"], trained)
-
-    def _log_columns(self, outcomes: torch.Tensor, process_rewards: torch.Tensor, trained: torch.Tensor) -> None:
-        """Add PRIME's columns, `(B,)` each, to the completions table. Reward functions may log columns of any other name."""
-        for name, values in (("outcome", outcomes), ("process_reward", process_rewards), ("trained", trained)):
+            # Reward functions may log columns of any other name
             self._logs["extra"][TABLE_PREFIX + name].extend(values.tolist())
 
     # --- The policy loss: TRL's, of advantages that differ from token to token and of rows that may be left out ---
@@ -580,13 +545,7 @@ class PRIMETrainer(GRPOTrainer):
             check_prm_state(resume_from_checkpoint, self.accelerator, self.args.prm_update)
         self._prm_is_started = False
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.state.max_steps and not self.state.global_step:
-            # The length of a streamed data set is not known before
-            raise RuntimeError(
-                f"The training data set ended before a generation batch of {self.args.prompts_per_generation} prompts was full, so "
-                "that nothing was trained. Lower per_device_train_batch_size, steps_per_generation or oversample_factor, or give "
-                "more prompts."
-            )
+        check_trained(self.state, self.args)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -46,6 +46,30 @@ class Rollouts:
     rows: torch.Tensor
     generated_outcomes: torch.Tensor
 
+    def table_columns(
+        self, process_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """
+        What the completions table shows of all N generated rows; those that were left out have no process reward and no
+        advantage.
+
+        Args:
+            process_rewards, advantages (`torch.Tensor`): Sum and mean of each row of this process.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+
+        Returns:
+            `tuple`: columns by name and advantages, `(N,)` each.
+        """
+        all_process, all_advantages = (
+            torch.zeros(len(self.generated_outcomes), device=self.rows.device).index_copy(
+                0, self.rows, accelerator.gather(values.float())
+            )
+            for values in (process_rewards, advantages)
+        )
+        trained = torch.zeros_like(self.generated_outcomes, dtype=torch.bool).index_copy(0, self.rows, self.trains)
+        columns = {"outcome": self.generated_outcomes, "process_reward": all_process, "trained": trained}
+        return columns, all_advantages
+
 
 def policy_mask(output: dict[str, Any]) -> torch.Tensor:
     """`(B, T)` bool: the tokens that the policy wrote; what tools answered and padding is false."""
