@@ -71,11 +71,10 @@ from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
 from .process_rewards import (
     aggregate_process_rewards,
-    implicit_process_rewards,
     normalize_process_rewards,
     reward_positions,
 )
-from .processes import gather_padded, local_rows, masked_mean
+from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on, select_groups
 from .rollouts import Rollouts, is_truncated, outcomes_and_labels, policy_mask, select_rows
 from .texts import TextFormat
@@ -281,17 +280,19 @@ class PRIMETrainer(GRPOTrainer):
         # Groups worth learning from
         rollouts = self._keep_groups(output, outcomes, labels)
         # The PRM scores the batch and learns from it
-        batch = self._prm_batch(rollouts.output, rollouts.labels, rollouts.trains)
+        policy = self.accelerator.unwrap_model(self.model)
+        batch = self.prm_learner.make_batch(
+            rollouts.output, rollouts.labels, rollouts.trains, self.num_generations, policy
+        )
         prm = self.prm_learner.score_and_learn(batch, rollouts.labels, self.state.global_step)
-        for name, value in prm.metrics.items():
-            self._log(f"prm/{name}", value)
+        self._log_prm(prm.metrics)
         # Outcome and process rewards become one advantage per token
-        rewards, process_rewards = self._rollout_rewards(rollouts, batch, prm)
+        rewards = self._rollout_rewards(rollouts, batch, prm)
         advantages = self._advantages(rollouts, rewards)
         output = self._for_policy_loss(rollouts, advantages)
         if self.log_completions:
             mean_advantages = sequence_advantages(advantages, policy_mask(output)).squeeze(1)
-            self._log_rows(*rollouts.table_columns(process_rewards.sum(1), mean_advantages, self.accelerator))
+            self._log_rows(*rollouts.table_columns(prm.token_rewards.sum(1), mean_advantages, self.accelerator))
         return output
 
     def _outcomes_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -349,32 +350,16 @@ class PRIMETrainer(GRPOTrainer):
             if num_passed == 0:
                 logger.warning_once(f"{message} Nothing is learnt from such batches (filter/pass_rate is 0).")
 
-    def _prm_batch(
-        self, output: dict[str, Any], labels: torch.Tensor, trains: torch.Tensor, num_generations: int | None = None
-    ) -> PRMBatch:
-        """This process's rows as the PRM sees them."""
-        return self.prm_learner.make_batch(
-            tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
-            policy_mask(output) & local_rows(trains, self.accelerator)[:, None],
-            labels,
-            num_generations or self.num_generations,
-            policy=self.accelerator.unwrap_model(self.model),
-        )
-
-    def _rollout_rewards(
-        self, rollouts: Rollouts, batch: PRMBatch, prm: PRMScores
-    ) -> tuple[RolloutRewards, torch.Tensor]:
-        """The rewards of all processes' rows, and `(B, T)` process rewards of this process before normalisation."""
+    def _rollout_rewards(self, rollouts: Rollouts, batch: PRMBatch, prm: PRMScores) -> RolloutRewards:
+        """Outcomes and process rewards of the rows of all processes."""
         args, mask, granularity = self.args, batch.policy_mask, self.args.process_reward_granularity
         step_ids = self.implicit_prm.step_ids(batch.completion_ids) if granularity == "step" else None
-        token_rewards = implicit_process_rewards(prm.logps, batch.ref_logps, mask, self.implicit_prm.beta)
-        self._log("prm/process_reward", masked_mean(token_rewards, mask, self.accelerator))
-        process_rewards = aggregate_process_rewards(token_rewards, mask, granularity, step_ids)
+        process_rewards = aggregate_process_rewards(prm.token_rewards, mask, granularity, step_ids)
         positions = reward_positions(mask, granularity, step_ids)
         all_process, all_positions, all_mask = (
             gather_padded(tensor, self.accelerator) for tensor in (process_rewards, positions, mask)
         )
-        rewards = RolloutRewards(
+        return RolloutRewards(
             outcome_rewards=rollouts.outcomes,
             process_rewards=normalize_process_rewards(
                 all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma
@@ -387,7 +372,6 @@ class PRIMETrainer(GRPOTrainer):
             reward_func_names=self.reward_func_names,
             trainer_state=self.state,
         )
-        return rewards, process_rewards
 
     def _advantages(self, rollouts: Rollouts, rewards: RolloutRewards) -> torch.Tensor:
         """`(B, T)` advantages of this process's rows, computed over the rows of all; zero in rows that are not trained on."""
@@ -444,20 +428,21 @@ class PRIMETrainer(GRPOTrainer):
     def _evaluate_prm(self, output: dict[str, Any], outcomes: torch.Tensor, labels: torch.Tensor) -> None:
         """Score held-out completions; nothing is trained."""
         num_generations, judged = self.num_generations_eval, ~labels.isnan()
-        batch = self._prm_batch(output, labels, judged, num_generations)
+        policy = self.accelerator.unwrap_model(self.model)
+        batch = self.prm_learner.make_batch(output, labels, judged, num_generations, policy)
         prm = self.prm_learner.score(batch, labels, num_generations, self.state.global_step)
-        for name, value in prm.metrics.items():
-            self._log(f"prm/{name}", value)
-        mask = batch.policy_mask
-        process_rewards = implicit_process_rewards(prm.logps, batch.ref_logps, mask, self.implicit_prm.beta)
-        self._log("prm/process_reward", masked_mean(process_rewards, mask, self.accelerator))
+        self._log_prm(prm.metrics)
         if self.log_completions:
-            sums = self.accelerator.gather(process_rewards.sum(1))
+            sums = self.accelerator.gather(prm.token_rewards.sum(1))
             self._log_rows({"outcome": outcomes, "process_reward": sums, "trained": torch.zeros_like(judged)})
 
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def _log_prm(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._log(f"prm/{name}", value)
 
     def _log_rows(self, columns: dict[str, torch.Tensor], advantages: torch.Tensor | None = None) -> None:
         """Complete the rows of TRL's completions table that this batch has added, by columns of `(N,)` values."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..processes import local_rows
+from ..process_rewards import implicit_process_rewards
+from ..processes import local_rows, masked_mean
+from ..rollouts import policy_mask
 from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
 from .backends import make_backend
 from .batch import PRMBatch
@@ -38,13 +40,13 @@ class PRMScores:
     What the PRM says of a batch.
 
     Attributes:
-        logps (`torch.Tensor`): `(B, T)` log-probabilities of this process's rows, which process rewards are made of; zero in
-            rows without labels.
+        token_rewards (`torch.Tensor`): `(B, T)` process rewards (Eq 3) of this process's rows; zero where the policy did not
+            write the token, and in rows that are not trained on.
         trust (`float`): Weight of the process rewards, between 0 and 1.
         metrics (`dict[str, float]`): Logged as `prm/<name>`; NaN where there was nothing to measure.
     """
 
-    logps: torch.Tensor
+    token_rewards: torch.Tensor
     trust: float
     metrics: dict[str, float]
 
@@ -96,9 +98,9 @@ class PRMLearner:
 
     def make_batch(
         self,
-        inputs: tuple[torch.Tensor, ...],
-        policy_mask: torch.Tensor,
+        output: dict[str, Any],
         labels: torch.Tensor,
+        trains: torch.Tensor,
         num_generations: int,
         policy: PreTrainedModel,
     ) -> PRMBatch:
@@ -106,16 +108,18 @@ class PRMLearner:
         This process's rows of a generation batch, with the reference's log-probabilities.
 
         Args:
-            inputs (`tuple[torch.Tensor, ...]`): Prompt ids and mask `(B, P)`, completion ids and mask `(B, T)`.
-            policy_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token, in rows that are trained on.
+            output (`dict`): The rows, as TRL returns them.
             labels (`torch.Tensor`): `(B * processes,)` outcomes of the rows of all processes; NaN = not trained on.
+            trains (`torch.Tensor`): `(B * processes,)` bool, which rows are scored and trained on.
             num_generations (`int`): K.
             policy ([`~transformers.PreTrainedModel`]): Gives the reference log-probabilities of a PRM without reference.
 
         Returns:
             [`PRMBatch`]
         """
-        prm, rows = self.prm, policy_mask.any(1)
+        inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
+        prm, rows = self.prm, mask.any(1)
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
         chosen = {"rows": rows, "num_passes": self._num_passes(rows)}
         with self.accelerator.autocast():
@@ -126,7 +130,7 @@ class PRMLearner:
         # A completion without tokens has no score to be compared with
         labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
-        return PRMBatch(*inputs, policy_mask, ref_logps, local_rows(labels, self.accelerator), group_labels)
+        return PRMBatch(*inputs, mask, ref_logps, local_rows(labels, self.accelerator), group_labels)
 
     def score(self, batch: PRMBatch, labels: torch.Tensor, num_generations: int, step: int) -> PRMScores:
         """
@@ -146,7 +150,7 @@ class PRMLearner:
         metrics = {"accuracy": absolute_accuracy(self._label_log_odds(scores), labels)}
         if num_generations > 1:
             metrics["pairwise_accuracy"] = pairwise_accuracy(scores, labels, num_generations)
-        return PRMScores(logps, 1.0, metrics)
+        return self._result(batch, logps, 1.0, metrics)
 
     def score_and_learn(self, batch: PRMBatch, labels: torch.Tensor, step: int) -> PRMScores:
         """
@@ -195,7 +199,12 @@ class PRMLearner:
         if updated_logps is not None:
             updated = self._scores(batch, updated_logps, step)
             metrics["pairwise_accuracy_after_update"] = pairwise_accuracy(updated, labels, args.num_generations)
-        return PRMScores(logps, metrics["trust"], metrics)
+        return self._result(batch, logps, metrics["trust"], metrics)
+
+    def _result(self, batch: PRMBatch, logps: torch.Tensor, trust: float, metrics: dict[str, float]) -> PRMScores:
+        token_rewards = implicit_process_rewards(logps, batch.ref_logps, batch.policy_mask, self.prm.beta)
+        mean = masked_mean(token_rewards, batch.policy_mask, self.accelerator)
+        return PRMScores(token_rewards, trust, {**metrics, "process_reward": mean})
 
     def _label_log_odds(self, scores: torch.Tensor) -> torch.Tensor:
         intercept = self.updater.intercept if self.updater else 0.0
