@@ -66,7 +66,7 @@ if can_fuse_lm_head(build_model()):  # with TRL from 1.15
     CASES["fused head"] = (8, {"prm_fused_lm_head": True, "lora": "prm", "gradient_accumulation_steps": 2})
 OFFLINE = {
     "offline ce": {"eval": True},
-    "offline dpo": {"loss_type": "dpo", "precompute_ref_log_probs": True},
+    "offline dpo": {"loss_type": "dpo"},
     "offline lora": {"lora": True},
 }
 

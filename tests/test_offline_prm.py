@@ -29,7 +29,7 @@ from trl_prime.offline_prm.data import (
     to_labelled,
     to_pairs,
 )
-from trl_prime.offline_prm.offline_prm_trainer import mismatched_rows
+from trl_prime.offline_prm.examples import mismatched_rows
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("prm/*.yaml"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -187,7 +187,7 @@ def test_mismatched_rows_take_the_next_row_of_another_prompt():
         assert mismatched_rows(torch.tensor(groups)[:, None]).tolist() == expected
 
 
-def test_rows_that_are_too_long_are_dropped_or_truncated_and_told(make_offline, caplog, propagated):
+def test_rows_that_are_too_long_are_dropped_and_told(make_offline, caplog, propagated):
     rows = [{"prompt": "1+1=", "completion": "2" * n, "label": True} for n in (0, 3, 4, 9)]
     rows += [{"prompt": "1" * 9, "completion": "2", "label": True}, {**rows[0], "label": None}]
     data = make_offline(train_dataset=rows, max_length=8).train_dataset
@@ -195,8 +195,6 @@ def test_rows_that_are_too_long_are_dropped_or_truncated_and_told(make_offline, 
     assert [[len(ids) for ids in example["completion_ids"]] for example in data] == [[1], [4]]
     assert "Left out 3 of 6 train rows that are longer than max_length=8" in caplog.text
     assert "Left out 1 of 6 train rows that have no label" in caplog.text
-    data = make_offline(train_dataset=rows, max_length=8, overlong="truncate").train_dataset
-    assert [len(example["completion_ids"][0]) for example in data] == [1, 4, 4, 4]
     with pytest.raises(ValueError, match="None of the 6 train rows"):
         make_offline(train_dataset=rows, max_length=4)
 
@@ -235,11 +233,9 @@ def test_data_is_not_streamed(make_offline):
     ("settings", "message"),
     [
         ({"loss_type": "nca"}, "loss_type is 'nca'"),
-        ({"overlong": "cut"}, "overlong is 'cut'"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"desirable_weight": 2.0}, "loss_type='ce' has no weights"),
         ({"loss_type": "kto", "undesirable_weight": -1.0}, "undesirable_weight is -1.0"),
-        ({"loss_type": "kto", "precompute_ref_log_probs": True}, "new in every batch"),
         ({"loss_type": "kto", "per_device_train_batch_size": 1}, "Set both to 2 or more"),
         ({"max_pairs_per_prompt": 3}, "makes no pairs"),
         ({"max_length": 0}, "max_length is 0"),
@@ -366,20 +362,6 @@ def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(make_offline
     )
     first, second = (logged(trainer, "loss") for trainer in trained)
     assert first == pytest.approx(second, rel=1e-4)
-
-
-@pytest.mark.parametrize("loss_type", ["ce", "dpo"])
-def test_precomputed_reference_log_probs_are_those_of_the_fly(make_offline, loss_type):
-    settings = {"loss_type": loss_type, "eval_dataset": Dataset.from_list(labelled_rows(seed=3)), "max_steps": 3}
-    on_the_fly, precomputed = (
-        make_offline(precompute_ref_log_probs=flag, per_device_eval_batch_size=3, **settings) for flag in (False, True)
-    )
-    # Not needed any more
-    precomputed.implicit_prm.reference.forward = None
-    for trainer in (on_the_fly, precomputed):
-        trainer.train()
-    assert_close({"prm": weights(on_the_fly.model)}, {"prm": weights(precomputed.model)}, atol=1e-5)
-    assert on_the_fly.evaluate()["eval_loss"] == pytest.approx(precomputed.evaluate()["eval_loss"], rel=1e-4)
 
 
 def test_with_lora_the_reference_is_the_shared_base(make_offline):

@@ -11,8 +11,6 @@ from transformers import TrainingArguments
 from ..implicit_prm.losses import OFFLINE_LOSS_TYPES
 from ..specs import nearest
 
-OVERLONG = ("drop", "truncate")
-
 
 @dataclass
 class OfflinePRMConfig(TrainingArguments):
@@ -41,10 +39,8 @@ class OfflinePRMConfig(TrainingArguments):
         > Parameters that control the data
 
         max_length (`int`, *optional*, defaults to `8192`):
-            Largest number of tokens of a prompt and its completion together. `None` for no limit.
-        overlong (`str`, *optional*, defaults to `"drop"`):
-            What happens to a longer completion: `"drop"` leaves its row or pair out, `"truncate"` cuts its end off, though
-            its label may rest on what is cut. A prompt that alone is as long is dropped in any case.
+            Largest number of tokens of a prompt and its completion together; longer rows and pairs are left out. `None` for
+            no limit.
         max_pairs_per_prompt (`int`, *optional*):
             With `loss_type="dpo"` on labelled completions, which are paired right with wrong: at most so many pairs a
             prompt, drawn by `seed`. All by default.
@@ -59,9 +55,6 @@ class OfflinePRMConfig(TrainingArguments):
             score of a completion.
         desirable_weight, undesirable_weight (`float`, *optional*, defaults to `1.0`):
             With `loss_type="kto"`: weights of right and of wrong completions, against an unequal number of them.
-        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's log-probabilities once before training, which saves its forward pass in every
-            epoch after the first. Not with `loss_type="kto"`, whose mismatched pairs are new in every batch.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]; the learning rate, beta, a single
@@ -114,14 +107,7 @@ class OfflinePRMConfig(TrainingArguments):
 
     # Parameters that control the data
     max_length: int | None = field(
-        default=8192, metadata={"help": "Largest number of tokens of a prompt and its completion together."}
-    )
-    overlong: str = field(
-        default="drop",
-        metadata={
-            "help": "What happens to a longer completion: 'drop' its row or pair, or 'truncate' it at its end.",
-            "choices": list(OVERLONG),
-        },
+        default=8192, metadata={"help": "Leave out rows and pairs whose prompt and completion have more tokens."}
     )
     max_pairs_per_prompt: int | None = field(
         default=None,
@@ -142,21 +128,14 @@ class OfflinePRMConfig(TrainingArguments):
     )
     desirable_weight: float = field(default=1.0, metadata={"help": "With 'kto': weight of right completions."})
     undesirable_weight: float = field(default=1.0, metadata={"help": "With 'kto': weight of wrong completions."})
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to compute the reference's log-probabilities once before training, which pays from two epochs on."
-        },
-    )
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__()
-        for name, choices in {"loss_type": OFFLINE_LOSS_TYPES, "overlong": OVERLONG}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which is unknown. {nearest(getattr(self, name), choices)}"
-                )
+        if self.loss_type not in OFFLINE_LOSS_TYPES:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}, which is unknown. {nearest(self.loss_type, OFFLINE_LOSS_TYPES)}"
+            )
         if not self.beta > 0 or not math.isfinite(self.beta):
             raise ValueError(f"beta is {self.beta}, but the reward scale must be positive. The paper uses 0.05.")
         for name in ("desirable_weight", "undesirable_weight"):
@@ -176,16 +155,10 @@ class OfflinePRMConfig(TrainingArguments):
             )
         if not self.step_delimiter:
             raise ValueError("step_delimiter is empty; give the text that ends a step, such as a newline.")
-        if self.loss_type == "kto":
-            if self.precompute_ref_log_probs:
-                raise ValueError(
-                    "precompute_ref_log_probs=True with loss_type='kto': its reference point is measured on pairs of a prompt and "
-                    "another's completion, which are new in every batch. Leave it out."
-                )
-            if min(self.per_device_train_batch_size, self.per_device_eval_batch_size) < 2:
-                raise ValueError(
-                    "loss_type='kto' compares the rows of a batch, but per_device_train_batch_size or per_device_eval_batch_size "
-                    "is 1. Set both to 2 or more."
-                )
+        if self.loss_type == "kto" and min(self.per_device_train_batch_size, self.per_device_eval_batch_size) < 2:
+            raise ValueError(
+                "loss_type='kto' compares the rows of a batch, but per_device_train_batch_size or per_device_eval_batch_size "
+                "is 1. Set both to 2 or more."
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True, which would remove the completions. Leave it out.")

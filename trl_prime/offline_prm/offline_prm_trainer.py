@@ -1,9 +1,8 @@
 """Training an implicit PRM offline, on completions with outcome labels or on pairs ("Free Process Rewards without Process
 Labels", arXiv 2412.01981).
 
-Covered: tokens as the PRM sees them online, the three losses, accuracies on held-out completions, checkpoints and the Hub.
-The loop, distribution, resuming and logging are Trainer's. An example is a prompt with C completions: one, or the two of a
-pair. n = examples of a batch, P = prompt tokens, T = completion tokens.
+Covered: the three losses, accuracies on held-out completions, checkpoints and the Hub. The loop, distribution, resuming and
+logging are Trainer's; examples and batches are made in `examples.py`. n = examples of a batch, C = completions of an example.
 """
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
-from trl.trainer.utils import pad
 
 from ..hub import hub_dataset, settings_table
 from ..implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
@@ -44,8 +40,8 @@ from ..implicit_prm.logps import check_scoring, completion_logps
 from ..implicit_prm.losses import dpo_pair_losses, kto_reference_point, kto_row_losses, outcome_scores, prm_row_losses
 from ..implicit_prm.model import ImplicitPRM, end_token_ids
 from ..process_exit import let_threads_finish_at_exit
-from ..texts import TextFormat, tokenize
-from .data import group_by_prompt, to_labelled, to_pairs
+from ..texts import TextFormat
+from .examples import OutcomeCollator, completion_rows, mismatched_rows, prepare_dataset
 from .offline_prm_config import OfflinePRMConfig
 
 logger = logging.get_logger(__name__)
@@ -114,7 +110,7 @@ class OfflinePRMTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
         # Before the model is loaded, so that malformed data is told at once
         text_format = _text_format(model, processing_class, train_dataset)
-        prepare = functools.partial(_prepare_dataset, args=args, tokenizer=processing_class, text_format=text_format)
+        prepare = functools.partial(prepare_dataset, args=args, tokenizer=processing_class, text_format=text_format)
         train_dataset = None if train_dataset is None else prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
@@ -145,12 +141,6 @@ class OfflinePRMTrainer(Trainer):
         # Sum and count of what is logged with the next training loss
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
         self._card_dataset: str | None = None
-        if args.precompute_ref_log_probs:
-            self.train_dataset = self._with_ref_logps(self.train_dataset)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: self._with_ref_logps(data) for name, data in self.eval_dataset.items()}
-            else:
-                self.eval_dataset = self._with_ref_logps(self.eval_dataset)
 
     # --- Loss ---
 
@@ -165,7 +155,7 @@ class OfflinePRMTrainer(Trainer):
         args = self.args
         # Before the pass with gradient, which no other may come between and its backward pass
         reference_point = self._reference_point(model, inputs) if args.loss_type == "kto" else None
-        scores, labels = self._scores(model, inputs, inputs.get("ref_logps")), inputs["labels"]
+        scores, labels = self._scores(model, inputs), inputs["labels"]
         if args.loss_type == "ce":
             losses = prm_row_losses(scores, labels)
         elif args.loss_type == "dpo":
@@ -180,22 +170,15 @@ class OfflinePRMTrainer(Trainer):
         loss = losses.mean()
         return (loss, scores.detach()) if return_outputs else loss
 
-    def _scores(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], ref_logps: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _scores(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(n, C)` scores q of the completions of a batch."""
-        mask = inputs["completion_mask"]
-        batch = _rows(inputs)
-        logps = completion_logps(model, *batch)
-        ref_logps = self._ref_logps(batch) if ref_logps is None else ref_logps.flatten(0, 1)
-        return outcome_scores(logps - ref_logps, mask.flatten(0, 1), self.implicit_prm.beta).view(mask.shape[:2])
-
-    @torch.no_grad()
-    def _ref_logps(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        mask, rows = inputs["completion_mask"], completion_rows(inputs)
+        logps = completion_logps(model, *rows)
         # Under the same autocast as the PRM: both must round alike
-        with self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast():
             check_scoring(self.implicit_prm.reference)
-            return completion_logps(self.implicit_prm.reference, *batch)
+            ref_logps = completion_logps(self.implicit_prm.reference, *rows)
+        return outcome_scores(logps - ref_logps, mask.flatten(0, 1), self.implicit_prm.beta).view(mask.shape[:2])
 
     @torch.no_grad()
     def _reference_point(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -239,29 +222,6 @@ class OfflinePRMTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         return loss, scores, (inputs["labels"], inputs["groups"])
-
-    # --- Reference ---
-
-    def _with_ref_logps(self, dataset: Dataset | None) -> Dataset | None:
-        """The data set with the `(C, t)` reference log-probabilities of every example."""
-        if dataset is None:
-            return None
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.data_collator,
-            sampler=SequentialSampler(dataset),
-        )
-        loader, column = self.accelerator.prepare(loader), []
-        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        for batch in tqdm(loader, desc="log-probabilities of the reference", disable=hidden):
-            mask = batch["completion_mask"]
-            logps = self._ref_logps(_rows(batch)).view(mask.shape)
-            logps, mask = self.accelerator.pad_across_processes((logps, mask), dim=2)
-            logps, mask = self.accelerator.gather_for_metrics((logps, mask))
-            for values, lengths in zip(logps.cpu(), mask.sum(2).tolist(), strict=True):
-                column.append([row[:length].tolist() for row, length in zip(values, lengths, strict=True)])
-        return dataset.add_column("ref_logps", column)
 
     # --- Saving and loading ---
 
@@ -332,10 +292,6 @@ class OfflinePRMTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-
-
 def _build_prm(
     model: Any, args: OfflinePRMConfig, tokenizer: PreTrainedTokenizerBase, peft_config: PeftConfig | None
 ) -> ImplicitPRM:
@@ -369,162 +325,6 @@ def _text_format(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Datase
     if isinstance(dataset, Dataset) and len(dataset) and "prompt" in dataset.column_names:
         text_format = dataclasses.replace(text_format, messages=not isinstance(dataset[0]["prompt"], str))
     return text_format
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def _prepare_dataset(
-    dataset: Dataset,
-    name: str,
-    args: OfflinePRMConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    text_format: TextFormat,
-) -> Dataset:
-    """
-    Examples as token ids: `prompt_ids`, `completion_ids` (a list of C), `labels` (of each) and `group`.
-
-    A group holds what is compared: the completions of a prompt or, as preferences of different pairs need not be
-    comparable, of a pair.
-    """
-    with args.main_process_first(desc=f"preparing the {name} data"):
-        if args.loss_type == "dpo":
-            dataset = to_pairs(dataset, args.max_pairs_per_prompt, args.seed)
-        else:
-            dataset = to_labelled(dataset)
-        num_rows = len(dataset)
-        # The version is there for the cache of `map`, which tells functions apart by their name only
-        from ..version import __version__
-
-        encode = functools.partial(
-            _encode,
-            tokenizer=tokenizer,
-            text_format=text_format,
-            max_length=args.max_length if args.overlong == "truncate" else None,
-            version=__version__,
-        )
-        options = {"num_proc": args.dataset_num_proc}
-        dataset = dataset.map(
-            encode, with_indices=True, remove_columns=dataset.column_names, desc=f"Tokenizing {name} data", **options
-        )
-        judged = dataset.filter(_is_judged, input_columns="labels", desc=f"Unjudged {name} rows", **options)
-        fits = functools.partial(_fits, max_length=args.max_length)
-        columns = ["prompt_ids", "completion_ids"]
-        dataset = judged.filter(fits, input_columns=columns, desc=f"Overlong {name} rows", **options)
-    if num_rows > len(judged):
-        logger.warning(f"Left out {num_rows - len(judged)} of {num_rows} {name} rows that have no label.")
-    if len(judged) > len(dataset):
-        logger.warning(
-            f"Left out {len(judged) - len(dataset)} of {num_rows} {name} rows that are longer than max_length="
-            f"{args.max_length} tokens."
-        )
-    if len(dataset) == 0:
-        raise ValueError(
-            f"None of the {num_rows} {name} rows is left: they have no label, or max_length is too short."
-        )
-    groups = list(range(len(dataset)))
-    if args.loss_type != "dpo":
-        for group, rows in enumerate(group_by_prompt(dataset["prompt_ids"][:])):
-            for row in rows:
-                groups[row] = group
-    return dataset.add_column("group", groups)
-
-
-def _encode(
-    row: dict[str, Any],
-    i: int,
-    tokenizer: PreTrainedTokenizerBase,
-    text_format: TextFormat,
-    max_length: int | None,
-    version: str,
-) -> dict[str, Any]:
-    labels = [1.0, 0.0]
-    completions = [row.get("chosen"), row.get("rejected")]
-    if "completion" in row:
-        completions = [row["completion"]]
-        labels = [float("nan") if row["label"] is None else float(row["label"])]
-        if labels[0] < 0 or labels[0] > 1:
-            raise ValueError(f"Row {i} has the label {row['label']}, but labels are outcomes between 0 and 1.")
-    if row["prompt"] is None or None in completions:
-        raise ValueError(f"Row {i} has no prompt or no completion: leave such rows out.")
-    try:
-        encoded = [
-            tokenize(tokenizer, row["prompt"], completion, text_format, bool(row.get("truncated")))
-            for completion in completions
-        ]
-    except ValueError as error:
-        raise ValueError(f"Row {i} cannot be tokenized: {error}") from error
-    prompt_ids = encoded[0][0]
-    room = None if max_length is None else max(max_length - len(prompt_ids), 0)
-    return {"prompt_ids": prompt_ids, "completion_ids": [ids[:room] for _, ids in encoded], "labels": labels}
-
-
-def _is_judged(labels: list[float | None]) -> bool:
-    return all(label is not None and label == label for label in labels)
-
-
-def _fits(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int | None) -> bool:
-    if not all(completion_ids):
-        return False  # nothing was left of it
-    return max_length is None or all(len(prompt_ids) + len(ids) <= max_length for ids in completion_ids)
-
-
-class OutcomeCollator:
-    """
-    Examples into a batch: `prompt_ids`, `prompt_mask` `(n, P)` padded on the left, `completion_ids`, `completion_mask`
-    `(n, C, T)` padded on the right, `labels` `(n, C)`, `groups` `(n, 1)` and, where they were computed, `ref_logps`
-    `(n, C, T)`.
-
-    Args:
-        pad_token_id (`int`): Fills up.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        prompts = [torch.tensor(example["prompt_ids"], dtype=torch.long) for example in examples]
-        completions = [
-            torch.tensor(ids, dtype=torch.long) for example in examples for ids in example["completion_ids"]
-        ]
-        size = (len(examples), -1)
-        batch = {
-            "prompt_ids": pad(prompts, self.pad_token_id, "left"),
-            "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
-            "completion_ids": pad(completions, self.pad_token_id).unflatten(0, size),
-            "completion_mask": pad([torch.ones_like(ids) for ids in completions], 0).unflatten(0, size),
-            "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.float32),
-            "groups": torch.tensor([[example["group"]] for example in examples]),
-        }
-        if "ref_logps" in examples[0]:
-            logps = [torch.tensor(row, dtype=torch.float32) for example in examples for row in example["ref_logps"]]
-            batch["ref_logps"] = pad(logps, 0.0).unflatten(0, size)
-        return batch
-
-
-def _rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompt ids and mask `(n * C, P)`, completion ids and mask `(n * C, T)`: a row for each completion."""
-    num_completions = batch["completion_ids"].shape[1]
-    prompts = (batch[name].repeat_interleave(num_completions, dim=0) for name in ("prompt_ids", "prompt_mask"))
-    return (*prompts, batch["completion_ids"].flatten(0, 1), batch["completion_mask"].flatten(0, 1))
-
-
-def mismatched_rows(groups: torch.Tensor) -> torch.Tensor:
-    """
-    For each row the next one, around the end, that belongs to another prompt.
-
-    Args:
-        groups (`torch.Tensor`): `(n, 1)` numbers of the prompts.
-
-    Returns:
-        `torch.Tensor`: `(m, 2)` indices of the row and of the other; rows without one are left out.
-    """
-    n = len(groups)
-    rows = torch.arange(n, device=groups.device)
-    distance = (rows[None, :] - rows[:, None]) % n
-    nearest = torch.where(groups == groups.T, n, distance).min(dim=1)
-    return torch.stack([rows, nearest.indices], dim=1)[nearest.values < n]
 
 
 def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
