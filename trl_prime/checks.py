@@ -45,16 +45,27 @@ _REWARD_KWARGS = {
     "environments",
     "self",
 }
-# What TRL adds to rollouts with images, beside keys that begin with pixel_ or image_
+# TRL adds these to rollouts with images, beside keys that begin with pixel_ or image_
 _VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
 
 
 # --- Before a model is loaded ---
 
 
-def check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: Any, reward_combination: Any) -> None:
-    """Refuse what cannot work before any model is loaded."""
-    args, train_dataset = grpo["args"], grpo.get("train_dataset")
+def check_before_loading(
+    grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None, reward_combination: Any
+) -> None:
+    """
+    Refuse what cannot work before any model is loaded.
+
+    Args:
+        grpo (`dict`): Arguments of [`~trl.GRPOTrainer`] by name, `args` and `model` among them.
+        prm_model, prm_peft_config, reward_combination: Arguments of [`PRIMETrainer`].
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: The message names the argument, its value and the remedy.
+    """
+    args = grpo["args"]
     if not isinstance(args, PRIMEConfig):
         raise TypeError(
             f"args is a {type(args).__name__}, but PRIMETrainer needs a PRIMEConfig: it has the PRM's settings."
@@ -74,39 +85,52 @@ def check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: 
             f"reward_combination is {reward_combination!r}; pass a callable that takes RolloutRewards. In YAML, give its dotted "
             "path."
         )
-    is_saved = is_saved_prm(prm_model)
-    if (is_saved or isinstance(prm_model, ImplicitPRM)) and prm_peft_config is not None:
+    _check_models(grpo, prm_model, prm_peft_config)
+    _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
+    _check_tokenizers(grpo, prm_model)
+    _check_train_dataset(grpo)
+
+
+def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None) -> None:
+    """Refuse models that do not go together, and folders that hold something else than a model."""
+    if (is_saved_prm(prm_model) or isinstance(prm_model, ImplicitPRM)) and prm_peft_config is not None:
         raise ValueError(
             "prm_model is an ImplicitPRM or the folder of one, which is full or LoRA already: leave prm_peft_config out."
         )
-    if isinstance(prm_model, ImplicitPRM) and prm_model.reference is None and args.prm_reference == "frozen":
+    if isinstance(prm_model, ImplicitPRM) and prm_model.reference is None and grpo["args"].prm_reference == "frozen":
         raise ValueError(
             "prm_model is an ImplicitPRM without a reference, but prm_reference is 'frozen'. Pass one with a reference, or set "
             "prm_reference='policy' to measure it against the policy."
         )
-
-    policy, tokenizer = grpo["model"], grpo.get("processing_class")
-    if isinstance(tokenizer, ProcessorMixin):
-        tokenizer = tokenizer.tokenizer
-    if prm_model is not None and not isinstance(prm_model, str) and prm_model is policy:
+    if prm_model is not None and not isinstance(prm_model, str) and prm_model is grpo["model"]:
         raise ValueError(
             "prm_model is the policy itself, but they are trained apart. Leave prm_model out: the PRM then starts as a copy."
         )
-    for option, name in (("model", policy), ("prm_model", prm_model)):
+    for option, name in (("model", grpo["model"]), ("prm_model", prm_model)):
         if isinstance(name, str) and is_adapter(name):
             raise ValueError(
                 f"{option} is '{name}', which holds an adapter only. Load it with its base: pass "
                 "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)."
             )
-    _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
-    prm_tokenizer = _tokenizer_of(prm_model, args.trust_remote_code)
+
+
+def _check_tokenizers(grpo: dict[str, Any], prm_model: Any) -> None:
+    """Refuse a PRM with another tokenizer than the policy's, where both can be known."""
+    trust_remote_code, tokenizer = grpo["args"].trust_remote_code, grpo.get("processing_class")
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
+    prm_tokenizer = _tokenizer_of(prm_model, trust_remote_code)
     if prm_tokenizer is not None:
-        tokenizer = tokenizer or _tokenizer_of(policy, args.trust_remote_code)
+        tokenizer = tokenizer or _tokenizer_of(grpo["model"], trust_remote_code)
         if tokenizer is not None:
             _check_same_tokenizer(tokenizer, prm_tokenizer)
 
+
+def _check_train_dataset(grpo: dict[str, Any]) -> None:
+    """Refuse a training data set with too few prompts, or without the columns that the reward functions ask for."""
+    train_dataset, reward_funcs = grpo.get("train_dataset"), grpo.get("reward_funcs")
     if isinstance(train_dataset, Dataset):
-        _check_enough_prompts(len(train_dataset), args)
+        _check_enough_prompts(len(train_dataset), grpo["args"])
     if train_dataset is None or grpo.get("environment_factory") is not None:
         return
     columns = _columns(train_dataset)
@@ -118,21 +142,23 @@ def check_before_loading(grpo: dict[str, Any], prm_model: Any, prm_peft_config: 
             "(`dataset.rename_column`), or map the rows to TRL's prompt format."
         )
     if grpo.get("rollout_func") is not None:
-        return  # which may add columns of its own
-    reward_funcs = grpo.get("reward_funcs")
+        return  # it may add columns of its own
     for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if not callable(func) or isinstance(func, torch.nn.Module):
-            continue
-        for name, parameter in inspect.signature(func).parameters.items():
-            required = parameter.default is parameter.empty and parameter.kind in (
-                parameter.KEYWORD_ONLY,
-                parameter.POSITIONAL_OR_KEYWORD,
+        if callable(func) and not isinstance(func, torch.nn.Module):
+            _check_reward_columns(func, columns)
+
+
+def _check_reward_columns(func: Callable, columns: set[str]) -> None:
+    for name, parameter in inspect.signature(func).parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.KEYWORD_ONLY,
+            parameter.POSITIONAL_OR_KEYWORD,
+        )
+        if required and name not in _REWARD_KWARGS and name not in columns:
+            raise ValueError(
+                f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
+                f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
             )
-            if required and name not in _REWARD_KWARGS and name not in columns:
-                raise ValueError(
-                    f"The reward function '{getattr(func, '__name__', type(func).__name__)}' needs a column {name!r}, but the "
-                    f"training data set has {sorted(columns)}. {nearest(name, sorted(columns))}"
-                )
 
 
 def warn_of_uneven_saving(args: PRIMEConfig) -> None:
@@ -188,7 +214,7 @@ def _check_prm_is_trainable(grpo: dict[str, Any], prm_model: Any, prm_peft_confi
         quantized = kwargs.get("quantization_config") is not None
         if prm_model is None:
             quantized |= isinstance(policy, str) and grpo.get("quantization_config") is not None
-        if quantized and not (is_saved_prm(prm_model)):
+        if quantized and not is_saved_prm(prm_model):
             raise ValueError(QUANTIZED)
     policy_config = grpo.get("peft_config")
     if policy_config is None and isinstance(policy, PeftModel):
