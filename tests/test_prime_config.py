@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig, TrlParser
 
 from trl_prime import PRIMEConfig
-from trl_prime.implicit_prm.updater import make_schedule
+from trl_prime.implicit_prm.optimizer import make_schedule
 from trl_prime.prime_config import trl_choices
 
 OWN_FIELDS = [

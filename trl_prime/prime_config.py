@@ -18,7 +18,7 @@ from trl import GRPOConfig
 
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
-from .implicit_prm.updater import make_schedule
+from .implicit_prm.optimizer import make_schedule
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
 from .specs import nearest
 

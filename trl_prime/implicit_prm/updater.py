@@ -7,7 +7,6 @@ update (`learner.py`); where weights and gradients are (`backends.py`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import random
@@ -16,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
 from ..processes import local_rows
 from .batch import PRMBatch
 from .logps import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
 from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
+from .optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
-
     from ..prime_config import PRIMEConfig
     from .backends import DataParallel
 
@@ -74,7 +71,7 @@ class PRMUpdater:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
             if isinstance(prm.model, PeftModel):
                 prm.model.enable_input_require_grads()
-        optimizer = backend.prepare(lambda model: _make_optimizer(model, args), args.prm_max_grad_norm)
+        optimizer = backend.prepare(lambda model: make_optimizer(model, args), args.prm_max_grad_norm)
         self._scheduled = optimizer
         self.start_schedule(num_rollout_batches)
 
@@ -239,27 +236,6 @@ class PRMUpdater:
         self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, args: PRIMEConfig, num_training_steps: int) -> LRScheduler:
-    """
-    The learning-rate schedule of the PRM.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): Whose learning rates follow it.
-        args ([`PRIMEConfig`]): `prm_lr_scheduler_type`, `prm_lr_scheduler_kwargs` and `prm_warmup_steps` are read.
-        num_training_steps (`int`): Optimizer steps of the PRM in the whole run.
-
-    Returns:
-        `torch.optim.lr_scheduler.LRScheduler`
-    """
-    return get_scheduler(
-        args.prm_lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.prm_warmup_steps,
-        num_training_steps=num_training_steps,
-        scheduler_specific_kwargs=args.prm_lr_scheduler_kwargs,
-    )
-
-
 def _has_dropout(model: torch.nn.Module) -> bool:
     """Whether a training pass differs from an evaluation pass by chance: dropout as a module or as a rate of attention."""
     return any(
@@ -268,18 +244,3 @@ def _has_dropout(model: torch.nn.Module) -> bool:
         for name, value in vars(module).items()
         if "dropout" in name or "jitter" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
     )
-
-
-def _make_optimizer(model: torch.nn.Module, args: PRIMEConfig) -> torch.optim.Optimizer:
-    """The optimizer that `Trainer` would make for this model under the `prm_*` settings."""
-    prm_args = copy.copy(args)
-    prm_args.optim, prm_args.learning_rate = args.prm_optim, args.prm_learning_rate
-    optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(prm_args, model)
-    # Reads nothing of the trainer it is a method of
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if name in decayed], "weight_decay": args.prm_weight_decay},
-        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
-    ]
-    return optimizer_class([group for group in groups if group["params"]], **kwargs)
