@@ -1,6 +1,6 @@
 """Checks: what cannot work is refused before a model is loaded, and what a user's functions return is refused when they do.
 
-Covered: arguments of the trainer, columns of the data set, tokenizers; results of reward functions, plain and async, of
+Covered: arguments of the trainer, columns of the data set, tokenizers; numbers of a step that are not finite; results of reward functions, plain and async, of
 rollout functions and of the reward-combination hook. Not covered: single settings (`prime_config.py`), and a function that
 never returns. It can do so for good reasons, so a limit of time is its own affair: the verifiers in `rewards/` have one.
 """
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from trl import GRPOTrainer
 from .implicit_prm import ImplicitPRM
 from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
 from .implicit_prm.files import is_adapter, is_saved_prm
+from .policy_loss import vary_within_rows
 from .prime_config import PRIMEConfig
 from .specs import nearest
 
@@ -277,6 +279,51 @@ def check_text_only(output: dict[str, Any]) -> None:
             f"The rollouts hold images ({', '.join(sorted(found))}), which the policy sees, but the implicit PRM and its "
             "reference score text only so far. Take the images out of the data set: columns 'image' and 'images', and "
             "blocks of type 'image' in the prompts. A multimodal model can be trained on text."
+        )
+
+
+# --- While a step is made ---
+
+
+def check_advantages(advantages: torch.Tensor, mask: torch.Tensor, importance_sampling_level: str, step: int) -> None:
+    """
+    Refuse advantages that would ruin the policy, or that TRL would average.
+
+    Args:
+        advantages (`torch.Tensor`): `(B, T)`.
+        mask (`torch.Tensor`): `(B, T)` bool, the tokens that the policy wrote.
+        importance_sampling_level (`str`): "token" or "sequence".
+        step (`int`): Step of the run.
+
+    Raises:
+        FloatingPointError: One is not finite.
+        ValueError: Those of a completion differ, and the level is "sequence".
+    """
+    if not advantages.isfinite().all():
+        raise FloatingPointError(f"Advantages are not finite at step {step}; nothing was trained.")
+    if importance_sampling_level == "sequence" and vary_within_rows(advantages, mask).any():
+        raise ValueError(
+            "importance_sampling_level='sequence' gives all tokens of a completion one weight and would average their "
+            "advantages, but reward_combination returned advantages that differ within a completion. Use "
+            "importance_sampling_level='token'."
+        )
+
+
+def check_loss(losses: torch.Tensor, step: int) -> None:
+    """Raise a FloatingPointError unless the `(processes,)` policy losses of a micro-batch are finite."""
+    if not losses.isfinite().all():
+        raise FloatingPointError(
+            f"The policy's loss is not finite at step {step}, so this step was not made: its log-probabilities or those of the "
+            "rollouts are broken. Lower learning_rate or max_grad_norm, and resume from the last checkpoint."
+        )
+
+
+def check_grad_norm(norm: float, step: int) -> None:
+    """Raise a FloatingPointError unless the norm of the policy's gradient is finite."""
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"The gradient of the policy is {norm} at step {step}, and one step with it would ruin all weights. Lower "
+            "learning_rate or max_grad_norm, and resume from the last checkpoint."
         )
 
 

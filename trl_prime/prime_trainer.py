@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import os
 import shutil
 from collections import defaultdict, deque
@@ -34,7 +33,10 @@ from trl.trainer.utils import nanstd
 
 from .advantages import RewardCombination, RolloutRewards
 from .checks import (
+    check_advantages,
     check_before_loading,
+    check_grad_norm,
+    check_loss,
     check_prm_label,
     check_text_only,
     check_trained,
@@ -56,7 +58,6 @@ from .hub import (
     with_section,
 )
 from .implicit_prm.build import build_prm, fuse_lm_heads, warn_of_rounding
-from .implicit_prm.copies import check_apart, compute_head_in_float32
 from .implicit_prm.files import (
     check_loaded_policy,
     check_prm_state,
@@ -66,7 +67,7 @@ from .implicit_prm.files import (
 )
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
-from .policy_loss import loss_scales, sequence_advantages, vary_within_rows
+from .policy_loss import loss_scales, sequence_advantages
 from .prime_config import TABLE_PREFIX, PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
 from .process_rewards import (
@@ -199,6 +200,7 @@ class PRIMETrainer(GRPOTrainer):
             peft_config=peft_config,
             frozen_reference=args.prm_reference == "frozen",
             init_kwargs={"trust_remote_code": args.trust_remote_code, **init_kwargs},
+            float32_head=args.cast_lm_head_to_fp32,
             disable_dropout=args.disable_dropout,
             seed=args.seed,
             beta=args.prm_beta,
@@ -210,11 +212,6 @@ class PRIMETrainer(GRPOTrainer):
             warn_of_rounding(
                 prm, "prm_learning_rate", args.prm_learning_rate, "prm_model_init_kwargs={'dtype': 'float32'}"
             )
-        if args.cast_lm_head_to_fp32:
-            # The policy's too where it is the reference: TRL's does not compute in float32 under autocast
-            for model in (prm.model, policy if prm.reference is None else prm.reference):
-                compute_head_in_float32(model)
-        check_apart(policy, prm.model, prm.reference)
         if args.push_to_hub:
             prm.reference_name = prm.portable_reference_name()
         fuse_lm_heads(prm, args.prm_fused_lm_head, self.accelerator.device.type == "cuda")
@@ -381,19 +378,7 @@ class PRIMETrainer(GRPOTrainer):
         else:
             advantages = checked_combination(self.reward_combination, self._with_rollouts(rewards, rollouts))
         advantages = advantages.masked_fill(~rollouts.trains[:, None], 0.0)
-        if not advantages.isfinite().all():
-            raise FloatingPointError(
-                f"Advantages are not finite at step {self.state.global_step}; nothing was trained."
-            )
-        if (
-            self.importance_sampling_level == "sequence"
-            and vary_within_rows(advantages, rewards.completion_mask).any()
-        ):
-            raise ValueError(
-                "importance_sampling_level='sequence' gives all tokens of a completion one weight and would average their "
-                "advantages, but reward_combination returned advantages that differ within a completion. Use "
-                "importance_sampling_level='token'."
-            )
+        check_advantages(advantages, rewards.completion_mask, self.importance_sampling_level, self.state.global_step)
         num_tokens = rollouts.output["completion_ids"].shape[1]
         return local_rows(advantages, self.accelerator)[:, :num_tokens]
 
@@ -478,12 +463,7 @@ class PRIMETrainer(GRPOTrainer):
 
         # On all processes alike, and before the backward pass, in which DeepSpeed steps
         losses, num_tokens = self.accelerator.gather(torch.stack([loss.detach().float(), mask.sum().float()])[None]).T
-        if not losses.isfinite().all():
-            raise FloatingPointError(
-                f"The policy's loss is not finite at step {self.state.global_step}, so this step was not made: its "
-                "log-probabilities or those of the rollouts are broken. Lower learning_rate or max_grad_norm, and resume from "
-                "the last checkpoint."
-            )
+        check_loss(losses, self.state.global_step)
         # An entropy or a KL of no token is no measurement
         if num_tokens.any():
             for name, values in self._metrics["train"].items():
@@ -511,11 +491,7 @@ class PRIMETrainer(GRPOTrainer):
         if grad_norm is None:
             return grad_norm
         norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient of the policy is {norm} at step {self.state.global_step}, and one step with it would ruin all "
-                "weights. Lower learning_rate or max_grad_norm, and resume from the last checkpoint."
-            )
+        check_grad_norm(norm, self.state.global_step)
         if norm == 0:
             # No completion had anything to teach: without gradients the optimizer does not follow its momentum either
             model.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 from ..hub import cached_commit
 from .adapters import with_adapter
 from .backends import unshared
+from .copies import check_apart, compute_head_in_float32
 from .files import is_saved_prm
 from .logps import can_fuse_lm_head, fuse_lm_head
 from .model import ImplicitPRM
@@ -38,6 +39,7 @@ def build_prm(
     frozen_reference: bool = True,
     init_kwargs: dict[str, Any] | None = None,
     disable_dropout: bool = False,
+    float32_head: bool = False,
     seed: int = 0,
     **settings: Any,
 ) -> ImplicitPRM:
@@ -55,6 +57,7 @@ def build_prm(
         frozen_reference (`bool`): False to keep no reference.
         init_kwargs (`dict`, *optional*): Of `from_pretrained`, for models given by name.
         disable_dropout (`bool`): Whether the PRM has no dropout.
+        float32_head (`bool`): Whether the heads of PRM and reference compute in float32.
         seed (`int`): Seed of a new adapter, which is thus the same on all processes.
         **settings: `beta`, `step_delimiter` and `micro_batch_size` of [`ImplicitPRM`].
 
@@ -62,7 +65,8 @@ def build_prm(
         [`ImplicitPRM`]
 
     Raises:
-        ValueError: The PRM embeds fewer tokens than the tokenizer has, or cannot be trained as asked.
+        ValueError: The PRM embeds fewer tokens than the tokenizer has, shares trained weights with another model, or cannot
+            be trained as asked.
     """
     init_kwargs, name = init_kwargs or {}, policy_name if start is None else start
     from_name = isinstance(name, str) and not is_saved_prm(name)
@@ -105,6 +109,11 @@ def build_prm(
         disable_dropout_in_model(prm.model)
     if prm.reference is not None:
         prm.reference.eval()
+    if float32_head:
+        # The policy's too where it is the reference: TRL's does not compute in float32 under autocast
+        for model in (prm.model, policy if prm.reference is None else prm.reference):
+            compute_head_in_float32(model)
+    check_apart(policy, prm.model, prm.reference)
     return prm
 
 

@@ -26,7 +26,6 @@ from ..hub import hub_dataset, settings_table
 from ..implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
 from ..implicit_prm.backends import make_backend
 from ..implicit_prm.build import build_prm, warn_of_rounding
-from ..implicit_prm.copies import check_apart
 from ..implicit_prm.files import (
     CONFIG_NAME,
     downloaded_prm,
@@ -310,7 +309,6 @@ def _build_prm(
     )
     if prm.reference is None:
         raise ValueError("The implicit PRM has no reference to be measured against. Pass one with a reference.")
-    check_apart(None, prm.model, prm.reference)
     warn_of_rounding(prm, "learning_rate", args.learning_rate, "dtype='float32'")
     return prm
 
