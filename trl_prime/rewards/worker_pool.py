@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -51,11 +51,11 @@ class WorkerPool:
     Runs a function in persistent processes, which are killed and replaced when a call takes too long.
 
     Processes start with the first call and are new interpreters: nothing of the parent is inherited, not torch, not its
-    locks. The function's file is loaded on its own, without the packages it is in, so it must not use relative imports.
+    locks. A worker has the parent's `sys.path` and imports the function's module by its name, and the packages that hold it.
 
     Args:
         function (`Callable`):
-            Function of a module's top level. Arguments and result are passed as JSON.
+            Function at the top level of a module that can be imported. Arguments and result are passed as JSON.
         num_workers (`int`, *optional*):
             Largest number of processes. Defaults to the number of available cores, at most 8.
         timeout (`float`, *optional*, defaults to `5.0`):
@@ -69,7 +69,7 @@ class WorkerPool:
             and caches are there.
 
     Raises:
-        ValueError: An option is out of range, or the function is not of a module's top level.
+        ValueError: An option is out of range, or the function cannot be imported.
 
     Example:
     ```python
@@ -101,10 +101,9 @@ class WorkerPool:
         ):
             if not isinstance(value, (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least {least}.")
-        path = getattr(sys.modules.get(function.__module__), "__file__", None)
-        if path is None or function.__qualname__ != function.__name__:
+        if function.__module__ in (None, "__main__") or not function.__qualname__.isidentifier():
             raise ValueError(
-                f"{function!r} cannot be loaded in a worker; define it at the top level of a module's file."
+                f"{function!r} cannot be loaded in a worker; define it at the top level of a module that can be imported."
             )
         self.function = function
         self.num_workers = num_workers
@@ -112,7 +111,7 @@ class WorkerPool:
         self.memory_limit = memory_limit
         self.max_jobs_per_worker = max_jobs_per_worker
         self.warm_up = warm_up
-        self._target = (os.path.abspath(path), function.__name__)
+        self._target = (function.__module__, function.__name__)
         self._reset()
         _POOLS.add(self)
 
@@ -213,6 +212,7 @@ class WorkerPool:
     def _start_worker(self) -> _Worker:
         worker = _Worker(
             {
+                "path": [entry for entry in sys.path if isinstance(entry, str)],  # importing ignores the others
                 "target": self._target,
                 "warm_up": self.warm_up,
                 "memory_limit": self.memory_limit,
@@ -334,13 +334,9 @@ def _serve(options: dict) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
 
     try:
-        path, name = options["target"]
-        module_name = os.path.splitext(os.path.basename(path))[0]
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
+        sys.path[:] = options["path"]
+        module_name, name = options["target"]
+        function = getattr(importlib.import_module(module_name), name)
         if options["warm_up"] is not None:
             function(*options["warm_up"])
     except BaseException as error:
@@ -392,7 +388,5 @@ def _read(stream: int, length: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    # The script's own folder comes first on the path, where `answers` and the like would hide other modules
-    sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
     with contextlib.suppress(ConnectionError):
         _serve(json.loads(sys.argv[1]))
