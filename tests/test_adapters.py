@@ -124,7 +124,7 @@ def test_gsm8k_answers():
     answers = ["1 + 1 = <<1+1=2>>2\n#### 2", "#### 1,234,567", "#### -3.5", "first #### 1 then\n####  $9 "]
     dataset = adapt([{"question": "How many?", "answer": answer} for answer in answers], "gsm8k")
     assert dataset.features == PROMPT_FEATURES
-    assert dataset["solution"] == ["2", "1234567", "-3.5", "$9"]
+    assert dataset["solution"] == ["2", "1,234,567", "-3.5", "$9"]
     assert dataset[0]["prompt"] == [{"role": "user", "content": "How many?"}]
     assert set(dataset["ability"]) == {"math"} and set(dataset["data_source"]) == {"gsm8k"}
     for answer in ("A: 18", "18", "x ####", None):
@@ -144,7 +144,10 @@ def test_gsm8k_answers():
         (r"$x=\boxed{3}$ and $\boxed{5}$", "3, 5"),
         (r"\boxed{1}$, $\boxed{2}$, and $\boxed{3}$. ", "1, 2, 3"),
         (r"not \boxed{1} but \boxed{2}", "2"),
+        (r"\boxed{1}\text{ and }\boxed{2} \text{ or }$\boxed{3}$", "1, 2, 3"),
         (r"\boxed{a \\ {b}}", r"a \\ {b}"),
+        # One that is not closed ends with its line
+        ("\\boxed{4\nis it", "4"),
     ],
 )
 def test_boxed_answers_of_math(solution, answer):
@@ -152,12 +155,12 @@ def test_boxed_answers_of_math(solution, answer):
 
 
 def test_malformed_boxes():
-    for solution in ("42", r"\boxed{4", r"\boxed{}", r"\boxed{\{4\}", r"\boxedx{4}"):
-        with pytest.raises(ValueError, match="Row 0 is no 'math' row"):
+    for solution in ("42", r"\boxed{}", r"\boxed{", r"\boxedx{4}", "The answer is 4.", "x ####"):
+        with pytest.raises(ValueError, match="Row 0 is no 'math' row: .*without a final answer"):
             adapt([{"problem": "?", "solution": solution}], "math")
 
 
-def test_columns_and_styles_by_option():
+def test_columns_and_worked_solutions_by_option():
     rows = [{"q": "2*3?", "a": 6, "uid": "x1"}, {"q": "1/2?", "a": 0.5, "uid": "x2"}]
     dataset = adapt(rows, "question_answer", question="q", answer="a", index="uid", data_source="mine")
     assert dataset["solution"] == ["6", "0.5"] and dataset["index"] == ["x1", "x2"]
@@ -170,8 +173,15 @@ def test_columns_and_styles_by_option():
         adapt(rows, "question_answer", anwser="a")
     with pytest.raises(ValueError, match="column 'z'.*among the data set's: q, a, uid"):
         adapt(rows, "question_answer", question="q", answer="z")
-    with pytest.raises(ValueError, match="'boxd'.*Did you mean 'boxed'"):
-        adapt(rows, "question_answer", question="q", answer="a", answer_style="boxd")
+    # Without a mark an answer is the whole text, unless it is a worked solution
+    for text, solution in ((r"\frac{1}{2}", r"\frac{1}{2}"), (r"So \boxed{4}.", "4"), ("2 + 2 = 4\n#### 4", "4")):
+        row = {"question": "?", "answer": text}
+        assert adapt([row], "question_answer")[0]["solution"] == solution
+        if text != solution:
+            assert adapt([row], "question_answer", worked_solution=True)[0]["solution"] == solution
+        else:
+            with pytest.raises(ValueError, match="without a final answer"):
+                adapt([row], "question_answer", worked_solution=True)
     with pytest.raises(ValueError, match="Row 1"):
         adapt([{"question": "?", "answer": 1.0}, {"question": "?", "answer": float("nan")}], "question_answer")
 
@@ -423,7 +433,7 @@ def test_every_row_of_the_real_data_adapts():
     for split, size in (("train", 7473), ("test", 1319)):
         gsm8k = load_prime_dataset(str(folder / "gsm8k"), "gsm8k", split=split)
         assert len(gsm8k) == size
-        assert all(float(solution) is not None for solution in gsm8k["solution"])
+        assert all(float(solution.replace(",", "")) is not None for solution in gsm8k["solution"])
     path = str(folder / "math500" / "test.jsonl")
     answers, boxed = load_prime_dataset(path, "math500"), load_prime_dataset(path, "math")
     assert len(answers) == len(boxed) == 500

@@ -40,6 +40,8 @@ PAIRS = Path(__file__).parent.parent / "benchmarks" / "data" / "math_pairs.jsonl
         (r"\boxed{3}, the form is \boxed{}", "3"),
         (r"$\boxed{1}$ and $\boxed{2}$", "1, 2"),
         (r"\[\boxed{3}\] or \[\boxed{4}\]", "3, 4"),
+        (r"$\boxed{3}\text{ or }\boxed{4}$", "3, 4"),
+        (r"$\boxed{3}\text{ not }\boxed{4}$", "4"),
         (r"\boxed{3} is what I thought, but \boxed{4}", "4"),
         ("$\\boxed{3}$\n\n$\\boxed{4}$", "4"),
         (r"\boxed{1} <think> \boxed{2} </think> It is \boxed{3}", "3"),
@@ -109,6 +111,21 @@ def test_extract_gold(gold, answer):
 
 
 @pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (r"Hence $x = \boxed{4}$.", "4"),
+        ("9 * 2 = $<<9*2=18>>18.\n#### 18", "18"),
+        ("9 * 2 = $<<9*2=18>>18.\nA: 18", None),
+        ("The answer in weeks is 28 / 7.\nA: 4", None),
+        ("x ####", None),
+        ("42", None),
+    ],
+)
+def test_gold_of_a_worked_solution_has_to_be_marked(gold, answer):
+    assert extract_gold(gold, marked_only=True) == answer
+
+
+@pytest.mark.parametrize(
     "piece",
     [
         "{",
@@ -117,6 +134,7 @@ def test_extract_gold(gold, answer):
         r"\boxed{}",
         r"\boxed{a},",
         r"\boxed{1} and ",
+        r"\boxed{1}\text{ and }",
         r"\fbox \boxed",
         "9",
         "1,111,",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, Value
 
-from ..specs import nearest
+from ..rewards.answers import extract_gold
 
 if TYPE_CHECKING:
     Messages = list[dict[str, str]]
@@ -61,7 +61,7 @@ def question_answer(
     index: Any = None,
     source: Any = None,
     *,
-    answer_style: str = "bare",
+    worked_solution: bool = False,
     data_source: str | None = None,
     ability: str = "math",
 ) -> dict[str, Any]:
@@ -70,10 +70,11 @@ def question_answer(
 
     Args:
         question (`str`): The problem.
-        answer (`str`): Holds the answer; a list of answers (OlympiadBench) is one answer, joined by commas.
+        answer (`str`): Holds the answer, see [`~trl_prime.rewards.answers.extract_gold`]; a list of answers
+            (OlympiadBench) is one answer, joined by commas.
         index, source (*optional*): The row's id, and the name of its source.
-        answer_style (`str`): How the answer is held: `"bare"`, `"####"` (GSM8K: after the last `####`) or `"boxed"`
-            (MATH: in the last `\boxed{}`).
+        worked_solution (`bool`): Whether `answer` is a worked solution, in which the final answer has to be marked by
+            `\boxed{}` (MATH) or `####` (GSM8K).
         data_source (`str`, *optional*): Name of the source, of all rows.
         ability (`str`): Which verifier is to judge.
 
@@ -81,16 +82,19 @@ def question_answer(
         `dict`: the adapted row.
 
     Raises:
-        MalformedRow: There is no question or no answer.
+        MalformedRow: There is no question or no answer, or the worked solution does not mark it.
     """
-    if answer_style not in _ANSWERS:
-        raise ValueError(f"answer_style is {answer_style!r}, which is unknown. {nearest(answer_style, _ANSWERS)}")
     if isinstance(answer, list):
         answer = ", ".join(_scalar_text(part, "answer") for part in answer)
-    solution = _ANSWERS[answer_style](_scalar_text(answer, "answer"))
+    answer = _scalar_text(answer, "answer")
+    solution = extract_gold(answer, marked_only=worked_solution)
+    if solution is None:
+        raise MalformedRow(
+            f"the answer ends in {answer[-40:]!r} without a final answer in \\boxed{{}} or after '####'"
+        )
     return _row(
         prompt=_user(_text(question, "question")),
-        solution=_text(solution, "final answer"),
+        solution=solution,
         ability=ability,
         data_source=data_source or source,
         index=index,
@@ -414,7 +418,7 @@ DATASET_FORMATS = {
         question_answer,
         {"question": "question", "answer": "answer"},
         _INDEX,
-        {"answer_style": "####", "data_source": "gsm8k"},
+        {"worked_solution": True, "data_source": "gsm8k"},
     ),
     "math500": DatasetFormat(
         question_answer,
@@ -426,7 +430,7 @@ DATASET_FORMATS = {
         question_answer,
         {"question": "problem", "answer": "solution"},
         _INDEX,
-        {"answer_style": "boxed", "data_source": "math"},
+        {"worked_solution": True, "data_source": "math"},
     ),
     "question_answer": DatasetFormat(
         question_answer,
@@ -540,47 +544,3 @@ def _input_output_tests(truth: Any) -> str:
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise MalformedRow(f"ground_truth has the fn_name {_short(name)}")
     return text
-
-
-def _after_hashes(answer: str) -> str:
-    _, hashes, number = answer.rpartition("####")
-    if not hashes:
-        raise MalformedRow(f"the answer ends in {answer[-40:]!r} without '####'")
-    # 1,234 is one number, not a tuple
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number).strip()
-
-
-def _last_boxed(answer: str) -> str:
-    r"""What the last `\boxed{}` or `\fbox{}` holds, with balanced braces. Boxes joined to it, "\boxed{2} and \boxed{3}", are
-    one answer, "2, 3"."""
-    boxes = [(start, *_box(answer, end)) for start, end in (match.span() for match in _BOX.finditer(answer))]
-    if not boxes:
-        raise MalformedRow(f"the solution ends in {answer[-40:]!r} and has no \\boxed{{}}")
-    first, last_content, _ = boxes[-1]
-    contents = [last_content]
-    for start, content, end in reversed(boxes[:-1]):
-        if not _JOINED.fullmatch(answer[end:first]):
-            break
-        first, contents = start, [content, *contents]
-    return ", ".join(contents)
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_JOINED = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
-
-
-def _box(answer: str, start: int) -> tuple[str, int]:
-    r"""What a box holds whose argument begins at `start`, and where it ends; `\boxed 4` has an argument too."""
-    if answer[start : start + 1] != "{":
-        argument = re.compile(r"[^\s$.,]*").match(answer, start)
-        return argument.group(), argument.end()
-    depth = 0
-    # A brace after a backslash is a character of the answer
-    for token in re.compile(r"\\.|[{}]", flags=re.DOTALL).finditer(answer, start):
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return answer[start + 1 : token.start()].strip(), token.end()
-    raise MalformedRow(f"a \\boxed of the solution is not closed: {_short(answer[start:])}")
-
-
-_ANSWERS: dict[str, Callable[[str], str]] = {"bare": str, "####": _after_hashes, "boxed": _last_boxed}

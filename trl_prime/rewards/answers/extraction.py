@@ -16,7 +16,9 @@ _TAIL = 32_768
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s{0,4}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_JOINED = re.compile(r"[\s$]*(?:\\[\])])?[\s$]*(?:,|;|,?\s?and|,?\s?or)[\s$]*(?:\\[\[(])?[\s$]*")
+_JOINED = re.compile(
+    r"[\s$]*(?:\\[\])])?[\s$]*(?:,|;|,?\s?(?:and|or|\\text\{\s?(?:and|or)\s?\}))[\s$]*(?:\\[\[(])?[\s$]*"
+)
 _NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _MARKER = re.compile(
     r"\banswers?(?:\s(?:to|of|for)\s[^.\n:=]{1,80}?)?(?:\*\*|\s){0,4}(?:is|are|:|=)(?:\*\*|\s|:){0,8}(?=\S)",
@@ -62,24 +64,29 @@ def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     return _after_hashes(tail) or _after_marker(tail) or _last_formula(tail) or _last_number(tail)
 
 
-def extract_gold(gold: Any) -> str | None:
+def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
     r"""
     The gold answer in a field of a data set: bare LaTeX, `$...$`, text with a `\boxed{}`, GSM8K's `#### 42` at the end of
     its solution, "The answer is ...", or a number.
 
     Args:
         gold (`Any`): The field.
+        marked_only (`bool`, *optional*, defaults to `False`): Whether to find only what is in a box or after `####`, because
+            the field holds a worked solution, which is no answer as a whole.
 
     Returns:
-        `str` or `None`: the answer as written; None if the field is None or empty.
+        `str` or `None`: the answer as written; None if the field is None or empty, or has no mark with `marked_only`.
     """
     if gold is None:
         return None
     gold = str(gold).strip()
     answer = _last_boxes(gold)
     if answer is None:
-        solution, hashes, answer = gold.rpartition("####")
-        answer = answer.strip() if hashes else _after_marker(gold[-_TAIL:]) or gold
+        _, hashes, after_hashes = gold.rpartition("####")
+        if hashes:
+            answer = after_hashes.strip()
+        elif not marked_only:
+            answer = _after_marker(gold[-_TAIL:]) or gold
     return answer or None
 
 
