@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from ..specs import nearest, parse_call
+from ..specs import check_options, nearest, parse_call
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
 
 if TYPE_CHECKING:
@@ -219,10 +219,7 @@ def _resolve(format: str, options: dict[str, Any], present: list[str]) -> tuple[
         for name, parameter in inspect.signature(known.adapt).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    names = [*known.columns, *known.optional, *sorted(settings)]
-    for option in options:
-        if option not in names:
-            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, names)}")
+    check_options(f"dataset_format {format!r}", options, [*known.columns, *known.optional, *sorted(settings)])
     columns = {}
     for argument, default in {**known.columns, **known.optional}.items():
         choices = options.get(argument, default)

@@ -23,7 +23,7 @@ from trl import extract_prompt, unpair_preference_dataset
 
 from ..data.adapters import adapt_dataset, read_rows
 from ..data.formats import MalformedRow
-from ..specs import nearest, parse_call
+from ..specs import check_options, nearest, parse_call
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
 
@@ -84,15 +84,14 @@ def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
     format, options = parse_call(format)
     if format not in OUTCOME_FORMATS:
         raise ValueError(f"dataset_format is {format!r}, which is unknown. {nearest(format, OUTCOME_FORMATS)}")
-    adapt = OUTCOME_FORMATS[format]
-    known = list(inspect.signature(adapt).parameters)[1:]
-    for option in options or {}:
-        if option not in known:
-            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, known)}")
+    options = options or {}
+    check_options(
+        f"dataset_format {format!r}", options, list(inspect.signature(OUTCOME_FORMATS[format]).parameters)[1:]
+    )
     # The version is there for the cache of `map`, which tells functions apart by their name only
     from ..version import __version__
 
-    adapt_batch = functools.partial(_adapt_batch, format=format, options=options or {}, version=__version__)
+    adapt_batch = functools.partial(_adapt_batch, format=format, options=options, version=__version__)
     adapted = dataset.map(adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
     return adapted.cast_column("label", Value("float64"))
 

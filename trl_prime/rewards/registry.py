@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from ..specs import load_object, nearest, parse_call
+from ..specs import call_with_options, check_options, load_object, nearest, parse_call
 
 # Spec name -> (module, function for the plain name, class for the call form); imported when they are asked for
 VERIFIERS = {
@@ -99,50 +99,22 @@ def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | 
     return _make(getattr(module, class_name), spec or f"{name}({', '.join(options)})", options)
 
 
-def _make(factory: Callable, spec: str, options: dict[str, Any]) -> Callable:
-    """Call a factory, after its arguments were checked: a TypeError from inside it is a bug, not a wrong recipe."""
-    if not callable(factory):
-        raise ValueError(f"reward_funcs has {spec!r}, but that is no function: give it without parentheses.")
-    parameters = inspect.signature(factory).parameters.values()
-    _check_names(spec, options, parameters)
-    missing = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in options
-    ]
-    if missing:
-        template = ", ".join(f"{option}=..." for option in [*options, *missing])
-        raise ValueError(
-            f"reward_funcs has {spec!r}, which lacks {', '.join(missing)}. Write {parse_call(spec)[0]}({template})."
-        )
-    return _checked(factory(**options), spec)
+def _make(factory: Any, spec: str, options: dict[str, Any]) -> Callable:
+    return _checked(call_with_options("reward_funcs", spec, factory, options), spec)
 
 
 def _with_options(reward: Callable, spec: str, options: dict[str, Any]) -> Callable:
     """A plain reward function with some of its optional arguments set."""
     given_by_trainer = ("log_extra", "log_metric", "trainer_state")
-    parameters = [
-        parameter
+    known = [
+        parameter.name
         for parameter in inspect.signature(reward).parameters.values()
         if parameter.default is not parameter.empty and parameter.name not in given_by_trainer
     ]
-    if not parameters:
+    if not known:
         raise ValueError(f"reward_funcs has {spec!r}, but that reward takes no options. Write {reward.__name__!r}.")
-    _check_names(spec, options, parameters)
+    check_options(f"reward_funcs has {spec!r}, which", options, known)
     return functools.update_wrapper(functools.partial(reward, **options), reward)
-
-
-def _check_names(spec: str, options: Iterable[str], parameters: Iterable[inspect.Parameter]) -> None:
-    parameters = list(parameters)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [parameter.name for parameter in parameters]
-    for option in options:
-        if option not in known:
-            hint = nearest(option, known) if known else "It takes none."
-            raise ValueError(f"reward_funcs has {spec!r}, which has no option {option!r}. {hint}")
 
 
 def _checked(reward: Any, spec: str) -> Callable:
