@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from ..specs import check_options, nearest, parse_call
-from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
+from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
+from .rows import MalformedRow, with_system_prompt
 
 if TYPE_CHECKING:
-    from .formats import Messages
+    from .rows import Messages
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from datasets import Dataset, Value
 from trl import extract_prompt, unpair_preference_dataset
 
 from ..data.adapters import adapt_dataset, read_rows
-from ..data.formats import MalformedRow
+from ..data.rows import MalformedRow
 from ..specs import check_options, nearest, parse_call
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
