@@ -1,5 +1,6 @@
 """Rows of public data sets in TRL's form, and malformed rows told by their index."""
 
+import functools
 import json
 import logging
 import os
@@ -364,13 +365,77 @@ class EvalTask(ToyTask):
         return [float(eval(part) == 1) for part in [answer]][0]
 
 
+run = eval
+
+
+def evaluated(text):
+    return run(text)
+
+
+@functools.cache
+def cached(text):
+    return evaluated(text)
+
+
+class Parser:
+    def parse(self, text):
+        return cached(text)
+
+
+def sympify(text):
+    """A parser of the package's own, named like one that runs code."""
+    return int(text)
+
+
+class RenamedTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return run(answer) == 1
+
+
+class HelperTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return evaluated(answer) == 1
+
+
+class DeepHelperTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return Parser().parse(answer) == 1
+
+
+class MethodTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return self.value(answer) == 1
+
+    @staticmethod
+    def value(answer):
+        return cached(answer)
+
+
+class OwnParserTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return float(sympify(answer) == int(entry["answer"]))
+
+
+RUN_ANSWERS = ("eval", "renamed", "helper", "deep_helper", "method")
+TASKS = {
+    "toy": ToyTask,
+    "eval": EvalTask,
+    "renamed": RenamedTask,
+    "helper": HelperTask,
+    "deep_helper": DeepHelperTask,
+    "method": MethodTask,
+    "own_parser": OwnParserTask,
+    "composite": ToyTask,
+}
+
+
 @pytest.fixture
 def toy_gym(monkeypatch):
     """A module in place of reasoning-gym, which need not be installed."""
     from trl_prime.rewards.reasoning_gym_rewards import load_scorer
 
     factory = types.ModuleType("reasoning_gym.factory")
-    factory.DATASETS = {"toy": ToyTask, "eval": EvalTask, "composite": ToyTask}
+    factory.DATASETS = TASKS
     factory.create_dataset = lambda name, **config: factory.DATASETS[name](**config)
     monkeypatch.setitem(sys.modules, "reasoning_gym", types.ModuleType("reasoning_gym"))
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
@@ -405,7 +470,7 @@ def test_reasoning_gym_tasks_that_cannot_be_judged_are_refused(toy_gym):
         with pytest.raises(ValueError, match=f"Row 0.*{reason}"):
             load_prime_dataset("toy", f"reasoning_gym(size=2, {config})")
     for name, options, reason in (
-        ("eval", "", "runs the model's answer as Python"),
+        *((name, "", "runs the model's answer as Python .by eval") for name in RUN_ANSWERS),
         ("composite", "", "one by one"),
         ("toyy", "", "Did you mean 'toy'"),
         ("toy", "kind='other'", "does not take the settings"),
@@ -413,9 +478,10 @@ def test_reasoning_gym_tasks_that_cannot_be_judged_are_refused(toy_gym):
     ):
         with pytest.raises(ValueError, match=reason):
             load_prime_dataset(name, f"reasoning_gym({options})")
+    assert len(load_prime_dataset("own_parser", "reasoning_gym(size=2)")) == 2
 
 
-def test_reasoning_gym_itself():
+def test_reasoning_gym_itself(tmp_path):
     pytest.importorskip("reasoning_gym")
     dataset = load_prime_dataset("leg_counting", "reasoning_gym(size=4, seed=1)")
     from trl_prime.rewards.reasoning_gym_rewards import load_scorer, reasoning_gym_reward
@@ -425,6 +491,11 @@ def test_reasoning_gym_itself():
     for task in ("countdown", "n_queens", "simple_integration"):
         with pytest.raises(ValueError, match="runs the model's answer"):
             load_scorer(task)
+    # Its helper evaluates, but not the answer
+    dataset = load_prime_dataset("bitwise_arithmetic", "reasoning_gym(size=2, seed=1)")
+    program = f"__import__('pathlib').Path({str(tmp_path / 'was_run')!r}).touch()"
+    rewards = reasoning_gym_reward([dataset["solution"][0], program], tests=dataset["tests"])
+    assert rewards == [1.0, 0.0] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif("TRL_PRIME_DATA" not in os.environ, reason="TRL_PRIME_DATA names no folder of measured data")

@@ -8,16 +8,19 @@ that is rewarded for what the scorer says, and the scorer runs in the training p
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from ..texts import completion_text
 
 # Names that turn text into running code
 RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
+# This function evaluates the problem and converts the answer by `int` (read in reasoning-gym 0.1.25)
+_RUNS_THE_PROBLEM = {"reasoning_gym.arithmetic.bitwise_arithmetic.verify_solution"}
 
 
 def reasoning_gym_reward(
@@ -91,7 +94,7 @@ def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]]
         ValueError: The task is unknown, its settings are wrong, or its scorer runs answers as Python.
     """
     scorer = make_task(task, json.loads(config)).score_answer
-    names = sorted(_names(scorer.__code__) & RUNS_CODE - _own_names(scorer))
+    names = sorted(_runs_code(scorer))
     if names:
         raise ValueError(
             f"reasoning-gym's scorer of {task!r} runs the model's answer as Python (by {', '.join(names)}), which is not "
@@ -136,13 +139,38 @@ def make_task(task: str, config: dict[str, Any]) -> Any:
         raise ValueError(f"reasoning-gym's task {task!r} does not take the settings {config}: {error}.") from error
 
 
+def _runs_code(scorer: Callable) -> set[str]:
+    """Names of `RUNS_CODE` that a scorer uses, itself or through functions, methods and classes of its package."""
+    package, task = _package(scorer), type(scorer.__self__)
+    found: set[str] = set()
+    seen: set[FunctionType] = set()
+    waiting = [scorer.__func__]
+    while waiting:
+        function = waiting.pop()
+        if function in seen or f"{function.__module__}.{function.__qualname__}" in _RUNS_THE_PROBLEM:
+            continue
+        seen.add(function)
+        for name in _names(function.__code__):
+            value, method = function.__globals__.get(name), getattr(task, name, None)
+            # reasoning-gym has a parser of its own, and an import can rename
+            if _package(value) != package:
+                found |= {name, getattr(value, "__name__", name)} & RUNS_CODE
+            waiting += [inner for own in (value, method) if _package(own) == package for inner in _functions(own)]
+    return found
+
+
 def _names(code: CodeType) -> set[str]:
     """Names that a function uses, inner functions and comprehensions included."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
 
-def _own_names(scorer: Callable) -> set[str]:
-    """Of the names that a scorer could mean, those that are reasoning-gym's own functions: it has a parser of its own."""
-    found = {name: scorer.__globals__.get(name) for name in RUNS_CODE}
-    return {name for name, value in found.items() if getattr(value, "__module__", "").startswith("reasoning_gym")}
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
+
+
+def _functions(value: Any) -> list[FunctionType]:
+    """A function itself, without its decorators, or the functions of a class."""
+    members = vars(value).values() if isinstance(value, type) else [value]
+    functions = (inspect.unwrap(getattr(member, "__func__", member)) for member in members)
+    return [function for function in functions if isinstance(function, FunctionType)]
