@@ -1,4 +1,4 @@
-"""Names that a recipe gives: what they stand for, which options they take, and what was probably meant by a misspelt one.
+"""Read the names that a recipe gives: find what they stand for, check their options, and guess a misspelt one.
 
 A *call form* gives options, `code(scoring='fraction', timeout=10)`. It is parsed, never evaluated: keyword arguments with
 literal values are all that it may hold.
@@ -18,7 +18,7 @@ from typing import Any
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """
-    A sentence with the choice nearest to a misspelt name, and all of them.
+    Write a sentence with the choice nearest to a misspelt name, and all of them.
 
     Args:
         name (`str`): What was given.
@@ -32,14 +32,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The first half of [`nearest`] with a space at its end, or nothing: where there are too many choices to list."""
+    """Write the first half of [`nearest`] with a space at its end, or nothing; it serves where choices are too many to list."""
     matches = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"Did you mean {matches[0]!r}? " if matches else ""
 
 
 def load_object(path: str) -> Any:
     """
-    The object at a dotted path, `package.module.name`; modules of the current folder are found too.
+    Load the object at a dotted path, `package.module.name`; modules of the current folder are found too.
 
     Args:
         path (`str`): Dotted path.

@@ -1,4 +1,4 @@
-"""The formats of data sets: which columns and options each takes, and which columns it makes."""
+"""The table of data formats says which columns and options each takes, and which columns it makes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from datasets import Dataset, Features, Value
 
 from . import rows
 
-# What the PRIME authors append to every prompt of their data, as published with it and in the model card of Eurus-2
+# The PRIME authors append these to every prompt of their data and in the model card of Eurus-2
 PROMPT_SUFFIXES = {
     "math": "Present the answer in LaTex format: \\boxed{Your answer}",
     "code": "Write Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end.",
 }
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-# Types are stated, because a column of nothing but None would get a type of its own and not concatenate
+# Types are stated because a column of nothing but None would get another type, and data sets could not be concatenated
 PROMPT_FEATURES = Features(
     {
         "prompt": _MESSAGES,
@@ -37,7 +37,7 @@ PROCESS_BENCH_FEATURES = Features(
 @dataclass(frozen=True)
 class DatasetFormat:
     """
-    How rows of a kind of data set are adapted.
+    This is how rows of one kind of data set are adapted.
 
     Attributes:
         adapt: Makes the adapted row of the columns below and of options.

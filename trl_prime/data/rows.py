@@ -1,4 +1,4 @@
-"""How a row of each kind of data set is adapted: one function a format.
+"""Each function here adapts a row of one kind of data set.
 
 Positional arguments of these functions are columns, keyword-only ones are options. What an adapted row has is said in
 [`~trl_prime.data.adapters`]. Not checked: whether an answer is right, and whether a reference solution passes its tests.
@@ -39,7 +39,7 @@ def question_answer(
     ability: str = "math",
 ) -> dict[str, Any]:
     r"""
-    A question with its right answer.
+    Adapt a question with its right answer.
 
     Args:
         question (`str`): The problem.
@@ -78,7 +78,7 @@ def eurus2_rl(
     prompt: Any, reward_model: Any, ability: Any, data_source: Any, extra_info: Any = None
 ) -> dict[str, Any]:
     """
-    A row of Eurus-2-RL-Data. The prompt is kept; `reward_model["ground_truth"]` is a bare LaTeX answer (math) or tests,
+    Adapt a row of Eurus-2-RL-Data. The prompt is kept; `reward_model["ground_truth"]` is a bare LaTeX answer (math) or tests,
     as a JSON object {"inputs", "outputs", "fn_name"?} (code).
 
     Args:
@@ -111,7 +111,7 @@ def eurus2_rl(
 
 def eurus2_sft(conversations: Any, system: Any = None, index: Any = None, source: Any = None) -> dict[str, Any]:
     """
-    A row of Eurus-2-SFT-Data, into TRL's conversational format for supervised fine-tuning.
+    Bring a row of Eurus-2-SFT-Data into TRL's conversational format for supervised fine-tuning.
 
     Args:
         conversations (`list`): Turns, `[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]`.
@@ -138,7 +138,7 @@ def eurus2_sft(conversations: Any, system: Any = None, index: Any = None, source
 
 def humaneval(prompt: str, test: str, entry_point: str, index: Any = None) -> dict[str, Any]:
     """
-    A row of HumanEval: a function's head and docstring to be completed, and a `check` function.
+    Adapt a row of HumanEval, which has a function's head and docstring to be completed, and a `check` function.
 
     Args:
         prompt (`str`): Imports, head and docstring of the function.
@@ -168,8 +168,8 @@ def humaneval(prompt: str, test: str, entry_point: str, index: Any = None) -> di
 
 def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
     """
-    A row of the LeetCode contest problems of DeepSeek-Coder: a request for a method of `class Solution`, and asserts that
-    call it. They are read, not run, and become calls with their expected values.
+    Adapt a row of the LeetCode contest problems of DeepSeek-Coder, which has a request for a method of `class Solution` and
+    asserts that call it. The asserts are read, not run, and become calls with their expected values.
 
     Args:
         question (`str`): The request.
@@ -214,7 +214,7 @@ def mbpp(
     question: str, asserts: Any, setup: Any = None, imports: Any = None, index: Any = None, *, shown_tests: int = 1
 ) -> dict[str, Any]:
     """
-    A row of MBPP, or of any data with a request and a list of assert statements.
+    Adapt a row of MBPP, or of any data with a request and a list of assert statements.
 
     Args:
         question (`str`): The request.
@@ -250,7 +250,7 @@ def mbpp(
 
 def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> dict[str, Any]:
     """
-    A row of ProcessBench, which is to judge a PRM, not to train on: a solution in steps, and which of them is wrong.
+    Adapt a row of ProcessBench: a solution in steps, and which of them is wrong. It serves to judge a PRM, not to train one.
 
     Args:
         problem (`str`): The problem.
@@ -273,7 +273,7 @@ def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> di
 
 def reasoning_gym(question: str, answer: Any, tests: str, index: Any = None) -> dict[str, Any]:
     """
-    A problem of a reasoning-gym task, see `reasoning_gym_rows`.
+    Adapt a problem of a reasoning-gym task that `reasoning_gym_rows` made.
 
     Args:
         question (`str`): The problem.
@@ -290,7 +290,7 @@ def reasoning_gym(question: str, answer: Any, tests: str, index: Any = None) -> 
     from ..rewards.reasoning_gym_rewards import is_right
 
     task = json.loads(tests)["task"]
-    # Entries went through JSON: where a scorer needs its tuples back, it no longer knows its own answer
+    # Entries went through JSON, so a scorer that needs its tuples back no longer knows its own answer
     if answer is not None and not is_right(answer, tests):
         raise MalformedRow(f"the scorer of {task!r} does not accept its own answer {_short(answer)}")
     if any(is_right(junk, tests) for junk in ("", "I do not know.") if junk != answer):
@@ -307,7 +307,7 @@ def reasoning_gym(question: str, answer: Any, tests: str, index: Any = None) -> 
 
 def reasoning_gym_rows(task: str, split: str = "train", *, size: int = 500, seed: int = 0, **config: Any) -> Dataset:
     """
-    Problems of a reasoning-gym task, as rows for [`reasoning_gym`].
+    Make problems of a reasoning-gym task, as rows for [`reasoning_gym`].
 
     Args:
         task (`str`): Its name, for instance `"leg_counting"`.
@@ -387,7 +387,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _scalar_text(value: Any, name: str) -> str:
-    """A text, or a number as one: columns of plain numbers are read as such from CSV and JSON."""
+    """Return a text, or a number as text: CSV and JSON give columns of plain numbers as numbers."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(value)
     return _text(value, name).strip()
@@ -399,7 +399,7 @@ def _messages(value: Any, name: str, last: str) -> Messages:
     for message in value:
         if message.get("role") not in ("system", "user", "assistant"):
             raise MalformedRow(f"{name} has a message of role {_short(message.get('role'))}")
-        # Eurus-2 has system prompts everywhere; an empty one elsewhere does no harm
+        # A system prompt may be empty; Eurus-2 has one in every row
         if message["role"] != "system":
             _text(message.get("content"), f"content of a message of {name}")
     if value[-1]["role"] != last:
@@ -415,7 +415,7 @@ def _parse(code: str, name: str) -> ast.Module:
 
 
 def _input_output_tests(truth: Any) -> str:
-    """Tests in the format of Eurus-2 and APPS, checked, as the JSON text that they are."""
+    """Check tests in the format of Eurus-2 and APPS, and return them as JSON text."""
     text = truth if isinstance(truth, str) else json.dumps(truth)
     try:
         tests = json.loads(text)

@@ -1,4 +1,4 @@
-"""Outcome reward of code: run the completion's program against tests, in a sandbox."""
+"""The outcome reward of code runs the completion's program against tests, in a sandbox."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CodeReward:
         self.float_tolerance = float_tolerance
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
-        open_sandbox(sandbox, self.packages)  # now, not after an hour of loading and generating
+        open_sandbox(sandbox, self.packages)  # fails now, not after an hour of loading and generating
 
     def __call__(
         self,
@@ -108,7 +108,7 @@ class CodeReward:
                 logger.warning("A row's tests cannot be read, so its completions are not judged: %s", error)
                 row_tests = None
             source = solution_of(completion_text(completion), row_tests) if row_tests else None
-            # Completions of a group often agree, and tests can be long: one verdict for equal ones
+            # Completions of a group often agree, and tests can be long, so equal ones share one verdict
             jobs.append((source, row_tests, (source, row if isinstance(row, str) else json.dumps(row, default=str))))
         distinct = {key: (source, row_tests) for source, row_tests, key in jobs if source is not None}
         with ThreadPoolExecutor(min(self.num_workers, max(1, len(distinct)))) as pool:
@@ -155,7 +155,7 @@ class CodeReward:
         score = passed / len(tests.inputs)
         return (score if self.scoring == "fraction" else float(score == 1)), verdict
 
-    # Each yields for every test None if it passed, else what went wrong
+    # Each of these yields one value a test: None if it passed, else what went wrong
 
     def _stdin(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
         sandbox = open_sandbox(self.sandbox, self.packages)
@@ -215,7 +215,7 @@ def _error(answer: Any) -> str:
 
 def solution_of(completion: str, tests: ProblemTests) -> str | None:
     """
-    The program to run: the completion's solution, after the problem's own code where it brings some (imports, helpers).
+    Make the program to run: the completion's solution, after the problem's own code where it brings some (imports, helpers).
 
     Args:
         completion (`str`): Text of a completion.

@@ -1,4 +1,4 @@
-"""The tests of a problem of code, in each of the forms that data sets write them."""
+"""Read the tests of a problem of code, in each of the forms that data sets have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProblemTests:
     prompt: str = ""
 
     def names(self) -> tuple[str, ...]:
-        """Names of which a solution has to define one; empty for whole programs."""
+        """List the names of which a solution has to define one; empty for whole programs."""
         if self.name:
             return (re.split(r"\W", self.name)[0],)  # "Solution().solve" asks for the class
         if self.kind == "assert":
@@ -43,7 +43,7 @@ class ProblemTests:
 
 def read_tests(tests: str | dict[str, Any] | list[str] | None) -> ProblemTests | None:
     """
-    The tests of a row.
+    Read the tests of a row.
 
     Args:
         tests: JSON text or the object itself, of one of the forms
@@ -94,7 +94,7 @@ def read_tests(tests: str | dict[str, Any] | list[str] | None) -> ProblemTests |
 
 
 def complete_prompt(prompt: str) -> str:
-    """The prompt of a HumanEval problem as code: a body is added to a bare signature. Empty if it is no Python."""
+    """Make code of a HumanEval problem's prompt: a bare signature gets a body. Empty if the prompt is no Python."""
     for body in ("", "\n    pass\n"):
         with contextlib.suppress(SyntaxError, ValueError):
             compile(prompt + body, "<prompt>", "exec")
@@ -114,7 +114,7 @@ def _arguments(value: Any) -> list[Any]:
 
 
 def expected_value(value: Any) -> Any:
-    """The value that a call has to return, read from JSON text where it is that."""
+    """Read the value that a call has to return, from JSON text if it is that."""
     if isinstance(value, str):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(value)
@@ -122,5 +122,5 @@ def expected_value(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Input or output as text; some rows hold lists of lines."""
+    """Make text of an input or output; some rows hold lists of lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,7 +1,7 @@
-"""The scorers of reasoning-gym's tasks as an outcome reward: right or wrong.
+"""The scorers of reasoning-gym's tasks serve as an outcome reward, right or wrong.
 
-A row's `tests` is the JSON object {"task", "config", "entry"} that the adapter writes. What is *not* covered: tasks whose
-scorer runs the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too): the answer is written by a model
+A row's `tests` is the JSON object {"task", "config", "entry"} that the adapter writes. *Not covered* are tasks whose scorer
+runs the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too): the answer is written by a model
 that is rewarded for what the scorer says, and the scorer runs in the training process. `load_scorer` refuses them.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from ..texts import completion_text
 
-# Names that turn text into running code
+# These names turn text into running code
 RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
 # This function evaluates the problem and converts the answer by `int` (read in reasoning-gym 0.1.25)
 _RUNS_THE_PROBLEM = {"reasoning_gym.arithmetic.bitwise_arithmetic.verify_solution"}
@@ -31,7 +31,7 @@ def reasoning_gym_reward(
     **kwargs,
 ) -> list[float | None]:
     r"""
-    1 where the scorer of the row's task gives full marks, else 0. The scorers give partial credit down to any text at all
+    Reward 1 where the scorer of the row's task gives full marks, else 0. The scorers give partial credit down to any text at all
     (0.01 to 0.9), which says nothing about being right, so there is nothing between. An answer on which a scorer raises
     is wrong: some parse without checking.
 
@@ -59,7 +59,7 @@ def reasoning_gym_reward(
 
 
 def extract_answer(completion: str | list[dict[str, str]]) -> str:
-    r"""The last `<answer>`, else the last `\boxed{}`, else the whole text."""
+    r"""Take the last `<answer>`, else the last `\boxed{}`, else the whole text."""
     text = completion_text(completion)
     for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}"):
         found = re.findall(pattern, text, flags=re.DOTALL)
@@ -69,7 +69,7 @@ def extract_answer(completion: str | list[dict[str, str]]) -> str:
 
 
 def is_right(answer: str, test: str) -> bool:
-    """Whether the scorer gives full marks; see `reasoning_gym_reward`."""
+    """Tell whether the scorer gives full marks; see `reasoning_gym_reward`."""
     row = json.loads(test)
     score = load_scorer(row["task"], json.dumps(row["config"], sort_keys=True))
     try:
@@ -81,7 +81,7 @@ def is_right(answer: str, test: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]], float]:
     """
-    The scorer of a reasoning-gym task.
+    Load the scorer of a reasoning-gym task.
 
     Args:
         task (`str`): Its name.
@@ -105,7 +105,7 @@ def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]]
 
 def make_task(task: str, config: dict[str, Any]) -> Any:
     """
-    A reasoning-gym data set, which makes problems and scores answers.
+    Make a reasoning-gym data set, which makes problems and scores answers.
 
     Args:
         task (`str`): Its name.
@@ -140,7 +140,7 @@ def make_task(task: str, config: dict[str, Any]) -> Any:
 
 
 def _runs_code(scorer: Callable) -> set[str]:
-    """Names of `RUNS_CODE` that a scorer uses, itself or through functions, methods and classes of its package."""
+    """Find the names of `RUNS_CODE` that a scorer uses, itself or through functions, methods and classes of its package."""
     package, task = _package(scorer), type(scorer.__self__)
     found: set[str] = set()
     seen: set[FunctionType] = set()
@@ -152,7 +152,7 @@ def _runs_code(scorer: Callable) -> set[str]:
         seen.add(function)
         for name in _names(function.__code__):
             value, method = function.__globals__.get(name), getattr(task, name, None)
-            # reasoning-gym has a parser of its own, and an import can rename
+            # reasoning-gym has a parser of its own, which is safe, and an import can rename one that is not
             if _package(value) != package:
                 found |= {name, getattr(value, "__name__", name)} & RUNS_CODE
             waiting += [inner for own in (value, method) if _package(own) == package for inner in _functions(own)]
@@ -160,7 +160,7 @@ def _runs_code(scorer: Callable) -> set[str]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that a function uses, inner functions and comprehensions included."""
+    """List the names that a function uses, inner functions and comprehensions included."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
@@ -170,7 +170,7 @@ def _package(value: Any) -> str:
 
 
 def _functions(value: Any) -> list[FunctionType]:
-    """A function itself, without its decorators, or the functions of a class."""
+    """Take the decorators off a function, or list the functions of a class."""
     members = vars(value).values() if isinstance(value, type) else [value]
     functions = (inspect.unwrap(getattr(member, "__func__", member)) for member in members)
     return [function for function in functions if isinstance(function, FunctionType)]

@@ -1,6 +1,6 @@
-"""Names of reward functions and hooks in a recipe: this package's verifiers, TRL's own rewards, and dotted paths.
+"""Load reward functions by the names that a recipe gives: this package's verifiers, TRL's own rewards, and dotted paths.
 
-A spec may be a call form with options, see `specs.py`.
+A name may be a call form with options, see `specs.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..specs import call_with_options, check_options, load_object, nearest, parse_call
 
-# Spec name -> (module, function for the plain name, class for the call form); imported when they are asked for
+# Each name maps to (module, function for the plain name, class for the call form), imported when asked for
 VERIFIERS = {
     "math": ("math_rewards", "math_reward", "MathReward"),
     "code": ("code_rewards", "code_reward", "CodeReward"),
@@ -24,7 +24,7 @@ VERIFIERS = {
 
 def trl_rewards() -> dict[str, Callable]:
     """
-    The reward functions of the installed TRL by name, and its factories both by their name and without the `get_`.
+    List the reward functions of the installed TRL by name, and its factories both by their name and without the `get_`.
 
     Returns:
         `dict[str, Callable]`: for instance `accuracy_reward`, `soft_overlong_punishment`.
@@ -40,7 +40,7 @@ def trl_rewards() -> dict[str, Callable]:
 
 def load_reward_func(spec: str) -> Callable:
     """
-    A reward function by name, with or without options.
+    Load a reward function by name, with or without options.
 
     - `math`, `code`, `verifier` (math or code, by the row), `reasoning_gym`: this package's.
     - TRL's names, `accuracy_reward`; its factories without the `get_`,
@@ -74,7 +74,7 @@ def load_reward_func(spec: str) -> Callable:
 
 def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | None = None) -> Callable:
     """
-    One of this package's verifiers.
+    Load one of this package's verifiers.
 
     Args:
         name (`str`): Key of `VERIFIERS`.
@@ -91,7 +91,7 @@ def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | 
     module_name, function_name, class_name = VERIFIERS[name]
     module = importlib.import_module(f".{module_name}", __package__)
     if name == "code" and options is None:
-        options = {}  # made now: a machine that cannot run programs safely is refused before a model is loaded
+        options = {}  # it is made now, so that an unsafe machine is refused before a model is loaded
     if options is None:
         return getattr(module, function_name)
     if class_name is None:
@@ -104,7 +104,7 @@ def _make(factory: Any, spec: str, options: dict[str, Any]) -> Callable:
 
 
 def _with_options(reward: Callable, spec: str, options: dict[str, Any]) -> Callable:
-    """A plain reward function with some of its optional arguments set."""
+    """Set some of the optional arguments of a plain reward function."""
     given_by_trainer = ("log_extra", "log_metric", "trainer_state")
     known = [
         parameter.name

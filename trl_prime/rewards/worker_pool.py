@@ -1,4 +1,4 @@
-"""A pool of worker processes that can be killed: for calls that may hang, crash or take all memory.
+"""A pool of worker processes makes calls that may hang, crash or take all memory; it kills and replaces them.
 
 Covered: a time limit that holds in any calling thread and inside C code, a memory limit, crashes, calls from several
 threads, `os.fork` of the parent, and a parent that exits, is interrupted or is killed: no worker outlives it for longer
@@ -34,7 +34,7 @@ _START_UP_SECONDS = 120.0
 
 class JobResult(NamedTuple):
     """
-    What became of a job.
+    The outcome of a job.
 
     Args:
         value (`Any`): What the function returned; None if it did not return.
@@ -142,7 +142,7 @@ class WorkerPool:
                 for bundle in bundles.values():
                     self._queue.put(bundle)
                 while len(self._threads) < min(self.num_workers, len(bundles)):
-                    # A daemon, so that an interrupted parent does not wait for a job that hangs
+                    # The thread is a daemon, so that an interrupted parent does not wait for a job that hangs
                     thread = threading.Thread(target=self._serve_queue, args=(self._queue,), daemon=True)
                     self._threads.append(thread)
                     thread.start()
@@ -179,7 +179,7 @@ class WorkerPool:
         return WorkerPool, (self.function, *options)
 
     def _reset(self) -> None:
-        """Nothing running. Also what a forked child begins with: it has none of the threads and must not use the workers."""
+        """Begin with nothing running. A forked child does so too: it has none of the threads and must not use the workers."""
         for worker in getattr(self, "_workers", ()):
             worker.forget()
         self._lock = threading.Lock()
@@ -189,7 +189,7 @@ class WorkerPool:
         self._closed = False
 
     def _serve_queue(self, jobs: queue.SimpleQueue) -> None:
-        """One thread per worker: it starts the worker, hands it one job at a time, and kills it when a job is overdue."""
+        """Serve one worker from a thread: start it, hand it one job at a time, and kill it when a job is overdue."""
         worker = None
         for future, frame in itertools.chain.from_iterable(iter(jobs.get, None)):
             if not future.set_running_or_notify_cancel():
@@ -212,11 +212,11 @@ class WorkerPool:
     def _start_worker(self) -> _Worker:
         worker = _Worker(
             {
-                "path": [entry for entry in sys.path if isinstance(entry, str)],  # importing ignores the others
+                "path": [entry for entry in sys.path if isinstance(entry, str)],  # imports ignore other types
                 "target": self._target,
                 "warm_up": self.warm_up,
                 "memory_limit": self.memory_limit,
-                # The backstop for a worker whose parent is gone; while there is a parent its limit is the one that counts
+                # The alarm ends a worker whose parent is gone; while there is a parent, the parent's limit counts
                 "alarm": 1.5 * self.timeout + 1.0,
             }
         )
@@ -290,14 +290,14 @@ class _Worker:
         return bytes(data)
 
     def kill(self) -> None:
-        """From any thread; the worker's own thread, which may be waiting at the socket, finds its end."""
+        """Kill the process, from any thread; the worker's own thread, which may wait at the socket, finds its end."""
         self.process.kill()
         self.process.wait()
 
     def forget(self) -> None:
-        """In a forked child: close the copy of the socket, or the worker would not see the end of its parent."""
+        """Close a forked child's copy of the socket, or the worker would not see the end of its parent."""
         self.socket.close()
-        self.process.returncode = 0  # not this process's child
+        self.process.returncode = 0  # it is not this process's child
 
 
 _POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
@@ -314,7 +314,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the worker
+# This part runs in the worker
 
 
 def _serve(options: dict) -> None:
@@ -322,7 +322,7 @@ def _serve(options: dict) -> None:
     import resource
 
     stream = os.dup(0)
-    # What the function reads and prints must not meet the frames
+    # The function's input and output must not meet the frames
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

@@ -19,7 +19,7 @@ def python_tool(
     seconds: float = 5.0, memory_mb: int = 512, max_characters: int = 2000, sandbox: str = "auto"
 ) -> Callable[[str], str]:
     """
-    A Python interpreter for the policy. Its programs run behind the same walls as those of the code reward.
+    Make a Python interpreter for the policy. Its programs run behind the same walls as those of the code reward.
 
     Args:
         seconds (`float`): Time of one program.
@@ -65,7 +65,7 @@ def python_tool(
 
 def load_tool(spec: str) -> Callable:
     """
-    A tool by name.
+    Load a tool by name.
 
     Args:
         spec (`str`): A key of `TOOLS`, a dotted path, or either with options, `python(seconds=10)`.

@@ -1,4 +1,4 @@
-r"""Final answers of mathematical text: find them, and judge one against the gold answer with Math-Verify.
+r"""Find the final answers of mathematical text, and judge one against the gold answer with Math-Verify.
 
 Covered: extraction from completions and gold fields in bounded time; numbers, fractions, percentages, units, sets,
 intervals, tuples, matrices, equations, words and multiple choice.

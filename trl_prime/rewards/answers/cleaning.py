@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Commands that wrap words, and names that are functions rather than words or units
+# `TEXT` matches commands that wrap words; the names below are functions, not words or units
 TEXT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s?"
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "frac", "max", "min", "gcd", "lcm"}
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -38,7 +38,7 @@ _SYMBOLS = str.maketrans(
         "\u2009": " ",
     }
 )
-# In this order. Spacing and delimiters first, then forms that Math-Verify misreads
+# The order matters: spacing and delimiters come first, then forms that Math-Verify misreads
 _CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -73,8 +73,8 @@ _GROUPED_INTEGER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 def clean(text: str) -> str:
     r"""
-    An answer without what carries no meaning: delimiters, spacing commands, currency signs, thousands separators, a full
-    stop at the end; and with Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` as LaTeX.
+    Take away what carries no meaning: delimiters, spacing commands, currency signs, thousands separators, a full stop at the
+    end. Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` become LaTeX.
 
     Args:
         text (`str`): The answer as written, at most `MAX_ANSWER_LENGTH` long.
@@ -92,5 +92,5 @@ def clean(text: str) -> str:
 
 
 def without_spaces(text: str) -> str:
-    """The text without its spaces, but for those between two digits."""
+    """Take away the spaces of a text but for those between two digits."""
     return re.sub(r"(?<!\d) | (?!\d)", "", text)

@@ -16,7 +16,7 @@ from .cleaning import TRIGONOMETRIC, clean, without_spaces
 from .units import split_unit, times
 from .words import read_choice, read_words
 
-# A decimal is equal within Math-Verify's six places, and four digits
+# A decimal is equal if it is so within six places, as for Math-Verify, and within four digits
 _ABSOLUTE_TOLERANCE, _RELATIVE_TOLERANCE = Fraction(1, 2 * 10**6), Fraction(1, 10**4)
 _SEQUENCE = re.compile(r"([(\[]|\\\{)([^()\[\]]*)([)\]]|\\\})")
 _PLAIN_NUMBER = re.compile(
@@ -30,8 +30,8 @@ _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s?(?:\{(\d+)\}|(\d)
 
 def quick_verdict(answer: str, gold: str) -> bool | None:
     """
-    The verdict where comparing text is enough: the same text after `clean`, two plain decimals or fractions, or two tuples,
-    intervals or sets of them.
+    Give the verdict where comparing text is enough: the same text after `clean`, two plain decimals or fractions, or two
+    tuples, intervals or sets of them.
 
     Args:
         answer (`str`): The answer as written.
@@ -61,7 +61,7 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
 
 
 def _plain_numbers(text: str) -> tuple[str, list[Fraction]] | None:
-    """The brackets of a sequence of plain numbers and the numbers; of one number alone, no brackets."""
+    """Read a sequence of plain numbers: its brackets and the numbers. One number alone has no brackets."""
     match = _SEQUENCE.fullmatch(text)
     numbers = [_plain_number(item) for item in (match[2].split(",") if match else [text])]
     if None in numbers or (match and len(numbers) < 2):
@@ -82,7 +82,7 @@ def _plain_number(text: str) -> Fraction | None:
 
 def judge(answer: str, gold: str) -> bool | None:
     r"""
-    Whether an answer equals the gold answer. May take for ever and any amount of memory: run it in a `WorkerPool`.
+    Tell whether an answer equals the gold answer. It may take for ever and any amount of memory: run it in a `WorkerPool`.
 
     What counts as equal beyond mathematics is convention: a unit may be left out, but another unit is converted or wrong
     (500 cm is 5 m, 5 s is not); a percentage equals its value and, as in the answer to "how many percent", its number, so
@@ -118,7 +118,7 @@ def judge(answer: str, gold: str) -> bool | None:
 
 
 def _judge_quantity(answer: str, gold: str) -> bool | None:
-    # Of "1/3 \approx 0.333" what has the gold's form counts
+    # In "1/3 \approx 0.333" the side that has the gold's form counts
     if r"\approx" in answer and r"\approx" not in gold:
         answer = answer.split(r"\approx")[-1 if "." in gold else 0].strip()
     gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
@@ -126,7 +126,7 @@ def _judge_quantity(answer: str, gold: str) -> bool | None:
         return _judge_base(answer_base or answer, gold_base or gold)
 
     gold, gold_unit = split_unit(gold)
-    # 5m is five metres only where no variable is expected
+    # "5m" is five metres only where no variable is expected
     answer, answer_unit = split_unit(answer, glued=not re.search("[a-zA-Z]", gold))
     if gold_unit and answer_unit:
         if gold_unit.dimension != answer_unit.dimension:
@@ -146,7 +146,7 @@ def _judge_quantity(answer: str, gold: str) -> bool | None:
 
 
 def _judge_base(answer: re.Match | str, gold: re.Match | str) -> bool:
-    """Numerals like 4210_5. The problem usually names the base, so it may be left out."""
+    """Compare numerals like 4210_5. The problem usually names the base, so it may be left out."""
     digits, bases = zip(
         *((m, None) if isinstance(m, str) else (m[1], m[2] or m[3]) for m in (answer, gold)), strict=True
     )
@@ -154,12 +154,12 @@ def _judge_base(answer: re.Match | str, gold: re.Match | str) -> bool:
         return digits[0].lstrip("0") == digits[1].lstrip("0")
     try:
         return int(digits[0], int(bases[0])) == int(digits[1], int(bases[1]))
-    except ValueError:  # no base, or no digit of it
+    except ValueError:  # that is no base, or a digit does not belong to it
         return False
 
 
 def _equal(answer: str, gold: str) -> bool | None:
-    """Math-Verify's verdict, overruled where it is too generous; None if it does not understand the gold answer."""
+    """Ask Math-Verify, and overrule it where it is too generous; None if it does not understand the gold answer."""
     verdict = quick_verdict(answer, gold)
     if verdict is not None:
         return verdict
@@ -182,18 +182,18 @@ def _equal(answer: str, gold: str) -> bool | None:
 
 @functools.lru_cache(maxsize=256)  # the completions of a group share their gold answer
 def _parse(text: str) -> Any:
-    """The SymPy expression of a LaTeX text; None if Math-Verify does not understand it."""
+    """Make a SymPy expression of a LaTeX text; None if Math-Verify does not understand it."""
     try:
         from latex2sympy2_extended import NormalizationConfig
         from math_verify import LatexExtractionConfig, parse
     except ImportError as error:
         raise ImportError("Judging answers needs Math-Verify: pip install trl-prime[math]") from error
-    # Without a time limit, which is the pool's, each call would warn
+    # Math-Verify warns at each call without a time limit, but the limit is the pool's
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     text = _REPEATING.sub(_repeating_fraction, text)
     if TRIGONOMETRIC.search(text):
         text = _DEGREE_SIGN.sub(r"\\cdot\\frac{\\pi}{180}", text)
-    # Not its units: those take the variables of "5m" and "x + 3t" for units
+    # Math-Verify's units are off because they take the variables of "5m" and "x + 3t" for units
     normalization = NormalizationConfig(
         basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none"
     )
@@ -203,7 +203,7 @@ def _parse(text: str) -> Any:
 
 
 def _union_of_inequalities(expression: Any) -> Any:
-    """The set that "x < 1 or x > 2" describes, which Math-Verify reads as a set of two inequalities; others unchanged."""
+    """Make the set that "x < 1 or x > 2" describes; Math-Verify reads a set of two inequalities. Others stay unchanged."""
     import sympy
 
     parts = expression.args if isinstance(expression, sympy.FiniteSet) else ()
@@ -213,7 +213,7 @@ def _union_of_inequalities(expression: Any) -> Any:
         return expression
     try:
         return sympy.Union(*(part.as_set() for part in parts))
-    except (NotImplementedError, TypeError, ValueError):  # periodic or not solvable
+    except (NotImplementedError, TypeError, ValueError):  # it is periodic or not solvable
         return expression
 
 
@@ -226,7 +226,7 @@ def _repeating_fraction(match: re.Match) -> str:
 
 def _differ_numerically(first: Any, second: Any) -> bool:
     """
-    Whether two expressions certainly have different values, seen by evaluating them, with small numbers for variables.
+    Tell whether two expressions certainly have different values, by evaluating them with small numbers for variables.
 
     Math-Verify's tolerances are absolute, so for it 1/2^99 equals 1/2^98 and 0.0000671 equals 0.0000672; and where it is
     right that two expressions differ, this takes a tenth of the time.
@@ -245,7 +245,7 @@ def _differ_numerically(first: Any, second: Any) -> bool:
         if pair[0] == pair[1] or is_word or any(value.has(*_lazy_types()) for value in pair):
             continue
         tolerance = _RELATIVE_TOLERANCE if any(value.has(sympy.Float) for value in pair) else Fraction(1, 10**12)
-        # By name: whether a symbol is assumed to be real depends on the text it is in
+        # Symbols are matched by name, because whether one is assumed to be real depends on the text it is in
         primes = dict(zip(sorted({str(symbol) for symbol in variables}), sympy.primerange(3, 200), strict=False))
         places = {symbol: primes.get(str(symbol), 2) for symbol in variables}
         a, b = (sympy.N(value.subs(places), 30) for value in pair)
@@ -259,14 +259,14 @@ def _differ_numerically(first: Any, second: Any) -> bool:
 
 
 def _lazy_types() -> tuple[type, ...]:
-    """What cannot be evaluated at a point, or takes long."""
+    """Return the types that cannot be evaluated at a point, or that take long."""
     import sympy
 
     return sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit, sympy.MatrixBase
 
 
 def _values(expression: Any) -> tuple[str, list]:
-    """What has a value in an expression, in an order that is the same for equal ones; none where there is no such order."""
+    """List the parts that have a value, in an order that is the same for equal expressions; empty if there is no such order."""
     import sympy
 
     if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:

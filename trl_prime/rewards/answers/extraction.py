@@ -10,7 +10,7 @@ from typing import Any
 
 MAX_ANSWER_LENGTH = 4096  # characters; a longer answer is not judged
 
-# Bounds that keep extraction fast on any text: boxes looked back at, and how much of the end the fallbacks read
+# These bounds keep extraction fast on any text: boxes looked back at, and how much of the end the fallbacks read
 _MAX_BOXES = 16
 _TAIL = 32_768
 
@@ -25,8 +25,7 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(r"\n|[.;!?](?=\s|\*|$)|,?\s(?:because|since|as|which|where|so|but|when)\s")
-# As in pandoc: an opening dollar touches its formula, so does the closing one, and no digit follows; "$5 and $6" and
-# "2 * $5 = $10" are money
+# As in pandoc, both dollars touch the formula and no digit follows; "$5 and $6" and "2 * $5 = $10" are money
 _INLINE = r"(?<![\\$])\$(?![\s$])[^$\n]+?(?<![\s\\=+*/-])\$(?![\d$])"
 _FORMULA = rf"(?:\$\$[^$]+\$\$|\\\[.+?\\\]|\\\(.+?\\\)|{_INLINE})"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:\s?(?:,|,?\s?and|,?\s?or)\s?{_FORMULA})*", re.DOTALL)
@@ -36,7 +35,7 @@ _LAST_NUMBER = re.compile(rf"(?<![\w.])[$£€]?({_NUMBER}(?:\s?/\s?\d+)?(?:\s?\
 
 def extract_answer(text: str, boxed_only: bool = False) -> str | None:
     r"""
-    The final answer of a completion, in time that grows at most linearly, whatever the text.
+    Find the final answer of a completion, in time that grows at most linearly, whatever the text.
 
     If there is a `</think>`, only what follows the last one counts. Then the first of these that is there:
 
@@ -66,8 +65,8 @@ def extract_answer(text: str, boxed_only: bool = False) -> str | None:
 
 def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
     r"""
-    The gold answer in a field of a data set: bare LaTeX, `$...$`, text with a `\boxed{}`, GSM8K's `#### 42` at the end of
-    its solution, "The answer is ...", or a number.
+    Find the gold answer in a field of a data set: bare LaTeX, `$...$`, text with a `\boxed{}`, GSM8K's `#### 42` at the end
+    of its solution, "The answer is ...", or a number.
 
     Args:
         gold (`Any`): The field.
@@ -91,7 +90,7 @@ def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
 
 
 def _last_boxes(text: str) -> str | None:
-    """The last box that is not empty, after those before it that it is joined to."""
+    """Read the last box that is not empty, and before it the boxes that it is joined to."""
     contents: list[str] = []
     end, next_start = len(text), None
     for _ in range(_MAX_BOXES):
@@ -112,7 +111,7 @@ def _last_boxes(text: str) -> str | None:
 
 
 def _box_content(text: str, start: int) -> tuple[str, int]:
-    r"""What the box holds whose argument begins at `start`, and where it ends; `\boxed 5` has an argument too."""
+    r"""Read the box whose argument begins at `start`: its content and its end. `\boxed 5` has an argument too."""
     if text[start : start + 1] != "{":
         token = re.compile(r"[^\s$.,]{0,64}").match(text, start)
         return token.group(), token.end()
@@ -128,7 +127,7 @@ def _box_content(text: str, start: int) -> tuple[str, int]:
 
 def _after_hashes(text: str) -> str | None:
     rest = text.rpartition("####")[2] if "####" in text else ""
-    # Also the mark of a Markdown heading: "#### Step 2"
+    # Only a number counts, because `####` also begins a Markdown heading, "#### Step 2"
     match = re.match(rf"\s?(?:[-+]?\\?[$£€]\s?)?{_NUMBER}[^\n]{{0,64}}", rest)
     return _clause(match.group()) if match else None
 
@@ -140,7 +139,7 @@ def _after_marker(text: str) -> str | None:
     rest = text[start : start + MAX_ANSWER_LENGTH]
     clause = _clause(rest)
     formulas = _FORMULAS.search(rest)
-    # Not a formula that comes after the clause, or after a number
+    # A formula that comes after the clause, or after a number, is not the answer
     if formulas and formulas.start() <= len(clause) and not re.search(r"\d", rest[: formulas.start()]):
         return formulas.group()
     return clause or None
@@ -152,7 +151,7 @@ def _clause(text: str) -> str:
 
 
 def _last_formula(text: str) -> str | None:
-    # Two words in a row are not a formula but what is between two sums of money
+    # Two words in a row are no formula but stand between two sums of money
     inline = (match for match in re.finditer(_INLINE, text) if not _PROSE.search(match.group()))
     spans = [(match.start(), match.end()) for match in inline][-1:]
     for opening, closing in (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)")):

@@ -1,4 +1,4 @@
-"""Split a quantity into its number and its unit; the sizes of units."""
+"""Split a quantity into its number and its unit; the table of units gives their sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .cleaning import FUNCTIONS, TEXT, TRIGONOMETRIC
 
 _MULTIPLIERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-# Dimension -> names of a unit -> its size in the first unit of the dimension
+# The table maps dimension -> names of a unit -> its size in the first unit of the dimension
 _UNIT_SIZES = {
     "length": {
         "m meter metre": 1,
@@ -66,7 +66,7 @@ class Unit(NamedTuple):
 
 def split_unit(text: str, glued: bool = False) -> tuple[str, Unit | None]:
     """
-    A quantity's number, and its unit if it is one of the table.
+    Split off a quantity's unit if it is one of the table.
 
     Other words after a number ("5 apples") are dropped, and words like "million" are multiplied into the number.
 
@@ -106,7 +106,7 @@ def split_unit(text: str, glued: bool = False) -> tuple[str, Unit | None]:
 
 def _unit(name: str) -> Unit | None:
     for form in (name, name.lower(), name.lower().removesuffix("s"), name.lower().removesuffix("es")):
-        # Of single letters only the litre is also written as a capital; N, K, C are others
+        # The litre is the only single letter that is also written as a capital; N, K, C are other units
         if form in _UNITS and (len(name) > 1 or name.islower() or name == "L"):
             dimension, size = _UNITS[form]
             return Unit(dimension, Fraction(*size))
@@ -114,5 +114,5 @@ def _unit(name: str) -> Unit | None:
 
 
 def times(value: str, factor: Fraction) -> str:
-    """The LaTeX of a value times a factor."""
+    """Write a value times a factor as LaTeX."""
     return rf"({value}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"

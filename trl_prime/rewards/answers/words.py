@@ -12,7 +12,7 @@ _CHOICE = re.compile(r"\(?([A-Ja-j])\)(?:[.:]?\s?(.*))?|([A-J])(?:[.:]\s?(.*))?"
 
 
 def read_choice(text: str) -> str | None:
-    """The letter of a multiple-choice answer, `B`, `(B)`, `b)` or `B. its text`; None if other letters follow."""
+    """Read the letter of a multiple-choice answer, `B`, `(B)`, `b)` or `B. its text`; None if other letters follow."""
     match = _CHOICE.fullmatch(_WRAPPED.sub(r"\1", text).strip())
     if not match:
         return None
@@ -21,7 +21,7 @@ def read_choice(text: str) -> str | None:
 
 
 def read_words(text: str, least: int | None = None) -> tuple[str, ...] | None:
-    """A text answer in lower case without articles; None if it is mathematics, or no word has `least` letters."""
+    """Read a text answer, in lower case, without articles; None if it is mathematics or no word has `least` letters."""
     plain = _WRAPPED.sub(r" \1 ", text).strip()
     words = re.findall(r"[a-z']+", plain.lower())
     if least is None:
