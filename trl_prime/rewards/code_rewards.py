@@ -25,9 +25,9 @@ class CodeReward:
     """
     Outcome reward of code: the share of tests that the completion's program passes, or 1 where it passes all.
 
-    An instance is a reward function for TRL. It reads the column `tests`, see [`~trl_prime.rewards.code_tests.read_tests`]. A completion
-    without a program scores 0; a row without tests, or with tests that cannot be read, is None, which leaves it out of
-    training.
+    An instance is a reward function for TRL. It reads the column `tests`, see
+    [`~trl_prime.rewards.code_tests.read_tests`]. A completion without a program scores 0; a row without tests, or with tests
+    that cannot be read, is None, which leaves it out of training.
 
     Args:
         scoring (`str`): `"all"`: 1.0 if every test passes, else 0.0, and the first failure ends it. `"fraction"`: share of
