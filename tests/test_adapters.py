@@ -1,5 +1,6 @@
 """Rows of public data sets in TRL's form, and malformed rows told by their index."""
 
+import functools
 import json
 import logging
 import os
@@ -124,7 +125,7 @@ def test_gsm8k_answers():
     answers = ["1 + 1 = <<1+1=2>>2\n#### 2", "#### 1,234,567", "#### -3.5", "first #### 1 then\n####  $9 "]
     dataset = adapt([{"question": "How many?", "answer": answer} for answer in answers], "gsm8k")
     assert dataset.features == PROMPT_FEATURES
-    assert dataset["solution"] == ["2", "1234567", "-3.5", "$9"]
+    assert dataset["solution"] == ["2", "1,234,567", "-3.5", "$9"]
     assert dataset[0]["prompt"] == [{"role": "user", "content": "How many?"}]
     assert set(dataset["ability"]) == {"math"} and set(dataset["data_source"]) == {"gsm8k"}
     for answer in ("A: 18", "18", "x ####", None):
@@ -144,7 +145,10 @@ def test_gsm8k_answers():
         (r"$x=\boxed{3}$ and $\boxed{5}$", "3, 5"),
         (r"\boxed{1}$, $\boxed{2}$, and $\boxed{3}$. ", "1, 2, 3"),
         (r"not \boxed{1} but \boxed{2}", "2"),
+        (r"\boxed{1}\text{ and }\boxed{2} \text{ or }$\boxed{3}$", "1, 2, 3"),
         (r"\boxed{a \\ {b}}", r"a \\ {b}"),
+        # One that is not closed ends with its line
+        ("\\boxed{4\nis it", "4"),
     ],
 )
 def test_boxed_answers_of_math(solution, answer):
@@ -152,12 +156,12 @@ def test_boxed_answers_of_math(solution, answer):
 
 
 def test_malformed_boxes():
-    for solution in ("42", r"\boxed{4", r"\boxed{}", r"\boxed{\{4\}", r"\boxedx{4}"):
-        with pytest.raises(ValueError, match="Row 0 is no 'math' row"):
+    for solution in ("42", r"\boxed{}", r"\boxed{", r"\boxedx{4}", "The answer is 4.", "x ####"):
+        with pytest.raises(ValueError, match="Row 0 is no 'math' row: .*without a final answer"):
             adapt([{"problem": "?", "solution": solution}], "math")
 
 
-def test_columns_and_styles_by_option():
+def test_columns_and_worked_solutions_by_option():
     rows = [{"q": "2*3?", "a": 6, "uid": "x1"}, {"q": "1/2?", "a": 0.5, "uid": "x2"}]
     dataset = adapt(rows, "question_answer", question="q", answer="a", index="uid", data_source="mine")
     assert dataset["solution"] == ["6", "0.5"] and dataset["index"] == ["x1", "x2"]
@@ -170,8 +174,15 @@ def test_columns_and_styles_by_option():
         adapt(rows, "question_answer", anwser="a")
     with pytest.raises(ValueError, match="column 'z'.*among the data set's: q, a, uid"):
         adapt(rows, "question_answer", question="q", answer="z")
-    with pytest.raises(ValueError, match="'boxd'.*Did you mean 'boxed'"):
-        adapt(rows, "question_answer", question="q", answer="a", answer_style="boxd")
+    # Without a mark an answer is the whole text, unless it is a worked solution
+    for text, solution in ((r"\frac{1}{2}", r"\frac{1}{2}"), (r"So \boxed{4}.", "4"), ("2 + 2 = 4\n#### 4", "4")):
+        row = {"question": "?", "answer": text}
+        assert adapt([row], "question_answer")[0]["solution"] == solution
+        if text != solution:
+            assert adapt([row], "question_answer", worked_solution=True)[0]["solution"] == solution
+        else:
+            with pytest.raises(ValueError, match="without a final answer"):
+                adapt([row], "question_answer", worked_solution=True)
     with pytest.raises(ValueError, match="Row 1"):
         adapt([{"question": "?", "answer": 1.0}, {"question": "?", "answer": float("nan")}], "question_answer")
 
@@ -354,13 +365,77 @@ class EvalTask(ToyTask):
         return [float(eval(part) == 1) for part in [answer]][0]
 
 
+run = eval
+
+
+def evaluated(text):
+    return run(text)
+
+
+@functools.cache
+def cached(text):
+    return evaluated(text)
+
+
+class Parser:
+    def parse(self, text):
+        return cached(text)
+
+
+def sympify(text):
+    """A parser of the package's own, named like one that runs code."""
+    return int(text)
+
+
+class RenamedTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return run(answer) == 1
+
+
+class HelperTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return evaluated(answer) == 1
+
+
+class DeepHelperTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return Parser().parse(answer) == 1
+
+
+class MethodTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return self.value(answer) == 1
+
+    @staticmethod
+    def value(answer):
+        return cached(answer)
+
+
+class OwnParserTask(ToyTask):
+    def score_answer(self, answer, entry):
+        return float(sympify(answer) == int(entry["answer"]))
+
+
+RUN_ANSWERS = ("eval", "renamed", "helper", "deep_helper", "method")
+TASKS = {
+    "toy": ToyTask,
+    "eval": EvalTask,
+    "renamed": RenamedTask,
+    "helper": HelperTask,
+    "deep_helper": DeepHelperTask,
+    "method": MethodTask,
+    "own_parser": OwnParserTask,
+    "composite": ToyTask,
+}
+
+
 @pytest.fixture
 def toy_gym(monkeypatch):
     """A module in place of reasoning-gym, which need not be installed."""
     from trl_prime.rewards.reasoning_gym_rewards import load_scorer
 
     factory = types.ModuleType("reasoning_gym.factory")
-    factory.DATASETS = {"toy": ToyTask, "eval": EvalTask, "composite": ToyTask}
+    factory.DATASETS = TASKS
     factory.create_dataset = lambda name, **config: factory.DATASETS[name](**config)
     monkeypatch.setitem(sys.modules, "reasoning_gym", types.ModuleType("reasoning_gym"))
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
@@ -395,7 +470,7 @@ def test_reasoning_gym_tasks_that_cannot_be_judged_are_refused(toy_gym):
         with pytest.raises(ValueError, match=f"Row 0.*{reason}"):
             load_prime_dataset("toy", f"reasoning_gym(size=2, {config})")
     for name, options, reason in (
-        ("eval", "", "runs the model's answer as Python"),
+        *((name, "", "runs the model's answer as Python .by eval") for name in RUN_ANSWERS),
         ("composite", "", "one by one"),
         ("toyy", "", "Did you mean 'toy'"),
         ("toy", "kind='other'", "does not take the settings"),
@@ -403,9 +478,10 @@ def test_reasoning_gym_tasks_that_cannot_be_judged_are_refused(toy_gym):
     ):
         with pytest.raises(ValueError, match=reason):
             load_prime_dataset(name, f"reasoning_gym({options})")
+    assert len(load_prime_dataset("own_parser", "reasoning_gym(size=2)")) == 2
 
 
-def test_reasoning_gym_itself():
+def test_reasoning_gym_itself(tmp_path):
     pytest.importorskip("reasoning_gym")
     dataset = load_prime_dataset("leg_counting", "reasoning_gym(size=4, seed=1)")
     from trl_prime.rewards.reasoning_gym_rewards import load_scorer, reasoning_gym_reward
@@ -415,6 +491,11 @@ def test_reasoning_gym_itself():
     for task in ("countdown", "n_queens", "simple_integration"):
         with pytest.raises(ValueError, match="runs the model's answer"):
             load_scorer(task)
+    # Its helper evaluates, but not the answer
+    dataset = load_prime_dataset("bitwise_arithmetic", "reasoning_gym(size=2, seed=1)")
+    program = f"__import__('pathlib').Path({str(tmp_path / 'was_run')!r}).touch()"
+    rewards = reasoning_gym_reward([dataset["solution"][0], program], tests=dataset["tests"])
+    assert rewards == [1.0, 0.0] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif("TRL_PRIME_DATA" not in os.environ, reason="TRL_PRIME_DATA names no folder of measured data")
@@ -423,7 +504,7 @@ def test_every_row_of_the_real_data_adapts():
     for split, size in (("train", 7473), ("test", 1319)):
         gsm8k = load_prime_dataset(str(folder / "gsm8k"), "gsm8k", split=split)
         assert len(gsm8k) == size
-        assert all(float(solution) is not None for solution in gsm8k["solution"])
+        assert all(float(solution.replace(",", "")) is not None for solution in gsm8k["solution"])
     path = str(folder / "math500" / "test.jsonl")
     answers, boxed = load_prime_dataset(path, "math500"), load_prime_dataset(path, "math")
     assert len(answers) == len(boxed) == 500

@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("math_verify")
-from trl_prime.rewards import answers
-from trl_prime.rewards.answers import MAX_ANSWER_LENGTH, clean, extract_answer, extract_gold, judge, quick_verdict
+from trl_prime.rewards.answers import (
+    MAX_ANSWER_LENGTH,
+    clean,
+    equality,
+    extract_answer,
+    extract_gold,
+    judge,
+    quick_verdict,
+)
+from trl_prime.rewards.answers.cleaning import without_spaces
+from trl_prime.rewards.answers.units import split_unit
 
 PAIRS = Path(__file__).parent.parent / "benchmarks" / "data" / "math_pairs.jsonl"
 
@@ -31,6 +40,8 @@ PAIRS = Path(__file__).parent.parent / "benchmarks" / "data" / "math_pairs.jsonl
         (r"\boxed{3}, the form is \boxed{}", "3"),
         (r"$\boxed{1}$ and $\boxed{2}$", "1, 2"),
         (r"\[\boxed{3}\] or \[\boxed{4}\]", "3, 4"),
+        (r"$\boxed{3}\text{ or }\boxed{4}$", "3, 4"),
+        (r"$\boxed{3}\text{ not }\boxed{4}$", "4"),
         (r"\boxed{3} is what I thought, but \boxed{4}", "4"),
         ("$\\boxed{3}$\n\n$\\boxed{4}$", "4"),
         (r"\boxed{1} <think> \boxed{2} </think> It is \boxed{3}", "3"),
@@ -100,6 +111,21 @@ def test_extract_gold(gold, answer):
 
 
 @pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (r"Hence $x = \boxed{4}$.", "4"),
+        ("9 * 2 = $<<9*2=18>>18.\n#### 18", "18"),
+        ("9 * 2 = $<<9*2=18>>18.\nA: 18", None),
+        ("The answer in weeks is 28 / 7.\nA: 4", None),
+        ("x ####", None),
+        ("42", None),
+    ],
+)
+def test_gold_of_a_worked_solution_has_to_be_marked(gold, answer):
+    assert extract_gold(gold, marked_only=True) == answer
+
+
+@pytest.mark.parametrize(
     "piece",
     [
         "{",
@@ -108,6 +134,7 @@ def test_extract_gold(gold, answer):
         r"\boxed{}",
         r"\boxed{a},",
         r"\boxed{1} and ",
+        r"\boxed{1}\text{ and }",
         r"\fbox \boxed",
         "9",
         "1,111,",
@@ -170,7 +197,7 @@ def test_extraction_is_fast_on_two_megabytes_of_anything(piece):
     ],
 )
 def test_clean(text, cleaned):
-    assert answers._without_spaces(clean(text)) == answers._without_spaces(cleaned)
+    assert without_spaces(clean(text)) == without_spaces(cleaned)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +294,7 @@ def test_math_500_answers_against_themselves_and_their_solutions():
     golds = [problem["expected_answer"] for problem in problems]
     assert len(golds) == 500
     assert [gold for gold in golds if judge(gold, extract_gold(gold)) is not True] == []
-    assert [gold for gold in golds if answers._parse(answers._split_unit(clean(gold))[0]) is None] == []
+    assert [gold for gold in golds if equality._parse(split_unit(clean(gold))[0]) is None] == []
     solved = [judge(extract_answer(problem["solution"]), problem["expected_answer"]) for problem in problems]
     assert solved.count(True) == 500
     others = [judge(gold, other) for gold, other in zip(golds, golds[1:], strict=False) if gold != other]
@@ -279,21 +306,21 @@ def test_gsm8k_golds_against_themselves():
     assert [gold for gold in golds if judge(extract_answer(gold), extract_gold(gold)) is not True] == []
 
 
-def test_module_loads_no_framework_and_math_verify_only_when_judging():
-    code = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("answers", {answers.__file__!r})
-module = sys.modules["answers"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert not {{"math_verify", "sympy"}} & set(sys.modules)
-assert module.judge("1/2", "0.5")
-assert not {{"torch", "transformers", "trl", "trl_prime"}} & set(sys.modules)
+def test_package_loads_no_framework_and_math_verify_only_when_judging():
+    code = """
+import sys
+from trl_prime.rewards import answers
+assert not {"math_verify", "sympy"} & set(sys.modules)
+assert answers.judge("1/2", "0.5")
+assert answers.judge("x+1", "1+x")
+assert "math_verify" in sys.modules
+assert not {"torch", "transformers", "trl", "datasets"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_math_verify_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    answers._parse.cache_clear()
+    equality._parse.cache_clear()
     with pytest.raises(ImportError, match=r"pip install trl-prime\[math\]"):
         judge("x+1", "1+x+0")

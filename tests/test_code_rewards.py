@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_prime.rewards.code_rewards import CodeReward, code_reward, read_tests
+from trl_prime.rewards.code_rewards import CodeReward, code_reward
+from trl_prime.rewards.code_tests import read_tests
 from trl_prime.sandbox import SandboxUnavailable, open_sandbox
 from trl_prime.texts import completion_text
 

@@ -6,7 +6,6 @@ import types
 import pytest
 
 from trl_prime.rewards.registry import load_reward_func, trl_rewards
-from trl_prime.specs import parse_call
 
 
 class StandIn:
@@ -44,39 +43,6 @@ def verifiers(monkeypatch):
         setattr(stand_in, function, plain)
         setattr(stand_in, cls, StandIn)
         monkeypatch.setitem(sys.modules, f"trl_prime.rewards.{module}", stand_in)
-
-
-def test_call_form_is_parsed_and_not_evaluated():
-    assert parse_call("math") == ("math", None)
-    assert parse_call("code(scoring='fraction', timeout=10)") == ("code", {"scoring": "fraction", "timeout": 10})
-    assert parse_call(" my.module.make( a=-1, b=[1, 'x'], c={'d': None}) ") == (
-        "my.module.make",
-        {"a": -1, "b": [1, "x"], "c": {"d": None}},
-    )
-    assert parse_call("code()") == ("code", {})
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "code(10)",
-        "code(*a)",
-        "code(**{'a': 1})",
-        "code(timeout=time)",
-        "code(timeout=__import__('os').getpid())",
-        "code(timeout=1 + x)",
-        "code(timeout=10",
-        "code(timeout=10)(a=1)",
-        "code(a=1) or math(a=1)",
-        "code(a=1, a=2)",
-        "(lambda: 1)()",
-        "code(a=f'{1}')",
-        "code(a=" + "(" * 500 + ")" * 500 + ")",
-    ],
-)
-def test_anything_but_literal_keyword_arguments_is_refused(spec):
-    with pytest.raises(ValueError, match="literal"):
-        parse_call(spec)
 
 
 def test_verifiers_by_name_and_with_options(verifiers):

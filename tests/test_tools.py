@@ -60,12 +60,13 @@ def test_names_in_a_recipe(python):
     "spec, said",
     [
         ("pyton", "Did you mean 'python'"),
-        ("python(second=1)", "python.*second"),
+        ("python(second=1)", "python.*no option 'second'. Did you mean 'seconds'"),
         ("python(seconds=0)", "must be positive"),
         ("python(1)", "no name"),
         (f"{__name__}.whisper", "has no 'whisper'"),
         (f"{__name__}.__name__", "is a str and no function"),
-        (f"{__name__}.make_shout()", "times"),
+        (f"{__name__}.make_shout()", r"lacks times. Write .*make_shout\(times=...\)"),
+        (f"{__name__}.__name__()", "no function"),
     ],
 )
 def test_wrong_names(spec, said):

@@ -1,7 +1,7 @@
 """The pool: nothing hangs, no verdict is lost or mixed up, and no process is left behind."""
 
 import copy
-import importlib.util
+import importlib
 import os
 import pickle
 import signal
@@ -57,18 +57,17 @@ def act(kind, value=None):
 
 
 @pytest.fixture(scope="module")
-def module_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("functions") / "pool_functions.py"
-    path.write_text(FUNCTIONS)
-    return str(path)
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("functions")
+    (folder / "pool_functions.py").write_text(FUNCTIONS)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def act(module_path):
-    spec = importlib.util.spec_from_file_location("pool_functions", module_path)
-    module = sys.modules["pool_functions"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.act
+def act(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("pool_functions").act
 
 
 @pytest.fixture
@@ -243,15 +242,42 @@ def test_copies_have_processes_of_their_own(pool):
     assert len(pids) == 3
 
 
-def test_a_module_that_cannot_be_loaded_is_named(tmp_path):
-    path = tmp_path / "broken.py"
-    path.write_text("import sys\nif 'pool_parent' not in sys.modules: import no_such_module\ndef f(): return 1\n")
-    spec = importlib.util.spec_from_file_location("broken", path)
-    module = sys.modules["broken"] = importlib.util.module_from_spec(spec)
-    sys.modules["pool_parent"] = module
-    spec.loader.exec_module(module)
-    with WorkerPool(module.f, num_workers=1) as pool, pytest.raises(RuntimeError, match="no_such_module"):
+def test_a_module_that_cannot_be_loaded_is_named(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        "import sys\nif 'pytest' not in sys.modules: import no_such_module\ndef f(): return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("broken").f
+    with WorkerPool(function, num_workers=1) as pool, pytest.raises(RuntimeError, match="no_such_module"):
         pool.map([()])
+
+
+@pytest.mark.parametrize("place", ["PYTHONPATH", "the current folder", "sys.path"])
+def test_a_worker_finds_what_its_parent_finds(tmp_path, place):
+    """A package that is not installed, whose modules import each other."""
+    package = tmp_path / "uninstalled"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("from .two import double\ndef f(x): return double(x)\n")
+    (package / "two.py").write_text("def double(x): return 2 * x\n")
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {os.path.dirname(os.path.dirname(os.path.dirname(worker_pool.__file__)))!r})
+sys.path.insert(0, pathlib.Path("no string"))
+if {place == "sys.path"}: sys.path.append({str(tmp_path)!r})
+from trl_prime.rewards.worker_pool import WorkerPool
+from uninstalled.one import f
+with WorkerPool(f, num_workers=1) as pool: print(pool.map([(21,)]))
+"""
+    there, elsewhere = str(tmp_path), str(package)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": there if place == "PYTHONPATH" else ""},
+        cwd=there if place == "the current folder" else elsewhere,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "[JobResult(value=42, failure=None)]", result.stderr
 
 
 @pytest.mark.parametrize(
@@ -263,20 +289,24 @@ def test_options_out_of_range_are_named(act, option, value):
         WorkerPool(act, **{option: value})
 
 
-def test_a_function_without_a_file_is_refused():
+def test_a_function_that_cannot_be_imported_is_refused(monkeypatch):
+    def inner():
+        return 1
+
+    for function in (lambda: 1, inner):
+        with pytest.raises(ValueError, match="top level"):
+            WorkerPool(function)
+    monkeypatch.setattr(is_alive, "__module__", "__main__")
     with pytest.raises(ValueError, match="top level"):
-        WorkerPool(lambda: 1)
+        WorkerPool(is_alive)
 
 
 PARENT = """
-    import importlib.util, os, sys, threading, time
-    spec = importlib.util.spec_from_file_location("worker_pool", {pool!r})
-    worker_pool = sys.modules["worker_pool"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker_pool)
-    spec = importlib.util.spec_from_file_location("pool_functions", {functions!r})
-    functions = sys.modules["pool_functions"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(functions)
-    pool = worker_pool.WorkerPool(functions.act, num_workers=2, timeout={timeout})
+    import sys, threading
+    sys.path.insert(0, {folder!r})
+    from pool_functions import act
+    from trl_prime.rewards.worker_pool import WorkerPool
+    pool = WorkerPool(act, num_workers=2, timeout={timeout})
     pool.map([("echo", 1)] * 8)
     job = ({kind!r},)
     if job[0] == "idle":
@@ -304,8 +334,8 @@ PARENT = """
         ("exit now", None, 60),
     ],
 )
-def test_nothing_outlives_the_parent(module_path, kind, ending, timeout):
-    code = textwrap.dedent(PARENT).format(pool=worker_pool.__file__, functions=module_path, kind=kind, timeout=timeout)
+def test_nothing_outlives_the_parent(folder, kind, ending, timeout):
+    code = textwrap.dedent(PARENT).format(folder=folder, kind=kind, timeout=timeout)
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Names that a recipe gives: what they stand for, and what was probably meant by a misspelt one.
+"""Read the names that a recipe gives: find what they stand for, check their options, and guess a misspelt one.
 
 A *call form* gives options, `code(scoring='fraction', timeout=10)`. It is parsed, never evaluated: keyword arguments with
 literal values are all that it may hold.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """
-    A sentence with the choice nearest to a misspelt name, and all of them.
+    Write a sentence with the choice nearest to a misspelt name, and all of them.
 
     Args:
         name (`str`): What was given.
@@ -31,14 +32,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The first half of [`nearest`] with a space at its end, or nothing: where there are too many choices to list."""
+    """Write the first half of [`nearest`] with a space at its end, or nothing; it serves where choices are too many to list."""
     matches = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"Did you mean {matches[0]!r}? " if matches else ""
 
 
 def load_object(path: str) -> Any:
     """
-    The object at a dotted path, `package.module.name`; modules of the current folder are found too.
+    Load the object at a dotted path, `package.module.name`; modules of the current folder are found too.
 
     Args:
         path (`str`): Dotted path.
@@ -95,3 +96,56 @@ def parse_call(spec: str) -> tuple[str, dict[str, Any] | None]:
             f"{spec!r} could not be read ({reason}). Write name(option=value, ...), where every value is a literal: a "
             "number, a quoted string, True, False, None, or a list or dict of these."
         ) from error
+
+
+def check_options(subject: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Refuse an option that does not exist.
+
+    Args:
+        subject (`str`): Begins the sentence of the error, for instance `"dataset_format 'gsm8k'"`.
+        options (`Iterable[str]`): Names of the options that were given.
+        known (`Iterable[str]`): Names of those that there are.
+
+    Raises:
+        ValueError: An option is unknown; names the nearest.
+    """
+    known = list(known)
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "It takes none."
+            raise ValueError(f"{subject} has no option {option!r}. {hint}")
+
+
+def call_with_options(field: str, spec: str, function: Any, options: dict[str, Any]) -> Any:
+    """
+    Call what a call form names. The options are checked before: a TypeError from inside it is a bug, not a wrong recipe.
+
+    Args:
+        field (`str`): Field of the recipe that holds the spec, for errors.
+        spec (`str`): The call form, for errors.
+        function (`Callable`): What its name stands for.
+        options (`dict`): Its keyword arguments.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ValueError: It is no function, or an option is unknown or missing.
+    """
+    if not callable(function):
+        raise ValueError(f"{field} has {spec!r}, but that is no function: give it without parentheses.")
+    parameters = inspect.signature(function).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        check_options(f"{field} has {spec!r}, which", options, [parameter.name for parameter in parameters])
+    missing = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in options
+    ]
+    if missing:
+        name, template = spec.strip().partition("(")[0], ", ".join(f"{option}=..." for option in [*options, *missing])
+        raise ValueError(f"{field} has {spec!r}, which lacks {', '.join(missing)}. Write {name}({template}).")
+    return function(**options)

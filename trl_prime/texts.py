@@ -164,7 +164,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 def completion_text(completion: Any) -> str:
     """
-    The text of a completion.
+    Extract the text of a completion.
 
     Args:
         completion (`str` or `list[dict]`): A text, or messages, of which the last one counts. Its content may be a text, a

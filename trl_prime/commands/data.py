@@ -224,7 +224,7 @@ def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int
         `tuple[int, str]`: place in the data set, and the reason.
     """
     from ..rewards.answers import extract_gold
-    from ..rewards.code_rewards import read_tests
+    from ..rewards.code_tests import read_tests
     from ..rewards.math_rewards import MathReward
 
     columns = {name: dataset[name] for name in ("solution", "tests", "ability") if name in dataset.column_names}

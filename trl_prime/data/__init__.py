@@ -1,1 +1,1 @@
-"""Data sets, each row brought into the form that trainers and verifiers read."""
+"""This room brings data sets into the form that trainers and verifiers read."""

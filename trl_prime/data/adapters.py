@@ -1,4 +1,4 @@
-r"""Public data sets, each row into TRL's conversational prompt format with the columns that the verifiers read.
+r"""Bring public data sets into TRL's conversational prompt format, with the columns that the verifiers read.
 
 `load_prime_dataset` reads a data set, from the Hub or from local files, and adapts it by a named format; `DATASET_FORMATS`
 lists them. Whatever the format, an adapted data set has the same columns of the same types, so that data sets of several
@@ -27,16 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
-from ..specs import nearest, parse_call
-from .formats import DATASET_FORMATS, PROMPT_SUFFIXES, MalformedRow, with_system_prompt
+from ..specs import check_options, nearest, parse_call
+from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
+from .rows import MalformedRow, with_system_prompt
 
 if TYPE_CHECKING:
-    from .formats import Messages
+    from .rows import Messages
 
 logger = logging.getLogger(__name__)
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-# Column with the reason why a row could not be adapted, None of the others: while adapting, and with on_error="mark"
+# This column tells why a row could not be adapted; it exists while rows are adapted, and after that with on_error="mark"
 MALFORMED = "__malformed__"
 ON_ERROR = ("raise", "skip", "mark")
 
@@ -132,7 +133,7 @@ def adapt_dataset(
         _check_trl_form(present)
         if not (system_prompt or suffix):
             return dataset
-        # Columns that the adapter does not know stay, and with them whatever types they have
+        # No features are given, so that columns that the adapter does not know keep their types
         return dataset.map(_dress, fn_kwargs={"system_prompt": system_prompt, "suffix": suffix})
     known = DATASET_FORMATS[format]
     if suffix and "prompt" not in known.features:
@@ -140,7 +141,7 @@ def adapt_dataset(
             f"prompt_suffix is given, but dataset_format {format!r} has finished conversations. Leave it out."
         )
     columns, settings = _resolve(format, options, present)
-    # The version is there for the cache of `map`, which tells functions apart by their name only
+    # The cache of `map` tells functions apart by their name only, so the version is part of the arguments
     from ..version import __version__
 
     adapt = functools.partial(
@@ -156,9 +157,6 @@ def adapt_dataset(
     features = Features({**known.features, **({MALFORMED: Value("string")} if on_error != "raise" else {})})
     adapted = dataset.map(adapt, with_indices=True, remove_columns=present, features=features)
     return _without_malformed(adapted, format) if on_error == "skip" else adapted
-
-
-# Steps of the above
 
 
 def _adapt_row(
@@ -212,17 +210,14 @@ def _keep_and_tell(reason: str | None) -> bool:
 
 
 def _resolve(format: str, options: dict[str, Any], present: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Argument -> column, and the remaining options, of a format for a data set with these columns."""
+    """Find the column of each argument of a format, and the options that are not names of columns."""
     known = DATASET_FORMATS[format]
     settings = {
         name
         for name, parameter in inspect.signature(known.adapt).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    names = [*known.columns, *known.optional, *sorted(settings)]
-    for option in options:
-        if option not in names:
-            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, names)}")
+    check_options(f"dataset_format {format!r}", options, [*known.columns, *known.optional, *sorted(settings)])
     columns = {}
     for argument, default in {**known.columns, **known.optional}.items():
         choices = options.get(argument, default)
@@ -251,7 +246,7 @@ def _check_trl_form(present: list[str]) -> None:
 
 
 def _guess(present: list[str]) -> str:
-    """The format that the columns look like, as part of a sentence."""
+    """Say, as part of a sentence, which format the columns look like."""
     for name, known in DATASET_FORMATS.items():
         choices = [(column,) if isinstance(column, str) else column for column in known.columns.values()]
         if known.generate is None and all(set(columns) & set(present) for columns in choices):
@@ -272,7 +267,7 @@ def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
 def read_rows(
     name_or_path: str, split: str = "train", config: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """The rows of a data set as they are, from the Hub or from local files; arguments as in [`load_prime_dataset`]."""
+    """Read a data set as it is, from the Hub or from local files; the arguments are those of [`load_prime_dataset`]."""
     path = Path(name_or_path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if path.is_file():

@@ -1,36 +1,23 @@
-"""How a row of each kind of data set is adapted: one function a format, and the table of formats.
-
-What an adapted row has is said in [`~trl_prime.data.adapters`]. Not checked: whether an answer is right, and whether a
-reference solution passes its tests.
-"""
+"""The table of data formats says which columns and options each takes, and which columns it makes."""
 
 from __future__ import annotations
 
-import ast
-import json
-import math
-import random
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from ..specs import nearest
+from . import rows
 
-if TYPE_CHECKING:
-    Messages = list[dict[str, str]]
-
-# What the PRIME authors append to every prompt of their data, as published with it and in the model card of Eurus-2
+# The PRIME authors append these to every prompt of their data and in the model card of Eurus-2
 PROMPT_SUFFIXES = {
     "math": "Present the answer in LaTex format: \\boxed{Your answer}",
     "code": "Write Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end.",
 }
-HUMANEVAL_REQUEST = "Complete this Python function. Give the whole function.\n\n```python\n{prompt}\n```"
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-# Types are stated, because a column of nothing but None would get a type of its own and not concatenate
+# Types are stated because a column of nothing but None would get another type, and data sets could not be concatenated
 PROMPT_FEATURES = Features(
     {
         "prompt": _MESSAGES,
@@ -47,330 +34,10 @@ PROCESS_BENCH_FEATURES = Features(
 )
 
 
-class MalformedRow(ValueError):
-    """A row that cannot be adapted; the message says why."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows: one function a format. Positional arguments are columns, keyword-only ones are options.
-
-
-def question_answer(
-    question: str,
-    answer: Any,
-    index: Any = None,
-    source: Any = None,
-    *,
-    answer_style: str = "bare",
-    data_source: str | None = None,
-    ability: str = "math",
-) -> dict[str, Any]:
-    r"""
-    A question with its right answer.
-
-    Args:
-        question (`str`): The problem.
-        answer (`str`): Holds the answer; a list of answers (OlympiadBench) is one answer, joined by commas.
-        index, source (*optional*): The row's id, and the name of its source.
-        answer_style (`str`): How the answer is held: `"bare"`, `"####"` (GSM8K: after the last `####`) or `"boxed"`
-            (MATH: in the last `\boxed{}`).
-        data_source (`str`, *optional*): Name of the source, of all rows.
-        ability (`str`): Which verifier is to judge.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: There is no question or no answer.
-    """
-    if answer_style not in _ANSWERS:
-        raise ValueError(f"answer_style is {answer_style!r}, which is unknown. {nearest(answer_style, _ANSWERS)}")
-    if isinstance(answer, list):
-        answer = ", ".join(_scalar_text(part, "answer") for part in answer)
-    solution = _ANSWERS[answer_style](_scalar_text(answer, "answer"))
-    return _row(
-        prompt=_user(_text(question, "question")),
-        solution=_text(solution, "final answer"),
-        ability=ability,
-        data_source=data_source or source,
-        index=index,
-    )
-
-
-def eurus2_rl(
-    prompt: Any, reward_model: Any, ability: Any, data_source: Any, extra_info: Any = None
-) -> dict[str, Any]:
-    """
-    A row of Eurus-2-RL-Data. The prompt is kept; `reward_model["ground_truth"]` is a bare LaTeX answer (math) or tests,
-    as a JSON object {"inputs", "outputs", "fn_name"?} (code).
-
-    Args:
-        prompt (`list`): Messages.
-        reward_model (`dict`): Has `ground_truth`.
-        ability (`str`): `"math"` or `"code"`.
-        data_source (`str`): For instance `"numina_olympiads"`, `"taco"`.
-        extra_info (`dict`, *optional*): May have `index`.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: A column has not the expected form, or the tests are empty or unpaired.
-    """
-    if ability not in ("math", "code"):
-        raise MalformedRow(f"ability is {ability!r} instead of 'math' or 'code'")
-    if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model:
-        raise MalformedRow(f"reward_model is {_short(reward_model)} instead of an object with 'ground_truth'")
-    truth = reward_model["ground_truth"]
-    return _row(
-        prompt=_messages(prompt, "prompt", last="user"),
-        solution=_text(truth, "ground_truth") if ability == "math" else None,
-        tests=_input_output_tests(truth) if ability == "code" else None,
-        ability=ability,
-        data_source=_text(data_source, "data_source"),
-        index=(extra_info or {}).get("index"),
-    )
-
-
-def eurus2_sft(conversations: Any, system: Any = None, index: Any = None, source: Any = None) -> dict[str, Any]:
-    """
-    A row of Eurus-2-SFT-Data, into TRL's conversational format for supervised fine-tuning.
-
-    Args:
-        conversations (`list`): Turns, `[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]`.
-        system (`str`, *optional*): System prompt.
-        index, source (*optional*): The row's id, and the name of its source.
-
-    Returns:
-        `dict`: `messages`, `data_source`, `index`.
-
-    Raises:
-        MalformedRow: A turn is empty or of unknown speaker, or the last is not the assistant's.
-    """
-    roles = {"human": "user", "gpt": "assistant"}
-    if not isinstance(conversations, list) or not all(isinstance(turn, Mapping) for turn in conversations):
-        raise MalformedRow(f"conversations is {_short(conversations)} instead of a list of turns")
-    turns = [
-        {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in conversations
-    ]
-    if isinstance(system, str) and system.strip():
-        turns = with_system_prompt(turns, system)
-    messages = _messages(turns, "conversations", last="assistant")
-    return {"messages": messages, "data_source": _optional(source), "index": _optional(index)}
-
-
-def humaneval(prompt: str, test: str, entry_point: str, index: Any = None) -> dict[str, Any]:
-    """
-    A row of HumanEval: a function's head and docstring to be completed, and a `check` function.
-
-    Args:
-        prompt (`str`): Imports, head and docstring of the function.
-        test (`str`): Code that defines `check(candidate)`.
-        entry_point (`str`): Name of the function.
-        index (*optional*): The row's id.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: A column is empty, or does not define what it has to.
-    """
-    prompt, test, entry_point = _text(prompt, "prompt"), _text(test, "test"), _text(entry_point, "entry_point")
-    if not re.search(rf"\bdef\s+{re.escape(entry_point)}\s*\(", prompt):
-        raise MalformedRow(f"prompt does not define entry_point {entry_point!r}")
-    if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in _parse(test, "test").body):
-        raise MalformedRow("test does not define check(candidate)")
-    return _row(
-        prompt=_user(HUMANEVAL_REQUEST.format(prompt=prompt.rstrip())),
-        tests=json.dumps({"prompt": prompt, "test": test, "entry_point": entry_point}),
-        ability="code",
-        data_source="humaneval",
-        index=index,
-    )
-
-
-def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
-    """
-    A row of the LeetCode contest problems of DeepSeek-Coder: a request for a method of `class Solution`, and asserts that
-    call it. They are read, not run, and become calls with their expected values.
-
-    Args:
-        question (`str`): The request.
-        test (`str`): `test_input = {...}` and `assert my_solution.method(**test_input) == value`, by turns.
-        index (*optional*): The row's id.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: A column is empty, or a test is of another form.
-    """
-    inputs: list[list[Any]] = []
-    outputs: list[Any] = []
-    methods: set[str] = set()
-    arguments: dict[str, Any] = {}
-    try:
-        for statement in _parse(_text(test, "test"), "test").body:
-            if isinstance(statement, ast.Assert):
-                call, (expected,), (equals,) = statement.test.left, statement.test.comparators, statement.test.ops
-                if not isinstance(equals, ast.Eq):
-                    raise ValueError("it does not compare by ==")
-                methods.add(call.func.attr)
-                inputs.append(list(arguments.values()))
-                outputs.append(ast.literal_eval(expected))
-            elif isinstance(statement.value, ast.Dict):
-                arguments = ast.literal_eval(statement.value)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise MalformedRow(f"a test is of another form than a call with its value ({error})") from error
-    if len(methods) != 1:
-        raise MalformedRow(f"the tests call {len(methods)} methods instead of one")
-    return _row(
-        prompt=_user(_text(question, "question")),
-        tests=_input_output_tests({"inputs": inputs, "outputs": outputs, "fn_name": methods.pop()}),
-        ability="code",
-        data_source="leetcode",
-        index=index,
-    )
-
-
-def mbpp(
-    question: str, asserts: Any, setup: Any = None, imports: Any = None, index: Any = None, *, shown_tests: int = 1
-) -> dict[str, Any]:
-    """
-    A row of MBPP, or of any data with a request and a list of assert statements.
-
-    Args:
-        question (`str`): The request.
-        asserts (`list[str]`): Assert statements.
-        setup (`str`, *optional*): Code to run before them.
-        imports (`list[str]`, *optional*): Import statements to run before that.
-        index (*optional*): The row's id.
-        shown_tests (`int`): How many of the asserts the prompt shows. One tells the function's name and arguments; what is
-            shown can be answered by rote.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: A column is empty, or an assert is not Python or asserts nothing.
-    """
-    question = _text(question, "question")
-    if not isinstance(asserts, list) or not asserts:
-        raise MalformedRow(f"the asserts are {_short(asserts)} instead of a list of statements")
-    for statement in asserts:
-        if not any(isinstance(node, ast.Assert) for node in ast.walk(_parse(_text(statement, "assert"), "assert"))):
-            raise MalformedRow(f"{_short(statement)} asserts nothing")
-    before = "\n".join(part for part in [*(imports or []), setup] if part and part.strip())
-    shown = "\n".join(asserts[:shown_tests])
-    return _row(
-        prompt=_user(f"{question}\n\nYour code has to pass tests like these:\n\n{shown}" if shown else question),
-        tests=json.dumps({"asserts": asserts} | ({"setup": before} if before else {})),
-        ability="code",
-        data_source="mbpp",
-        index=index,
-    )
-
-
-def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> dict[str, Any]:
-    """
-    A row of ProcessBench, which is to judge a PRM, not to train on: a solution in steps, and which of them is wrong.
-
-    Args:
-        problem (`str`): The problem.
-        steps (`list[str]`): The steps of one solution.
-        label (`int`): Index of the first wrong step, or -1.
-        index (*optional*): The row's id.
-
-    Returns:
-        `dict`: `prompt`, `steps`, `label`, `index`.
-
-    Raises:
-        MalformedRow: There are no steps, or the label is not the index of one of them.
-    """
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
-        raise MalformedRow(f"steps is {_short(steps)} instead of a list of texts")
-    if not isinstance(label, int) or not -1 <= label < len(steps):
-        raise MalformedRow(f"label is {_short(label)} instead of the index of one of {len(steps)} steps, or -1")
-    return {"prompt": _user(_text(problem, "problem")), "steps": steps, "label": label, "index": _optional(index)}
-
-
-def reasoning_gym(question: str, answer: Any, tests: str, index: Any = None) -> dict[str, Any]:
-    """
-    A problem of a reasoning-gym task, see `reasoning_gym_rows`.
-
-    Args:
-        question (`str`): The problem.
-        answer (`str`, *optional*): A right answer, where the task gives one.
-        tests (`str`): JSON object of what the scorer needs.
-        index (*optional*): The row's number.
-
-    Returns:
-        `dict`: the adapted row.
-
-    Raises:
-        MalformedRow: The scorer does not accept the answer, or accepts any answer.
-    """
-    from ..rewards.reasoning_gym_rewards import is_right
-
-    task = json.loads(tests)["task"]
-    # Entries went through JSON: where a scorer needs its tuples back, it no longer knows its own answer
-    if answer is not None and not is_right(answer, tests):
-        raise MalformedRow(f"the scorer of {task!r} does not accept its own answer {_short(answer)}")
-    if any(is_right(junk, tests) for junk in ("", "I do not know.") if junk != answer):
-        raise MalformedRow(f"the scorer of {task!r} accepts any answer")
-    return _row(
-        prompt=_user(_text(question, "question")),
-        solution=answer,
-        tests=tests,
-        ability="reasoning_gym",
-        data_source=f"reasoning_gym/{task}",
-        index=index,
-    )
-
-
-def reasoning_gym_rows(task: str, split: str = "train", *, size: int = 500, seed: int = 0, **config: Any) -> Dataset:
-    """
-    Problems of a reasoning-gym task, as rows for [`reasoning_gym`].
-
-    Args:
-        task (`str`): Its name, for instance `"leg_counting"`.
-        split (`str`): Every split has a seed of its own, so that held-out problems are drawn apart. A task with few
-            distinct problems can still draw the same one twice.
-        size (`int`): How many problems.
-        seed (`int`): reasoning-gym's own seed for the split `"train"`. Row i depends on `seed + i` alone, so seeds that lie
-            closer together than `size` have problems in common.
-        config: Further settings of the task.
-
-    Returns:
-        `Dataset`: with the columns `question`, `answer`, `tests`, `index`.
-
-    Raises:
-        ValueError: The task is unknown, its settings are wrong, or its scorer is not safe to run.
-    """
-    from ..rewards.reasoning_gym_rewards import load_scorer, make_task
-
-    split_seed = seed if split == "train" else random.Random(f"{split}/{seed}").getrandbits(31)
-    load_scorer(task, json.dumps(config, sort_keys=True))
-    rows = [
-        {
-            "question": entry["question"],
-            "answer": entry["answer"],
-            "tests": json.dumps({"task": task, "config": config, "entry": entry}),
-            "index": str(i),
-        }
-        for i, entry in enumerate(make_task(task, {**config, "size": size, "seed": split_seed}))
-    ]
-    return Dataset.from_list(rows, Features({name: Value("string") for name in rows[0]}))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats
-
-
 @dataclass(frozen=True)
 class DatasetFormat:
     """
-    How rows of a kind of data set are adapted.
+    This is how rows of one kind of data set are adapted.
 
     Attributes:
         adapt: Makes the adapted row of the columns below and of options.
@@ -393,194 +60,56 @@ class DatasetFormat:
 _INDEX = {"index": ("index", "id", "unique_id", "task_id")}
 DATASET_FORMATS = {
     "eurus2_rl": DatasetFormat(
-        eurus2_rl,
+        rows.eurus2_rl,
         {name: name for name in ("prompt", "reward_model", "ability", "data_source")},
         {"extra_info": "extra_info"},
     ),
     "eurus2_sft": DatasetFormat(
-        eurus2_sft,
+        rows.eurus2_sft,
         {"conversations": "conversations"},
         {"system": "system", "source": ("dataset", "source"), **_INDEX},
         features=SFT_FEATURES,
     ),
-    "humaneval": DatasetFormat(humaneval, {name: name for name in ("prompt", "test", "entry_point")}, _INDEX),
-    "leetcode": DatasetFormat(leetcode, {"question": "prompt_sft", "test": "test"}, _INDEX),
+    "humaneval": DatasetFormat(rows.humaneval, {name: name for name in ("prompt", "test", "entry_point")}, _INDEX),
+    "leetcode": DatasetFormat(rows.leetcode, {"question": "prompt_sft", "test": "test"}, _INDEX),
     "mbpp": DatasetFormat(
-        mbpp,
+        rows.mbpp,
         {"question": ("text", "prompt"), "asserts": "test_list"},
         {"setup": "test_setup_code", "imports": "test_imports", **_INDEX},
     ),
     "gsm8k": DatasetFormat(
-        question_answer,
+        rows.question_answer,
         {"question": "question", "answer": "answer"},
         _INDEX,
-        {"answer_style": "####", "data_source": "gsm8k"},
+        {"worked_solution": True, "data_source": "gsm8k"},
     ),
     "math500": DatasetFormat(
-        question_answer,
+        rows.question_answer,
         {"question": "problem", "answer": ("answer", "expected_answer")},
         _INDEX,
         {"data_source": "math500"},
     ),
     "math": DatasetFormat(
-        question_answer,
+        rows.question_answer,
         {"question": "problem", "answer": "solution"},
         _INDEX,
-        {"answer_style": "boxed", "data_source": "math"},
+        {"worked_solution": True, "data_source": "math"},
     ),
     "question_answer": DatasetFormat(
-        question_answer,
+        rows.question_answer,
         {"question": ("question", "problem"), "answer": ("answer", "final_answer", "solution")},
         {"source": ("data_source", "source"), **_INDEX},
     ),
     "process_bench": DatasetFormat(
-        process_bench,
+        rows.process_bench,
         {name: name for name in ("problem", "steps", "label")},
         _INDEX,
         features=PROCESS_BENCH_FEATURES,
     ),
     "reasoning_gym": DatasetFormat(
-        reasoning_gym,
+        rows.reasoning_gym,
         {name: name for name in ("question", "answer", "tests")},
         {"index": "index"},
-        generate=reasoning_gym_rows,
+        generate=rows.reasoning_gym_rows,
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of rows
-
-
-def _row(
-    prompt: Messages,
-    solution: str | None = None,
-    tests: str | None = None,
-    ability: str | None = None,
-    data_source: Any = None,
-    index: Any = None,
-) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "solution": solution,
-        "tests": tests,
-        "ability": ability,
-        "data_source": _optional(data_source),
-        "index": _optional(index),
-    }
-
-
-def with_system_prompt(messages: Messages, system_prompt: str) -> Messages:
-    rest = [message for message in messages if message["role"] != "system"]
-    return [{"role": "system", "content": system_prompt}, *rest]
-
-
-def _user(content: str) -> Messages:
-    return [{"role": "user", "content": content}]
-
-
-def _optional(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise MalformedRow(f"the {name} is {_short(value)} instead of a text")
-    return value
-
-
-def _scalar_text(value: Any, name: str) -> str:
-    """A text, or a number as one: columns of plain numbers are read as such from CSV and JSON."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else str(value)
-    return _text(value, name).strip()
-
-
-def _messages(value: Any, name: str, last: str) -> Messages:
-    if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
-        raise MalformedRow(f"{name} is {_short(value)} instead of a list of messages")
-    for message in value:
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise MalformedRow(f"{name} has a message of role {_short(message.get('role'))}")
-        # Eurus-2 has system prompts everywhere; an empty one elsewhere does no harm
-        if message["role"] != "system":
-            _text(message.get("content"), f"content of a message of {name}")
-    if value[-1]["role"] != last:
-        raise MalformedRow(f"the last message of {name} is of role {value[-1]['role']!r} instead of {last!r}")
-    return [{"role": message["role"], "content": message.get("content") or ""} for message in value]
-
-
-def _parse(code: str, name: str) -> ast.Module:
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise MalformedRow(f"the {name} {_short(code)} is no Python ({error})") from error
-
-
-def _input_output_tests(truth: Any) -> str:
-    """Tests in the format of Eurus-2 and APPS, checked, as the JSON text that they are."""
-    text = truth if isinstance(truth, str) else json.dumps(truth)
-    try:
-        tests = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedRow(f"ground_truth {_short(text)} is no JSON ({error})") from error
-    inputs, outputs = (tests.get("inputs"), tests.get("outputs")) if isinstance(tests, dict) else (None, None)
-    if not isinstance(inputs, list) or not isinstance(outputs, list):
-        raise MalformedRow(f"ground_truth {_short(text)} has no lists 'inputs' and 'outputs'")
-    if not inputs:
-        raise MalformedRow("ground_truth has no tests")
-    if len(inputs) != len(outputs):
-        raise MalformedRow(f"ground_truth has {len(inputs)} inputs and {len(outputs)} outputs")
-    name = tests.get("fn_name")
-    if name is not None and not (isinstance(name, str) and name.strip()):
-        raise MalformedRow(f"ground_truth has the fn_name {_short(name)}")
-    return text
-
-
-def _after_hashes(answer: str) -> str:
-    _, hashes, number = answer.rpartition("####")
-    if not hashes:
-        raise MalformedRow(f"the answer ends in {answer[-40:]!r} without '####'")
-    # 1,234 is one number, not a tuple
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number).strip()
-
-
-def _last_boxed(answer: str) -> str:
-    r"""What the last `\boxed{}` or `\fbox{}` holds, with balanced braces. Boxes joined to it, "\boxed{2} and \boxed{3}", are
-    one answer, "2, 3"."""
-    boxes = [(start, *_box(answer, end)) for start, end in (match.span() for match in _BOX.finditer(answer))]
-    if not boxes:
-        raise MalformedRow(f"the solution ends in {answer[-40:]!r} and has no \\boxed{{}}")
-    first, last_content, _ = boxes[-1]
-    contents = [last_content]
-    for start, content, end in reversed(boxes[:-1]):
-        if not _JOINED.fullmatch(answer[end:first]):
-            break
-        first, contents = start, [content, *contents]
-    return ", ".join(contents)
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_JOINED = re.compile(r"[\s$]*(?:,|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
-
-
-def _box(answer: str, start: int) -> tuple[str, int]:
-    r"""What a box holds whose argument begins at `start`, and where it ends; `\boxed 4` has an argument too."""
-    if answer[start : start + 1] != "{":
-        argument = re.compile(r"[^\s$.,]*").match(answer, start)
-        return argument.group(), argument.end()
-    depth = 0
-    # A brace after a backslash is a character of the answer
-    for token in re.compile(r"\\.|[{}]", flags=re.DOTALL).finditer(answer, start):
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return answer[start + 1 : token.start()].strip(), token.end()
-    raise MalformedRow(f"a \\boxed of the solution is not closed: {_short(answer[start:])}")
-
-
-_ANSWERS: dict[str, Callable[[str], str]] = {"bare": str, "####": _after_hashes, "boxed": _last_boxed}

@@ -1,6 +1,6 @@
-"""Completions whose outcome is known, and preference pairs: the data that an implicit PRM is trained on offline.
+"""Load the data that an implicit PRM is trained on offline: completions whose outcome is known, and preference pairs.
 
-Two forms, TRL's own. *Labelled*: `prompt`, `completion`, `label` (unpaired preference; a label is a bool or a number
+Both forms are TRL's own. *Labelled*: `prompt`, `completion`, `label` (unpaired preference; a label is a bool or a number
 between 0 and 1, None where it is not known). *Pairs*: `prompt`, `chosen`, `rejected` (preference). Prompts and completions
 are text or messages. Covered: reading both, and two published layouts of labelled completions; making one form of the
 other; splitting so that no prompt is on both sides. Not covered: tokens, lengths and what is dropped for them
@@ -22,8 +22,8 @@ from datasets import Dataset, Value
 from trl import extract_prompt, unpair_preference_dataset
 
 from ..data.adapters import adapt_dataset, read_rows
-from ..data.formats import MalformedRow
-from ..specs import nearest, parse_call
+from ..data.rows import MalformedRow
+from ..specs import check_options, nearest, parse_call
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
 
@@ -84,15 +84,14 @@ def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
     format, options = parse_call(format)
     if format not in OUTCOME_FORMATS:
         raise ValueError(f"dataset_format is {format!r}, which is unknown. {nearest(format, OUTCOME_FORMATS)}")
-    adapt = OUTCOME_FORMATS[format]
-    known = list(inspect.signature(adapt).parameters)[1:]
-    for option in options or {}:
-        if option not in known:
-            raise ValueError(f"dataset_format {format!r} has no option {option!r}. {nearest(option, known)}")
-    # The version is there for the cache of `map`, which tells functions apart by their name only
+    options = options or {}
+    check_options(
+        f"dataset_format {format!r}", options, list(inspect.signature(OUTCOME_FORMATS[format]).parameters)[1:]
+    )
+    # The cache of `map` tells functions apart by their name only, so the version is part of the arguments
     from ..version import __version__
 
-    adapt_batch = functools.partial(_adapt_batch, format=format, options=options or {}, version=__version__)
+    adapt_batch = functools.partial(_adapt_batch, format=format, options=options, version=__version__)
     adapted = dataset.map(adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
     return adapted.cast_column("label", Value("float64"))
 
@@ -114,14 +113,14 @@ def _adapt_batch(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formats: a row into prompts, completions and labels. What follows the row are options.
+# Formats turn a row into prompts, completions and labels; the arguments after the row are options
 
 
 def labelled(
     row: Mapping[str, Any], prompt: str | None = None, completion: str | None = None, label: str | None = None
 ) -> list[tuple[Any, Any, Any]]:
     """
-    A completion and its label in columns of any name, or a prompt's completions and their labels as two lists.
+    Read a completion and its label from columns of any name, or a prompt's completions and their labels as two lists.
 
     Args:
         row (`dict`): The row.
@@ -159,7 +158,7 @@ _USUAL_COLUMNS = {
 
 def gsm8k_solutions(row: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
     """
-    The example solutions that were published with GSM8K: a `question`, and for each of several models a column with a
+    Read the example solutions that were published with GSM8K: a `question`, and for each of several models a column with a
     `solution` and whether it `is_correct`. They become messages, and the calculator's annotations, `<<2*3=6>>`, are taken out.
 
     Args:
@@ -192,7 +191,7 @@ OUTCOME_FORMATS: dict[str, Callable[..., list[tuple[Any, Any, Any]]]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One form of the other
+# One form is made of the other
 
 
 def check_form(dataset: Dataset) -> None:
@@ -211,7 +210,7 @@ def check_form(dataset: Dataset) -> None:
 
 
 def to_labelled(dataset: Dataset) -> Dataset:
-    """Labelled completions as they are; of pairs, the chosen labelled true and the rejected false (TRL's unpairing)."""
+    """Return labelled completions as they are; pairs become a chosen one labelled true and a rejected one labelled false."""
     check_form(dataset)
     if set(dataset.column_names) >= LABELLED:
         return dataset
@@ -219,7 +218,7 @@ def to_labelled(dataset: Dataset) -> Dataset:
 
 
 def to_pairs(dataset: Dataset, max_pairs_per_prompt: int | None = None, seed: int = 0) -> Dataset:
-    """Pairs as they are; of labelled completions, those of [`pairs_of_labelled`]."""
+    """Return pairs as they are, and of labelled completions the pairs of [`pairs_of_labelled`]."""
     check_form(dataset)
     if set(dataset.column_names) >= PAIRS:
         return _with_prompt(dataset)
@@ -232,7 +231,7 @@ def _with_prompt(dataset: Dataset) -> Dataset:
 
 def pairs_of_labelled(dataset: Dataset, max_pairs_per_prompt: int | None = None, seed: int = 0) -> Dataset:
     """
-    Every completion with every worse one of the same prompt.
+    Pair every completion with every worse one of the same prompt.
 
     Args:
         dataset ([`~datasets.Dataset`]): Labelled completions; those without a label are in no pair.
@@ -268,7 +267,7 @@ def _is_better(label: float | bool | None, other: float | bool | None) -> bool:
 
 
 def group_by_prompt(prompts: Sequence[Any]) -> list[list[int]]:
-    """The rows of each prompt, text or messages, in the order of their first."""
+    """List the rows of each prompt, text or messages; prompts are in the order of their first row."""
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)

@@ -1,4 +1,4 @@
-"""Outcome rewards: verifiers of math and code, and their names in recipes."""
+"""Outcome rewards are given by verifiers of math and code; recipes call them by name."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: the verifiers' worker processes import their part of this package and must not load a trainer
+    # Imports are lazy because the verifiers' worker processes import this package and must not load a trainer
     if name in _MODULES:
         from importlib import import_module
 

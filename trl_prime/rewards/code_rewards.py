@@ -1,149 +1,33 @@
-"""Outcome reward of code: run the completion's program against tests, in a sandbox."""
+"""The outcome reward of code runs the completion's program against tests, in a sandbox."""
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from ..sandbox import Limits, open_sandbox
 from ..texts import completion_text
+from .code_tests import ProblemTests, complete_prompt, expected_value, read_tests
 from .programs import pick_solution, same_output, same_value
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProblemTests:
-    """
-    ProblemTests of one problem, of one of three kinds.
-
-    Attributes:
-        kind: "stdin" (programs that read and write), "call" (calls to a function) or "assert" (Python code).
-        inputs: Standard inputs; argument lists of the calls; or the asserts.
-        outputs: Expected outputs or values; empty for asserts.
-        name: The function under test.
-        setup: Python code that asserts need, and that solutions may rely on where `prompt`.
-        prompt: The beginning of a function that the completion continues or repeats.
-    """
-
-    kind: str
-    inputs: list[Any]
-    outputs: list[Any]
-    name: str | None = None
-    setup: str = ""
-    prompt: str = ""
-
-    def names(self) -> tuple[str, ...]:
-        """What a solution may have to define; empty for whole programs."""
-        if self.name:
-            return (re.split(r"\W", self.name)[0],)  # "Solution().solve" asks for the class
-        if self.kind == "assert":
-            called = {name for code in self.inputs for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", code)}
-            return tuple(sorted(called - set(dir(builtins))))
-        return ()
-
-
-def read_tests(tests: str | dict[str, Any] | list[str] | None) -> ProblemTests | None:
-    """
-    The tests of a row.
-
-    Args:
-        tests: JSON text or the object itself, of one of the forms
-
-            - `{"inputs": [...], "outputs": [...]}`: standard input and output (Eurus-2, APPS, CodeContests);
-            - the same with `"fn_name"`: calls. An input is a list of arguments, or text with one JSON value a line; an
-              output is the expected value, bare, in a list of one, or as JSON text;
-            - `{"prompt": ..., "test": ..., "entry_point": ...}`: HumanEval; `test` defines `check(candidate)`;
-            - `{"asserts": [...], "setup"?: ..., "entry_point"?: ...}`, or just a list of asserts (MBPP).
-
-    Returns:
-        [`ProblemTests`], or None where there are none.
-
-    Raises:
-        ValueError: It is none of these forms.
-    """
-    if isinstance(tests, str):
-        try:
-            tests = json.loads(tests) if tests.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`tests` is not JSON: {error}") from error
-    if not tests:
-        return None
-    if isinstance(tests, list):
-        tests = {"asserts": tests}
-    if not isinstance(tests, dict):
-        raise ValueError(f"`tests` is a {type(tests).__name__}; expected an object or a list of asserts.")
-    if "asserts" in tests:
-        asserts, setup, name = tests["asserts"], tests.get("setup") or "", tests.get("entry_point")
-        if not (isinstance(asserts, list) and all(isinstance(code, str) for code in asserts)):
-            raise ValueError("`asserts` is not a list of texts.")
-        return ProblemTests("assert", asserts, [], name, setup) if asserts else None
-    if "test" in tests and "entry_point" in tests:
-        name, prompt = tests["entry_point"], _complete(tests.get("prompt") or "")
-        return ProblemTests(
-            "assert", [f"check({name})"], [], name, f"{prompt}\n{tests['test']}", tests.get("prompt") or ""
-        )
-    if "inputs" not in tests or "outputs" not in tests:
-        raise ValueError(f"`tests` has the keys {sorted(tests)}; expected inputs and outputs, asserts, or test.")
-    inputs, outputs, name = tests["inputs"], tests["outputs"], tests.get("fn_name")
-    if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
-        raise ValueError("`inputs` and `outputs` are not two lists of one length.")
-    if not inputs:
-        return None
-    if name:
-        return ProblemTests("call", list(map(_arguments, inputs)), list(map(_expected, outputs)), name)
-    return ProblemTests("stdin", list(map(_text, inputs)), list(map(_text, outputs)))
-
-
-def _complete(prompt: str) -> str:
-    """The prompt of a HumanEval problem as code: with a body, where it ends in a bare signature."""
-    for body in ("", "\n    pass\n"):
-        with contextlib.suppress(SyntaxError, ValueError):
-            compile(prompt + body, "<prompt>", "exec")
-            return prompt + body
-    return ""
-
-
-def _arguments(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    if isinstance(value, str):
-        try:
-            return [json.loads(line) for line in value.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the input {value[:80]!r} is not one JSON value a line: {error}") from error
-    raise ValueError(f"the input {str(value)[:80]!r} is neither a list of arguments nor text.")
-
-
-def _expected(value: Any) -> Any:
-    if isinstance(value, str):
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(value)
-    return value
-
-
-def _text(value: Any) -> str:
-    """Input or output as text; some rows hold lists of lines."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class CodeReward:
     """
     Outcome reward of code: the share of tests that the completion's program passes, or 1 where it passes all.
 
-    An instance is a reward function for TRL. It reads the column `tests` ([`read_tests`] says what it holds). A completion
-    without a program scores 0; a row without tests, or with tests that cannot be read, is None, which leaves it out of
-    training.
+    An instance is a reward function for TRL. It reads the column `tests`, see
+    [`~trl_prime.rewards.code_tests.read_tests`]. A completion without a program scores 0; a row without tests, or with tests
+    that cannot be read, is None, which leaves it out of training.
 
     Args:
         scoring (`str`): `"all"`: 1.0 if every test passes, else 0.0, and the first failure ends it. `"fraction"`: share of
@@ -194,7 +78,7 @@ class CodeReward:
         self.float_tolerance = float_tolerance
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
-        open_sandbox(sandbox, self.packages)  # now, not after an hour of loading and generating
+        open_sandbox(sandbox, self.packages)  # fails now, not after an hour of loading and generating
 
     def __call__(
         self,
@@ -209,7 +93,7 @@ class CodeReward:
 
         Args:
             completions (`list`): B completions, texts or message lists.
-            tests (`list`): ProblemTests of each row.
+            tests (`list`): The tests of each row.
             log_extra, log_metric (`Callable`, *optional*): TRL's; get the verdict of each row and the shares of
                 completions without a program and of rows without tests.
 
@@ -224,7 +108,7 @@ class CodeReward:
                 logger.warning("A row's tests cannot be read, so its completions are not judged: %s", error)
                 row_tests = None
             source = solution_of(completion_text(completion), row_tests) if row_tests else None
-            # Completions of a group often agree, and tests can be long: one verdict for equal ones
+            # Completions of a group often agree, and tests can be long, so equal ones share one verdict
             jobs.append((source, row_tests, (source, row if isinstance(row, str) else json.dumps(row, default=str))))
         distinct = {key: (source, row_tests) for source, row_tests, key in jobs if source is not None}
         with ThreadPoolExecutor(min(self.num_workers, max(1, len(distinct)))) as pool:
@@ -271,7 +155,7 @@ class CodeReward:
         score = passed / len(tests.inputs)
         return (score if self.scoring == "fraction" else float(score == 1)), verdict
 
-    # Each yields for every test None if it passed, else what went wrong
+    # Each of these yields one value a test: None if it passed, else what went wrong
 
     def _stdin(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
         sandbox = open_sandbox(self.sandbox, self.packages)
@@ -306,7 +190,7 @@ class CodeReward:
                     # APPS wraps the expected value in a list of one
                     isinstance(expected, list)
                     and len(expected) == 1
-                    and same_value(answer["value"], _expected(expected[0]), self.float_tolerance)
+                    and same_value(answer["value"], expected_value(expected[0]), self.float_tolerance)
                 ):
                     yield None
                 else:
@@ -331,7 +215,7 @@ def _error(answer: Any) -> str:
 
 def solution_of(completion: str, tests: ProblemTests) -> str | None:
     """
-    The program to run: the completion's solution, after the problem's own code where it brings some (imports, helpers).
+    Make the program to run: the completion's solution, after the problem's own code where it brings some (imports, helpers).
 
     Args:
         completion (`str`): Text of a completion.
@@ -345,7 +229,7 @@ def solution_of(completion: str, tests: ProblemTests) -> str | None:
         if source is None:
             return tests.prompt + completion  # a base model goes on where the prompt ends
         if "__future__" not in source:
-            return f"{_complete(tests.prompt)}\n{source}"
+            return f"{complete_prompt(tests.prompt)}\n{source}"
     return source
 
 
@@ -365,7 +249,7 @@ def code_reward(
 
     Args:
         completions (`list`): B completions, texts or message lists.
-        tests (`list`): ProblemTests of each row; see [`read_tests`].
+        tests (`list`): The tests of each row, see [`~trl_prime.rewards.code_tests.read_tests`].
         log_extra, log_metric (`Callable`, *optional*): TRL's.
 
     Returns:

@@ -1,4 +1,4 @@
-r"""Outcome reward for problems with a final answer, judged by Math-Verify in processes that can be killed."""
+r"""The outcome reward of problems with a final answer asks Math-Verify, in processes that can be killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class MathReward:
     not be told.
 
     Options are arguments of the constructor, because TRL passes every column of the data set to the call. See
-    [`~trl_prime.rewards.answers.extract_answer`] for where the answer is looked for and [`~trl_prime.rewards.answers.judge`] for what is equal.
+    [`~trl_prime.rewards.answers.extract_answer`] for where the answer is looked for and
+    [`~trl_prime.rewards.answers.judge`] for what is equal.
 
     | case | reward |
     |---|---|
@@ -66,7 +67,7 @@ class MathReward:
             raise ImportError("Judging answers needs Math-Verify: pip install trl-prime[math]")
         if undecided is not None and not isinstance(undecided, (int, float)):
             raise ValueError(f"undecided is {undecided!r}, but must be a number or None.")
-        self.__name__ = "math_reward"  # TRL logs by it
+        self.__name__ = "math_reward"  # TRL logs it by this name
         self.undecided = undecided
         self.boxed_only = boxed_only
         self.pool = WorkerPool(judge, num_workers=num_workers, timeout=timeout, warm_up=_WARM_UP)
@@ -118,7 +119,7 @@ class MathReward:
         self, pairs: Collection[tuple[str | None, str | None]]
     ) -> dict[tuple[str | None, str | None], float | None]:
         """
-        The reward of each pair of answer and gold answer, both as extracted.
+        Judge pairs of an answer and a gold answer, both as extracted.
 
         Args:
             pairs (`Collection[tuple]`): Distinct pairs.
@@ -135,7 +136,7 @@ class MathReward:
             elif (verdict := quick_verdict(answer, gold)) is not None:
                 rewards[answer, gold] = float(verdict)
         hard = [pair for pair in pairs if pair not in rewards]
-        # By gold answer: a worker reads the one of a group once
+        # Pairs with one gold answer go to one worker, which parses it once
         results = self.pool.map(hard, keys=[gold for _, gold in hard])
         failed_golds = []
         for pair, result in zip(hard, results, strict=True):
@@ -143,7 +144,7 @@ class MathReward:
             if result.failure:
                 failed_golds.append(pair[1])
         if self.undecided is not None and failed_golds:
-            # Whose fault was it? The answer "0" takes no time, so what takes for ever is the gold answer
+            # The answer "0" takes no time, so if it fails too, the gold answer is at fault
             golds = list(dict.fromkeys(failed_golds))
             sound = {
                 gold

@@ -1,5 +1,8 @@
-"""Finds the program in a completion and compares what it answers. Pure, and safe on hostile text: one pass of regular
-expressions that cannot backtrack, no parsing of model-written code in this process."""
+"""Find the program in a completion, and compare its output with the expected one.
+
+All functions are pure and safe on hostile text: they make one pass of regular expressions that cannot backtrack, and do not
+parse model-written code.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ _FENCE = re.compile(r"^[ \t>]*(`{3,}|~{3,})", re.MULTILINE)
 _PYTHON = {"", "python", "py", "python3", "py3", "ipython"}
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bfileinput\b|\bopen\s*\(\s*0")
 _WRITES_OUTPUT = re.compile(r"\bprint\s*\(|\bstdout\b")
-# A number that is written as a real one: its last digits are a matter of rounding
+# This matches a number that is written as a real one, whose last digits are a matter of rounding
 _REAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 
 
 def code_blocks(completion: str) -> list[str]:
     """
-    The fenced Python blocks of a completion, in order. Fences without a language count; a block that is never closed goes
-    to the end. What stands before the last `</think>` is left out.
+    List the fenced Python blocks of a completion, in order. Fences without a language count; a block that is never closed
+    goes to the end. Text before the last `</think>` is left out.
 
     Args:
         completion (`str`): Text of a completion.
@@ -35,7 +38,7 @@ def code_blocks(completion: str) -> list[str]:
         line_end = len(text) if line_end < 0 else line_end
         fence, info = match.group(1), text[match.end() : line_end].strip()
         if opened is None:
-            if "`" not in info:  # else it is code within a line
+            if "`" not in info:  # with one it would be code within a line
                 opened = fence, info.partition(" ")[0].lower() in _PYTHON, line_end + 1
         elif fence.startswith(opened[0]) and not info:
             if opened[1]:
@@ -48,7 +51,7 @@ def code_blocks(completion: str) -> list[str]:
 
 def pick_solution(completion: str, names: tuple[str, ...] = ()) -> str | None:
     """
-    The block of a completion that holds its solution.
+    Pick the block of a completion that holds its solution.
 
     With `names`, the last block that defines one of them (as a function, class, method or by assignment); without, the
     last block that reads input, else the last that writes output. A usage example after the solution is neither. Where no
@@ -83,8 +86,8 @@ def pick_solution(completion: str, names: tuple[str, ...] = ()) -> str | None:
 
 def same_output(output: str, expected: str, tolerance: float = 1e-6) -> bool:
     """
-    Whether a program's output is the expected one, as judges of programming contests compare: line by line, words apart by
-    any white space, empty lines ignored. A word that is expected as a real number (with a point or an exponent) may differ
+    Tell whether a program's output is the expected one, as judges of programming contests compare: line by line, words apart
+    by any white space, empty lines ignored. A word that is expected as a real number (with a point or an exponent) may differ
     by `tolerance`, absolute or relative; every other word must be the same.
 
     Args:
@@ -119,7 +122,7 @@ def _same_real(word: str, expected: str, tolerance: float) -> bool:
 
 def same_value(form: Any, expected: Any, tolerance: float = 1e-6) -> bool:
     """
-    Whether the value that a function returned is the expected one.
+    Tell whether the value that a function returned is the expected one.
 
     Equality is Python's, tuples count as lists (the expected value comes from JSON), dictionary keys are compared as JSON
     has them, as text, and real numbers may differ by `tolerance`. Compares the forms of

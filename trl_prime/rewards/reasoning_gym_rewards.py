@@ -1,23 +1,26 @@
-"""The scorers of reasoning-gym's tasks as an outcome reward: right or wrong.
+"""The scorers of reasoning-gym's tasks serve as an outcome reward, right or wrong.
 
-A row's `tests` is the JSON object {"task", "config", "entry"} that the adapter writes. What is *not* covered: tasks whose
-scorer runs the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too): the answer is written by a model
+A row's `tests` is the JSON object {"task", "config", "entry"} that the adapter writes. *Not covered* are tasks whose scorer
+runs the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too): the answer is written by a model
 that is rewarded for what the scorer says, and the scorer runs in the training process. `load_scorer` refuses them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from ..texts import completion_text
 
-# Names that turn text into running code
+# These names turn text into running code
 RUNS_CODE = {"eval", "exec", "parse_expr", "sympify"}
+# This function evaluates the problem and converts the answer by `int` (read in reasoning-gym 0.1.25)
+_RUNS_THE_PROBLEM = {"reasoning_gym.arithmetic.bitwise_arithmetic.verify_solution"}
 
 
 def reasoning_gym_reward(
@@ -28,7 +31,7 @@ def reasoning_gym_reward(
     **kwargs,
 ) -> list[float | None]:
     r"""
-    1 where the scorer of the row's task gives full marks, else 0. The scorers give partial credit down to any text at all
+    Reward 1 where the scorer of the row's task gives full marks, else 0. The scorers give partial credit down to any text at all
     (0.01 to 0.9), which says nothing about being right, so there is nothing between. An answer on which a scorer raises
     is wrong: some parse without checking.
 
@@ -56,7 +59,7 @@ def reasoning_gym_reward(
 
 
 def extract_answer(completion: str | list[dict[str, str]]) -> str:
-    r"""The last `<answer>`, else the last `\boxed{}`, else the whole text."""
+    r"""Take the last `<answer>`, else the last `\boxed{}`, else the whole text."""
     text = completion_text(completion)
     for pattern in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}"):
         found = re.findall(pattern, text, flags=re.DOTALL)
@@ -66,7 +69,7 @@ def extract_answer(completion: str | list[dict[str, str]]) -> str:
 
 
 def is_right(answer: str, test: str) -> bool:
-    """Whether the scorer gives full marks; see `reasoning_gym_reward`."""
+    """Tell whether the scorer gives full marks; see `reasoning_gym_reward`."""
     row = json.loads(test)
     score = load_scorer(row["task"], json.dumps(row["config"], sort_keys=True))
     try:
@@ -78,7 +81,7 @@ def is_right(answer: str, test: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]], float]:
     """
-    The scorer of a reasoning-gym task.
+    Load the scorer of a reasoning-gym task.
 
     Args:
         task (`str`): Its name.
@@ -91,7 +94,7 @@ def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]]
         ValueError: The task is unknown, its settings are wrong, or its scorer runs answers as Python.
     """
     scorer = make_task(task, json.loads(config)).score_answer
-    names = sorted(_names(scorer.__code__) & RUNS_CODE - _own_names(scorer))
+    names = sorted(_runs_code(scorer))
     if names:
         raise ValueError(
             f"reasoning-gym's scorer of {task!r} runs the model's answer as Python (by {', '.join(names)}), which is not "
@@ -102,7 +105,7 @@ def load_scorer(task: str, config: str = "{}") -> Callable[[str, dict[str, Any]]
 
 def make_task(task: str, config: dict[str, Any]) -> Any:
     """
-    A reasoning-gym data set, which makes problems and scores answers.
+    Make a reasoning-gym data set, which makes problems and scores answers.
 
     Args:
         task (`str`): Its name.
@@ -136,13 +139,38 @@ def make_task(task: str, config: dict[str, Any]) -> Any:
         raise ValueError(f"reasoning-gym's task {task!r} does not take the settings {config}: {error}.") from error
 
 
+def _runs_code(scorer: Callable) -> set[str]:
+    """Find the names of `RUNS_CODE` that a scorer uses, itself or through functions, methods and classes of its package."""
+    package, task = _package(scorer), type(scorer.__self__)
+    found: set[str] = set()
+    seen: set[FunctionType] = set()
+    waiting = [scorer.__func__]
+    while waiting:
+        function = waiting.pop()
+        if function in seen or f"{function.__module__}.{function.__qualname__}" in _RUNS_THE_PROBLEM:
+            continue
+        seen.add(function)
+        for name in _names(function.__code__):
+            value, method = function.__globals__.get(name), getattr(task, name, None)
+            # reasoning-gym has a parser of its own, which is safe, and an import can rename one that is not
+            if _package(value) != package:
+                found |= {name, getattr(value, "__name__", name)} & RUNS_CODE
+            waiting += [inner for own in (value, method) if _package(own) == package for inner in _functions(own)]
+    return found
+
+
 def _names(code: CodeType) -> set[str]:
-    """Names that a function uses, inner functions and comprehensions included."""
+    """List the names that a function uses, inner functions and comprehensions included."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
 
-def _own_names(scorer: Callable) -> set[str]:
-    """Of the names that a scorer could mean, those that are reasoning-gym's own functions: it has a parser of its own."""
-    found = {name: scorer.__globals__.get(name) for name in RUNS_CODE}
-    return {name for name, value in found.items() if getattr(value, "__module__", "").startswith("reasoning_gym")}
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
+
+
+def _functions(value: Any) -> list[FunctionType]:
+    """Take the decorators off a function, or list the functions of a class."""
+    members = vars(value).values() if isinstance(value, type) else [value]
+    functions = (inspect.unwrap(getattr(member, "__func__", member)) for member in members)
+    return [function for function in functions if isinstance(function, FunctionType)]

@@ -1,6 +1,6 @@
-"""Names of reward functions and hooks in a recipe: this package's verifiers, TRL's own rewards, and dotted paths.
+"""Load reward functions by the names that a recipe gives: this package's verifiers, TRL's own rewards, and dotted paths.
 
-A spec may be a call form with options, see `specs.py`.
+A name may be a call form with options, see `specs.py`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from ..specs import load_object, nearest, parse_call
+from ..specs import call_with_options, check_options, load_object, nearest, parse_call
 
-# Spec name -> (module, function for the plain name, class for the call form); imported when they are asked for
+# Each name maps to (module, function for the plain name, class for the call form), imported when asked for
 VERIFIERS = {
     "math": ("math_rewards", "math_reward", "MathReward"),
     "code": ("code_rewards", "code_reward", "CodeReward"),
@@ -24,7 +24,7 @@ VERIFIERS = {
 
 def trl_rewards() -> dict[str, Callable]:
     """
-    The reward functions of the installed TRL by name, and its factories both by their name and without the `get_`.
+    List the reward functions of the installed TRL by name, and its factories both by their name and without the `get_`.
 
     Returns:
         `dict[str, Callable]`: for instance `accuracy_reward`, `soft_overlong_punishment`.
@@ -40,7 +40,7 @@ def trl_rewards() -> dict[str, Callable]:
 
 def load_reward_func(spec: str) -> Callable:
     """
-    A reward function by name, with or without options.
+    Load a reward function by name, with or without options.
 
     - `math`, `code`, `verifier` (math or code, by the row), `reasoning_gym`: this package's.
     - TRL's names, `accuracy_reward`; its factories without the `get_`,
@@ -74,7 +74,7 @@ def load_reward_func(spec: str) -> Callable:
 
 def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | None = None) -> Callable:
     """
-    One of this package's verifiers.
+    Load one of this package's verifiers.
 
     Args:
         name (`str`): Key of `VERIFIERS`.
@@ -91,7 +91,7 @@ def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | 
     module_name, function_name, class_name = VERIFIERS[name]
     module = importlib.import_module(f".{module_name}", __package__)
     if name == "code" and options is None:
-        options = {}  # made now: a machine that cannot run programs safely is refused before a model is loaded
+        options = {}  # it is made now, so that an unsafe machine is refused before a model is loaded
     if options is None:
         return getattr(module, function_name)
     if class_name is None:
@@ -99,50 +99,22 @@ def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | 
     return _make(getattr(module, class_name), spec or f"{name}({', '.join(options)})", options)
 
 
-def _make(factory: Callable, spec: str, options: dict[str, Any]) -> Callable:
-    """Call a factory, after its arguments were checked: a TypeError from inside it is a bug, not a wrong recipe."""
-    if not callable(factory):
-        raise ValueError(f"reward_funcs has {spec!r}, but that is no function: give it without parentheses.")
-    parameters = inspect.signature(factory).parameters.values()
-    _check_names(spec, options, parameters)
-    missing = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in options
-    ]
-    if missing:
-        template = ", ".join(f"{option}=..." for option in [*options, *missing])
-        raise ValueError(
-            f"reward_funcs has {spec!r}, which lacks {', '.join(missing)}. Write {parse_call(spec)[0]}({template})."
-        )
-    return _checked(factory(**options), spec)
+def _make(factory: Any, spec: str, options: dict[str, Any]) -> Callable:
+    return _checked(call_with_options("reward_funcs", spec, factory, options), spec)
 
 
 def _with_options(reward: Callable, spec: str, options: dict[str, Any]) -> Callable:
-    """A plain reward function with some of its optional arguments set."""
+    """Set some of the optional arguments of a plain reward function."""
     given_by_trainer = ("log_extra", "log_metric", "trainer_state")
-    parameters = [
-        parameter
+    known = [
+        parameter.name
         for parameter in inspect.signature(reward).parameters.values()
         if parameter.default is not parameter.empty and parameter.name not in given_by_trainer
     ]
-    if not parameters:
+    if not known:
         raise ValueError(f"reward_funcs has {spec!r}, but that reward takes no options. Write {reward.__name__!r}.")
-    _check_names(spec, options, parameters)
+    check_options(f"reward_funcs has {spec!r}, which", options, known)
     return functools.update_wrapper(functools.partial(reward, **options), reward)
-
-
-def _check_names(spec: str, options: Iterable[str], parameters: Iterable[inspect.Parameter]) -> None:
-    parameters = list(parameters)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [parameter.name for parameter in parameters]
-    for option in options:
-        if option not in known:
-            hint = nearest(option, known) if known else "It takes none."
-            raise ValueError(f"reward_funcs has {spec!r}, which has no option {option!r}. {hint}")
 
 
 def _checked(reward: Any, spec: str) -> Callable:

@@ -1,4 +1,4 @@
-"""One reward function for a mixed data set: every row goes to the verifier of its kind.
+"""One reward function serves a mixed data set: every row goes to the verifier of its kind.
 
 The kind of a row is what its `ability` says. Where that is empty, its `data_source` is looked up in `DATA_SOURCES`; where
 that is empty or not in the table, the columns decide: `solution` alone is mathematics, `tests` alone is code. An ability
@@ -15,7 +15,7 @@ from typing import Any
 
 from .registry import load_verifier
 
-# Kind -> names of data sets, as patterns: without the owner, in lower case, `-` as `_`
+# Kinds map to patterns of data set names, without the owner, in lower case, with `_` for `-`
 DATA_SOURCES = {
     "math": (
         "numina_*",
@@ -48,7 +48,7 @@ DATA_SOURCES = {
         "livecodebench*",
     ),
 }
-# Every kind, and the column that its verifier reads
+# Every kind maps to the column that its verifier reads
 TRUTH_COLUMN = {"math": "solution", "code": "tests", "reasoning_gym": "tests"}
 
 
@@ -150,7 +150,7 @@ class VerifierReward:
         return rewards
 
     def _verifier(self, kind: str) -> Callable:
-        # Imported when a row of the kind comes, so that mathematics needs no sandbox and code no math-verify
+        # A verifier is imported when a row of its kind comes, so that mathematics needs no sandbox and code no Math-Verify
         if self.verifiers[kind] is None:
             self.verifiers[kind] = load_verifier(kind)
         return self.verifiers[kind]
@@ -160,7 +160,7 @@ def row_kind(
     ability: str | None = None, data_source: str | None = None, solution: str | None = None, tests: str | None = None
 ) -> str | None:
     """
-    The kind of a row, see the top of this file.
+    Tell the kind of a row, see the top of this file.
 
     Args:
         ability, data_source, solution, tests (`str`, *optional*): What the row says.
@@ -182,7 +182,7 @@ def row_kind(
 @functools.lru_cache(maxsize=1024)
 def data_source_kind(data_source: str) -> str | None:
     """
-    The kind of a data set by its name.
+    Tell the kind of a data set by its name.
 
     Args:
         data_source (`str`): For instance `"numina_olympiads"`, `"openai/gsm8k"`, `"HuggingFaceH4/MATH-500"`, `"taco"`.
@@ -204,7 +204,7 @@ def _from_options(kind: str, verifier: Callable | Mapping[str, Any] | None) -> C
 
 
 def _select(values: Any, rows: list[int], batch_size: int) -> Any:
-    """The rows of a column; what is no column stays as it is."""
+    """Select rows of a column; a value that is no column stays as it is."""
     return [values[i] for i in rows] if isinstance(values, (list, tuple)) and len(values) == batch_size else values
 
 
@@ -214,7 +214,7 @@ def _scatter_column(extra: dict[str, list], rows: list[int], batch_size: int, na
         column[i] = value
 
 
-# Shared by all who ask for it by name, and with it the verifiers' pools
+# All who ask for the router by name share this one, and with it the verifiers' pools
 _DEFAULT = VerifierReward()
 
 

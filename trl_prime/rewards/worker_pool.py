@@ -1,4 +1,4 @@
-"""A pool of worker processes that can be killed: for calls that may hang, crash or take all memory.
+"""A pool of worker processes makes calls that may hang, crash or take all memory; it kills and replaces them.
 
 Covered: a time limit that holds in any calling thread and inside C code, a memory limit, crashes, calls from several
 threads, `os.fork` of the parent, and a parent that exits, is interrupted or is killed: no worker outlives it for longer
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -34,7 +34,7 @@ _START_UP_SECONDS = 120.0
 
 class JobResult(NamedTuple):
     """
-    What became of a job.
+    The outcome of a job.
 
     Args:
         value (`Any`): What the function returned; None if it did not return.
@@ -51,11 +51,11 @@ class WorkerPool:
     Runs a function in persistent processes, which are killed and replaced when a call takes too long.
 
     Processes start with the first call and are new interpreters: nothing of the parent is inherited, not torch, not its
-    locks. The function's file is loaded on its own, without the packages it is in, so it must not use relative imports.
+    locks. A worker has the parent's `sys.path` and imports the function's module by its name, and the packages that hold it.
 
     Args:
         function (`Callable`):
-            Function of a module's top level. Arguments and result are passed as JSON.
+            Function at the top level of a module that can be imported. Arguments and result are passed as JSON.
         num_workers (`int`, *optional*):
             Largest number of processes. Defaults to the number of available cores, at most 8.
         timeout (`float`, *optional*, defaults to `5.0`):
@@ -69,7 +69,7 @@ class WorkerPool:
             and caches are there.
 
     Raises:
-        ValueError: An option is out of range, or the function is not of a module's top level.
+        ValueError: An option is out of range, or the function cannot be imported.
 
     Example:
     ```python
@@ -101,10 +101,9 @@ class WorkerPool:
         ):
             if not isinstance(value, (int, float)) or not least <= value < float("inf"):
                 raise ValueError(f"{name} is {value!r}, but must be a finite number of at least {least}.")
-        path = getattr(sys.modules.get(function.__module__), "__file__", None)
-        if path is None or function.__qualname__ != function.__name__:
+        if function.__module__ in (None, "__main__") or not function.__qualname__.isidentifier():
             raise ValueError(
-                f"{function!r} cannot be loaded in a worker; define it at the top level of a module's file."
+                f"{function!r} cannot be loaded in a worker; define it at the top level of a module that can be imported."
             )
         self.function = function
         self.num_workers = num_workers
@@ -112,7 +111,7 @@ class WorkerPool:
         self.memory_limit = memory_limit
         self.max_jobs_per_worker = max_jobs_per_worker
         self.warm_up = warm_up
-        self._target = (os.path.abspath(path), function.__name__)
+        self._target = (function.__module__, function.__name__)
         self._reset()
         _POOLS.add(self)
 
@@ -143,7 +142,7 @@ class WorkerPool:
                 for bundle in bundles.values():
                     self._queue.put(bundle)
                 while len(self._threads) < min(self.num_workers, len(bundles)):
-                    # A daemon, so that an interrupted parent does not wait for a job that hangs
+                    # The thread is a daemon, so that an interrupted parent does not wait for a job that hangs
                     thread = threading.Thread(target=self._serve_queue, args=(self._queue,), daemon=True)
                     self._threads.append(thread)
                     thread.start()
@@ -180,7 +179,7 @@ class WorkerPool:
         return WorkerPool, (self.function, *options)
 
     def _reset(self) -> None:
-        """Nothing running. Also what a forked child begins with: it has none of the threads and must not use the workers."""
+        """Begin with nothing running. A forked child does so too: it has none of the threads and must not use the workers."""
         for worker in getattr(self, "_workers", ()):
             worker.forget()
         self._lock = threading.Lock()
@@ -190,7 +189,7 @@ class WorkerPool:
         self._closed = False
 
     def _serve_queue(self, jobs: queue.SimpleQueue) -> None:
-        """One thread per worker: it starts the worker, hands it one job at a time, and kills it when a job is overdue."""
+        """Serve one worker from a thread: start it, hand it one job at a time, and kill it when a job is overdue."""
         worker = None
         for future, frame in itertools.chain.from_iterable(iter(jobs.get, None)):
             if not future.set_running_or_notify_cancel():
@@ -213,10 +212,11 @@ class WorkerPool:
     def _start_worker(self) -> _Worker:
         worker = _Worker(
             {
+                "path": [entry for entry in sys.path if isinstance(entry, str)],  # imports ignore other types
                 "target": self._target,
                 "warm_up": self.warm_up,
                 "memory_limit": self.memory_limit,
-                # The backstop for a worker whose parent is gone; while there is a parent its limit is the one that counts
+                # The alarm ends a worker whose parent is gone; while there is a parent, the parent's limit counts
                 "alarm": 1.5 * self.timeout + 1.0,
             }
         )
@@ -290,14 +290,14 @@ class _Worker:
         return bytes(data)
 
     def kill(self) -> None:
-        """From any thread; the worker's own thread, which may be waiting at the socket, finds its end."""
+        """Kill the process, from any thread; the worker's own thread, which may wait at the socket, finds its end."""
         self.process.kill()
         self.process.wait()
 
     def forget(self) -> None:
-        """In a forked child: close the copy of the socket, or the worker would not see the end of its parent."""
+        """Close a forked child's copy of the socket, or the worker would not see the end of its parent."""
         self.socket.close()
-        self.process.returncode = 0  # not this process's child
+        self.process.returncode = 0  # it is not this process's child
 
 
 _POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
@@ -314,7 +314,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the worker
+# This part runs in the worker
 
 
 def _serve(options: dict) -> None:
@@ -322,7 +322,7 @@ def _serve(options: dict) -> None:
     import resource
 
     stream = os.dup(0)
-    # What the function reads and prints must not meet the frames
+    # The function's input and output must not meet the frames
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -334,13 +334,9 @@ def _serve(options: dict) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
 
     try:
-        path, name = options["target"]
-        module_name = os.path.splitext(os.path.basename(path))[0]
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
+        sys.path[:] = options["path"]
+        module_name, name = options["target"]
+        function = getattr(importlib.import_module(module_name), name)
         if options["warm_up"] is not None:
             function(*options["warm_up"])
     except BaseException as error:
@@ -392,7 +388,5 @@ def _read(stream: int, length: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    # The script's own folder comes first on the path, where `answers` and the like would hide other modules
-    sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
     with contextlib.suppress(ConnectionError):
         _serve(json.loads(sys.argv[1]))

@@ -7,10 +7,9 @@ function that makes the tool.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
-from ..specs import load_object, nearest, parse_call
+from ..specs import call_with_options, load_object, nearest, parse_call
 from . import Limits, open_sandbox
 
 TOOLS = {"python": "trl_prime.sandbox.tool.python_tool"}
@@ -20,7 +19,7 @@ def python_tool(
     seconds: float = 5.0, memory_mb: int = 512, max_characters: int = 2000, sandbox: str = "auto"
 ) -> Callable[[str], str]:
     """
-    A Python interpreter for the policy. Its programs run behind the same walls as those of the code reward.
+    Make a Python interpreter for the policy. Its programs run behind the same walls as those of the code reward.
 
     Args:
         seconds (`float`): Time of one program.
@@ -66,7 +65,7 @@ def python_tool(
 
 def load_tool(spec: str) -> Callable:
     """
-    A tool by name.
+    Load a tool by name.
 
     Args:
         spec (`str`): A key of `TOOLS`, a dotted path, or either with options, `python(seconds=10)`.
@@ -75,18 +74,14 @@ def load_tool(spec: str) -> Callable:
         `Callable`: the tool.
 
     Raises:
-        ValueError: There is no such tool or option.
+        ValueError: There is no such tool or option, or an option is missing.
     """
     name, options = parse_call(spec)
     if name not in TOOLS and "." not in name:
         raise ValueError(f"tools has {spec!r}, which is unknown. {nearest(name, TOOLS)} Or give a dotted path.")
     found = load_object(TOOLS.get(name, name))
     if name in TOOLS or options is not None:
-        try:
-            inspect.signature(found).bind(**(options or {}))
-        except TypeError as error:
-            raise ValueError(f"tools has {spec!r}: {error}.") from error
-        found = found(**(options or {}))
+        found = call_with_options("tools", spec, found, options or {})
     if not callable(found):
         raise ValueError(f"tools has {spec!r}, which is a {type(found).__name__} and no function.")
     return found
