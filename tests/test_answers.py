@@ -119,6 +119,9 @@ def test_extract_gold(gold, answer):
         ("The answer in weeks is 28 / 7.\nA: 4", None),
         ("x ####", None),
         ("42", None),
+        # Cut off within the box
+        (r"First \boxed{4}, then $x = \boxed{\frac{1}{2}", None),
+        (r"Hence \boxed 4.", "4"),
     ],
 )
 def test_gold_of_a_worked_solution_has_to_be_marked(gold, answer):

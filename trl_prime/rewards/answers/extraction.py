@@ -71,7 +71,8 @@ def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
     Args:
         gold (`Any`): The field.
         marked_only (`bool`, *optional*, defaults to `False`): Whether to find only what is in a box or after `####`, because
-            the field holds a worked solution, which is no answer as a whole.
+            the field holds a worked solution, which is no answer as a whole. A box that is not closed is then no answer either:
+            the solution was cut off.
 
     Returns:
         `str` or `None`: the answer as written; None if the field is None or empty, or has no mark with `marked_only`.
@@ -79,7 +80,7 @@ def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
     if gold is None:
         return None
     gold = str(gold).strip()
-    answer = _last_boxes(gold)
+    answer = _last_boxes(gold, closed_only=marked_only)
     if answer is None:
         _, hashes, after_hashes = gold.rpartition("####")
         if hashes:
@@ -89,7 +90,7 @@ def extract_gold(gold: Any, marked_only: bool = False) -> str | None:
     return answer or None
 
 
-def _last_boxes(text: str) -> str | None:
+def _last_boxes(text: str, closed_only: bool = False) -> str | None:
     """Read the last box that is not empty, and before it the boxes that it is joined to."""
     contents: list[str] = []
     end, next_start = len(text), None
@@ -98,7 +99,9 @@ def _last_boxes(text: str) -> str | None:
         box = _BOX.match(text, end) if end >= 0 else None
         if end < 0:
             break
-        content, stop = _box_content(text, box.end()) if box else ("", end)
+        content, stop, is_closed = _box_content(text, box.end()) if box else ("", end, True)
+        if closed_only and not is_closed:
+            return None
         if not content:
             continue
         if next_start is not None and not (
@@ -110,19 +113,19 @@ def _last_boxes(text: str) -> str | None:
     return ", ".join(reversed(contents)) or None
 
 
-def _box_content(text: str, start: int) -> tuple[str, int]:
-    r"""Read the box whose argument begins at `start`: its content and its end. `\boxed 5` has an argument too."""
+def _box_content(text: str, start: int) -> tuple[str, int, bool]:
+    r"""Read the box whose argument begins at `start`: its content, its end, and whether it is closed, as `\boxed 5` is."""
     if text[start : start + 1] != "{":
         token = re.compile(r"[^\s$.,]{0,64}").match(text, start)
-        return token.group(), token.end()
+        return token.group(), token.end(), True
     limit = start + MAX_ANSWER_LENGTH + 8
     depth = 0
     for token in _BRACE.finditer(text, start, limit):
         depth += {"{": 1, "}": -1}.get(token.group(), 0)
         if depth == 0:
-            return text[start + 1 : token.start()].strip(), token.end()
+            return text[start + 1 : token.start()].strip(), token.end(), True
     line = re.compile(r"[^\n$]*").match(text, start + 1, limit)
-    return line.group().strip(), line.end()
+    return line.group().strip(), line.end(), False
 
 
 def _after_hashes(text: str) -> str | None:
