@@ -147,8 +147,6 @@ def test_gsm8k_answers():
         (r"not \boxed{1} but \boxed{2}", "2"),
         (r"\boxed{1}\text{ and }\boxed{2} \text{ or }$\boxed{3}$", "1, 2, 3"),
         (r"\boxed{a \\ {b}}", r"a \\ {b}"),
-        # One that is not closed ends with its line
-        ("\\boxed{4\nis it", "4"),
     ],
 )
 def test_boxed_answers_of_math(solution, answer):
@@ -156,7 +154,17 @@ def test_boxed_answers_of_math(solution, answer):
 
 
 def test_malformed_boxes():
-    for solution in ("42", r"\boxed{}", r"\boxed{", r"\boxedx{4}", "The answer is 4.", "x ####"):
+    for solution in (
+        "42",
+        r"\boxed{4",
+        "\\boxed{4\nis it",
+        r"\boxed{\{4\}",
+        r"\boxed{}",
+        r"\boxed{",
+        r"\boxedx{4}",
+        "The answer is 4.",
+        "x ####",
+    ):
         with pytest.raises(ValueError, match="Row 0 is no 'math' row: .*without a final answer"):
             adapt([{"problem": "?", "solution": solution}], "math")
 
