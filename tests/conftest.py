@@ -5,6 +5,8 @@ import functools
 import gc
 import inspect
 import os
+import threading
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -12,9 +14,13 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from datasets import Dataset
+from hub_server import HubServer
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
@@ -222,3 +228,33 @@ def train(make_trainer):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, model_path):
+    """The server, with a model `me/base`; the libraries of this process are its clients, logged in as `me`."""
+    server = HubServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    caches = iter(range(100))
+
+    def clean_cache():
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{next(caches)}"))
+        server.requests.clear()
+
+    server.clean_cache = clean_cache
+    clean_cache()
+    huggingface_hub.create_repo("me/base")
+    files = {path.name: path.read_bytes() for path in Path(model_path).iterdir()}
+    server.commit("me/base", "main", "model", files)
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import build_model, distance, logged, row_rewards, same, weights
-from test_prime_trainer import fixed_rollouts, metrics
+from helpers import fixed_rollouts, metrics
 from transformers import AutoModelForCausalLM, TrainerState
 
 from trl_prime import ImplicitPRM

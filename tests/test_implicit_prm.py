@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, same, slow_log_probs, weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers import LENGTHS, lora, make_trained, ragged_batch, scaled, storages
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, ModernBertDecoderConfig, Phi3Config, RwkvConfig
 
 from trl_prime import ImplicitPRM
@@ -19,40 +20,6 @@ from trl_prime.implicit_prm.logps import (
     num_chunks,
     unwrapped,
 )
-
-LENGTHS = ((3, 5), (1, 2), (7, 8), (4, 1), (2, 8), (6, 3), (5, 0))
-
-
-def lora(**kwargs):
-    return LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **kwargs}
-    )
-
-
-def ragged_batch(lengths=LENGTHS, seed=0):
-    """Prompts padded on the left, completions on the right; padding holds ids that matter if they are looked at."""
-    generator = torch.Generator().manual_seed(seed)
-    num_prompt, num_tokens = max(p for p, _ in lengths) + 1, max(c for _, c in lengths) + 2
-    prompt_ids = torch.randint(3, 44, (len(lengths), num_prompt), generator=generator)
-    completion_ids = torch.randint(3, 44, (len(lengths), num_tokens), generator=generator)
-    prompt_mask, completion_mask = torch.zeros_like(prompt_ids), torch.zeros_like(completion_ids)
-    for row, (num_p, num_c) in enumerate(lengths):
-        prompt_mask[row, num_prompt - num_p :] = 1
-        completion_mask[row, :num_c] = 1
-    return prompt_ids, prompt_mask, completion_ids, completion_mask
-
-
-def make_trained(adapter, scale=0.5):
-    """Make an adapter differ from the identity."""
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(adapter.named_parameters()):
-            if "lora_B" in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    return adapter
-
-
-def storages(*models):
-    return {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
 
 
 def train_prm(prm, lr=1.0):
@@ -143,17 +110,6 @@ def test_memory_grows_with_the_micro_batch_only(random_prm):
     num_tokens = batch[2].shape[1]
     assert len(seen) == 2 * 4  # 7 rows by 2
     assert all(rows <= 2 and positions <= num_tokens + 1 for rows, positions, _ in seen)
-
-
-def scaled(config, scale=4.0):
-    """A model of another architecture whose distributions are far from uniform."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(scale)
-    return model
 
 
 TINY = {
