@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
+from trl_prime.advantages import RolloutRewards
+from trl_prime.process_rewards import reward_positions
 
 torch.set_num_threads(1)
 
@@ -228,6 +230,21 @@ def train(make_trainer):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def rollout_rewards():
+    """A batch of four completions as a hook gets it: one is not judged, one has no token."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    return RolloutRewards(
+        outcome_rewards=torch.tensor([1.0, 0.0, float("nan"), 1.0]),
+        process_rewards=torch.randn(4, 4),
+        completion_mask=mask,
+        reward_mask=reward_positions(mask, "whole"),
+        num_generations=2,
+        settings={"estimator": "reinforce", "process_weight": 0.3, "process_gamma": 0.9, "whiten": False},
+    )
 
 
 @pytest.fixture

@@ -87,6 +87,16 @@ def fixed_rollouts(change=(), env_mask=None, seed=0, lengths=(5, 8, 3, 6, 8, 2, 
     return rollout
 
 
+def rollouts_of(completion_ids, **columns):
+    """A rollout_func that gives these completions."""
+
+    def rollout(prompts, trainer):
+        prompt_ids = [trainer.processing_class(prompt).input_ids for prompt in prompts]
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, **columns}
+
+    return rollout
+
+
 def metrics(trainer):
     """The entries of the log that belong to training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]

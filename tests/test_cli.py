@@ -16,9 +16,6 @@ from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
 from trl_prime.commands.work import work
-from trl_prime.rewards import load_reward_func
-from trl_prime.specs import load_object
-from trl_prime.tasks.running_sums import running_sum_reward
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -167,19 +164,6 @@ def test_an_unknown_task_names_the_nearest(tmp_path, capsys):
 def test_a_run_needs_a_model_and_data(tmp_path, capsys):
     assert main(["train", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]) == 2
     assert "dataset_name" in capsys.readouterr().err
-
-
-def test_reward_functions_by_name():
-    from trl.rewards import think_format_reward
-
-    assert load_reward_func("think_format_reward") is think_format_reward
-    assert load_reward_func("trl_prime.tasks.running_sums.running_sum_reward") is running_sum_reward
-    with pytest.raises(ValueError, match="'accuracy_reward'"):
-        load_reward_func("acuracy_reward")
-    with pytest.raises(ValueError, match="'running_sum_reward'"):
-        load_object("trl_prime.tasks.running_sums.running_sum_rewards")
-    with pytest.raises(ValueError, match="no_such_module"):
-        load_object("no_such_module.reward")
 
 
 def test_quickstart_end_to_end_in_small(tmp_path, capsys):
