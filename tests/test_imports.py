@@ -14,7 +14,7 @@ import pytest
 import trl_prime
 
 PACKAGE = Path(trl_prime.__file__).parent
-GROUND_FLOOR = ("hub", "process_exit", "specs", "texts", "version")
+GROUND_FLOOR = ("hub", "process_exit", "processes", "specs", "texts", "version")
 ABOVE_THE_PRM = ("commands", "evaluation", "offline_prm", "prime_config", "prime_trainer", "reports")
 # Programs in the sandbox's box have this folder on their path, and import their neighbours by bare names
 SCRIPTS = f"{PACKAGE.name}.sandbox.inside"
