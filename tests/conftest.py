@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -245,6 +246,15 @@ def rollout_rewards():
         num_generations=2,
         settings={"estimator": "reinforce", "process_weight": 0.3, "process_gamma": 0.9, "whiten": False},
     )
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The folder of the benchmarks, on the path: they import each other by bare names."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture
