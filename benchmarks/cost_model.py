@@ -1,4 +1,4 @@
-"""What a PRIME step costs on paper: FLOPs, bytes of generation, and memory, from the shape of the model.
+"""The costs of a PRIME step on paper: FLOPs, bytes of generation, and memory, from the shape of the model.
 
 Pure arithmetic, no torch: dense decoders with grouped-query attention and a gated MLP (Qwen2, Llama). `step.py` compares it
 with what it measures. `docs/performance.md` explains the formulas and shows the tables that this file prints:
@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from common import markdown_table
+
 GB = 1e9
-# What TRL's fused head holds at once: two or three float32 tiles of 4096 tokens by 32768 entries of the vocabulary
+# TRL's fused head holds this at once: two or three float32 tiles of 4096 tokens by 32768 entries of the vocabulary
 _TILE = 4096 * 32768 * 4 * 3
 
 
@@ -68,7 +70,7 @@ def forward_flops(shape: Shape, prompt: int, completion: int, *, rank: int = 0, 
     One forward pass over a row: 2 N a token, attention, and the head for the completion only.
 
     Args:
-        rank (`int`): Of a LoRA adapter, 0 without.
+        rank (`int`): Rank of the LoRA adapter, 0 without one.
         causal (`bool`): Whether attention leaves out the upper triangle (flash kernels do; with a mask tensor, none does).
     """
     body, attention, head, adapter = _parts(shape, prompt, completion, rank, causal)
@@ -169,7 +171,7 @@ def step_flops(
         forward_flops(shape, prompt, length, rank=reference_rank, causal=causal) for length in lengths
     )
     if update == "none" or replay:
-        flops["scoring"] = scoring  # else the scores come out of the PRM's own training pass
+        flops["scoring"] = scoring  # otherwise the PRM's own training pass gives the scores
     if update != "none":
         flops["prm"] = epochs * (1 + replay) * sum(train_flops(shape, prompt, length, **prm) for length in lengths)
     if update == "before":
@@ -196,7 +198,7 @@ def decode_seconds(
         rows (`int`): Completions of all processes that are generated at the same time.
         completion (`int`): Tokens of the longest of them: a batch goes on until it is done.
         weight_bytes (`float`): Bytes of a weight and of an entry of the cache.
-        bandwidth, flops_per_second (`float`): What one process reaches, not what its data sheet says.
+        bandwidth, flops_per_second (`float`): Measured rates of one process; a data sheet promises more.
         processes (`int`): Each generates its share of the rows with a whole copy of the weights.
     """
     rows = rows / processes
@@ -225,7 +227,7 @@ def activation_bytes(
     fp32_residual: bool = True,
 ) -> float:
     """
-    What a forward pass keeps for its backward pass, the head left out; counted on Qwen2 of transformers 5 with torch's
+    A forward pass keeps this for its backward pass, the head left out; counted on Qwen2 of transformers 5 with torch's
     attention. With checkpointing a layer keeps its input only, and one layer is whole.
 
     Args:
@@ -283,10 +285,10 @@ def memory(
         rank, prm_rank (`int`): LoRA ranks, 0 = full.
         shared_base (`bool`): Policy, PRM and reference on one copy of the base.
         rows (`int`): Rows of a micro-batch.
-        weight_bytes (`float`): Of a trained weight; its gradient is as large, and Adam's two moments too.
-        frozen_bytes (`float`): Of a weight under an adapter (0.6 in 4 bits).
-        reference_bytes (`float`): Of a weight of a reference of its own: a copy of what the PRM starts from.
-        dtype_bytes (`float`): Of activations.
+        weight_bytes (`float`): Bytes of a trained weight; its gradient and Adam's two moments are as large.
+        frozen_bytes (`float`): Bytes of a weight under an adapter (0.6 in 4 bits).
+        reference_bytes (`float`): Bytes of a weight of a reference that is a copy of the PRM's start.
+        dtype_bytes (`float`): Bytes of an activation.
         processes (`int`): D; weights, gradients and moments are divided by it (FSDP2, ZeRO-3).
     """
 
@@ -299,7 +301,7 @@ def memory(
     if method == "prime":
         parts["prm"] = trained(prm_rank) + (base if prm_rank and not shared_base else 0)
         if reference == "frozen" and not (shared_base or prm_rank):
-            # With an adapter the reference is the PRM's own base
+            # A PRM with an adapter has its own base as reference
             parts["reference"] = shape.weights * reference_bytes
     parts = {name: value / processes for name, value in parts.items()}
     if processes > 1:
@@ -339,7 +341,7 @@ def seven_b_steps(
     generation = decode_seconds(
         QWEN2_5_7B, rows, prompt, longest, bandwidth=bandwidth, flops_per_second=rate, processes=devices
     )
-    # The mean length in the place of each: lengths are not known on paper, and TRL's padding to the longest is left out
+    # Lengths are not known on paper, so all rows have the mean length, and TRL's padding to the longest is left out
     settings = {
         "GRPO": {"update": "grpo"},
         "GRPO with KL": {"update": "grpo", "kl": True},
@@ -378,11 +380,15 @@ def seven_b_memory() -> list[tuple[str, dict[str, float]]]:
 def markdown(rows: list[tuple[str, dict[str, float]]], unit: float, digits: int) -> str:
     """A table with a column for each part and the sum."""
     columns = list(dict.fromkeys(name for _, parts in rows for name in parts))
-    lines = ["| | " + " | ".join([*columns, "sum"]) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, parts in rows:
-        cells = [f"{parts[c] / unit:.{digits}f}" if c in parts else "" for c in columns]
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{sum(parts.values()) / unit:.{digits}f}"]) + " |")
-    return "\n".join(lines)
+    cells = [
+        [
+            name,
+            *(f"{parts[c] / unit:.{digits}f}" if c in parts else "" for c in columns),
+            f"{sum(parts.values()) / unit:.{digits}f}",
+        ]
+        for name, parts in rows
+    ]
+    return markdown_table(["", *columns, "sum"], cells)
 
 
 if __name__ == "__main__":

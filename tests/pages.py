@@ -1,9 +1,11 @@
-"""What the tests of pages share: completions whose text attacks the page, and a reader of HTML."""
+"""The tests of pages share this: completions whose text attacks the page, a reader of HTML, and the folder of a run."""
 
 import dataclasses
 import json
 from html.parser import HTMLParser
 
+import pyarrow
+import pyarrow.parquet
 import torch
 
 from trl_prime.implicit_prm import ScoredCompletion
@@ -108,3 +110,27 @@ def assert_no_address(document):
     for script in document.scripts[1:]:
         assert "http" not in script.replace('"http://www.w3.org/2000/svg"', "")
         assert not any(word in script for word in ("fetch(", "XMLHttpRequest", "innerHTML", "eval(", "import("))
+
+
+def write_run(folder, history=None, **files):
+    """A run's folder as a training leaves it, from parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if history is not None:
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def write_completions(folder, step, rows):
+    (folder / "completions").mkdir(exist_ok=True)
+    ours = {name: f"prime/{name}" for name in ("outcome", "process_reward", "trained")}
+    rows = [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+    # A reward function has a column of its own by the name of one of ours
+    table = pyarrow.Table.from_pylist([{"step": step, "outcome": "judged by hand", **row} for row in rows])
+    pyarrow.parquet.write_table(table, folder / "completions" / f"completions_{step:05d}.parquet")
+
+
+def row(prompt, completion, outcome, process_reward, trained=True, advantage=0.5):
+    values = {"outcome": outcome, "process_reward": process_reward, "trained": trained, "advantage": advantage}
+    return {"prompt": prompt, "completion": completion, **values}

@@ -211,3 +211,8 @@ def slow_ragged_pairwise(scores, labels, groups):
         if groups[i] == groups[j] and labels[i] > labels[j]
     ]
     return statistics.fmean(0.5 if a == b else float(a > b) for a, b in pairs) if pairs else NAN
+
+
+def groups_of(values, k):
+    """For each row, the values of its whole group."""
+    return [values[i // k * k : i // k * k + k] for i in range(len(values))]

@@ -19,13 +19,11 @@ from slow_reference import (
 )
 
 from trl_prime.advantages import (
-    RolloutRewards,
     advantage_terms,
     combine_rewards,
     process_variance_share,
     whiten_tokens,
 )
-from trl_prime.checks import checked_combination
 from trl_prime.process_rewards import (
     aggregate_process_rewards,
     implicit_process_rewards,
@@ -412,30 +410,16 @@ def test_process_variance_share():
 # The hook
 
 
-@pytest.fixture
-def rollout():
-    torch.manual_seed(0)
-    mask = tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]], torch.bool)
-    return RolloutRewards(
-        outcome_rewards=torch.tensor([1.0, 0.0, NAN, 1.0]),
-        process_rewards=torch.randn(4, 4),
-        completion_mask=mask,
-        reward_mask=reward_positions(mask, "whole"),
-        num_generations=2,
-        settings={"estimator": "reinforce", "process_weight": 0.3, "process_gamma": 0.9, "whiten": False},
-    )
-
-
-def test_combine_uses_the_settings_and_lets_a_hook_change_one_thing(rollout):
+def test_combine_uses_the_settings_and_lets_a_hook_change_one_thing(rollout_rewards):
     arguments = {
-        "outcome_rewards": rollout.outcome_rewards,
-        "process_rewards": rollout.process_rewards,
-        "completion_mask": rollout.completion_mask,
+        "outcome_rewards": rollout_rewards.outcome_rewards,
+        "process_rewards": rollout_rewards.process_rewards,
+        "completion_mask": rollout_rewards.completion_mask,
         "num_generations": 2,
-        "reward_mask": rollout.reward_mask,
-        **rollout.settings,
+        "reward_mask": rollout_rewards.reward_mask,
+        **rollout_rewards.settings,
     }
-    assert torch.equal(rollout.combine(), combine_rewards(**arguments))
+    assert torch.equal(rollout_rewards.combine(), combine_rewards(**arguments))
     for change in (
         {"estimator": "rloo"},
         {"whiten": True},
@@ -443,59 +427,11 @@ def test_combine_uses_the_settings_and_lets_a_hook_change_one_thing(rollout):
         {"reward_mask": None},
         {"num_generations": 4, "estimator": "rloo"},
         {"outcome_rewards": torch.tensor([0.0, 0.5, 1.0, 1.0])},
-        {"process_rewards": rollout.process_rewards * 2},
+        {"process_rewards": rollout_rewards.process_rewards * 2},
         {"completion_mask": torch.ones(4, 4)},
     ):
-        changed = rollout.combine(**change)
+        changed = rollout_rewards.combine(**change)
         assert torch.equal(changed, combine_rewards(**{**arguments, **change}))
-        assert not torch.equal(changed, rollout.combine())
+        assert not torch.equal(changed, rollout_rewards.combine())
     with pytest.raises(TypeError, match="no_such_argument"):
-        rollout.combine(no_such_argument=1)
-
-
-def test_checked_combination_passes_good_advantages_on_as_float32_and_zero_where_masked(rollout):
-    weight = torch.ones(4, 4, dtype=torch.float64, requires_grad=True)
-
-    def hook(rewards):
-        return (2 * weight).masked_fill(~rewards.completion_mask, NAN)
-
-    advantages = checked_combination(hook, rollout)
-    assert advantages.dtype == torch.float32 and not advantages.requires_grad
-    assert torch.equal(advantages, 2.0 * rollout.completion_mask)
-    assert torch.equal(checked_combination(lambda rewards: rewards.combine(), rollout), rollout.combine())
-
-
-def my_hook(rewards):
-    return my_hook.result
-
-
-class HookWithState:
-    def __init__(self, result):
-        self.result = result
-
-    def __call__(self, rewards):
-        return self.result
-
-
-@pytest.mark.parametrize(
-    "result, error, message",
-    [
-        (None, TypeError, r"returned NoneType.*\(B, T\)"),
-        ([[0.0] * 4] * 4, TypeError, "returned list"),
-        (torch.zeros(4), ValueError, r"shape \(4,\).*\(4, 4\)"),
-        (torch.zeros(4, 5), ValueError, r"shape \(4, 5\).*\(4, 4\)"),
-        (torch.zeros(4, 1), ValueError, r"shape \(4, 1\)"),
-        (
-            torch.tensor([[0.0] * 4, [0.0, NAN, 0, 0], [0.0] * 4, [0.0] * 4]),
-            ValueError,
-            "nan for completion 1, token 1",
-        ),
-        (torch.tensor([[0.0] * 4] * 2 + [[0, 0, math.inf, 0]] * 2), ValueError, "inf for completion 2, token 2"),
-    ],
-)
-def test_checked_combination_refuses_bad_results_and_names_the_function(rollout, result, error, message):
-    my_hook.result = result
-    with pytest.raises(error, match=r"'my_hook'.*" + message):
-        checked_combination(my_hook, rollout)
-    with pytest.raises(error, match=r"'HookWithState'.*" + message):
-        checked_combination(HookWithState(result), rollout)
+        rollout_rewards.combine(no_such_argument=1)

@@ -1,8 +1,9 @@
+"""The benchmark of learning: its statistics, its choice of settings, and its tables."""
+
 import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +12,12 @@ from trl_prime.advantages import RolloutRewards, combine_rewards
 from trl_prime.tasks.running_sums import step_labels
 from trl_prime.tasks.task import Task
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def learning():
-    sys.path.insert(0, str(FOLDER))
+def learning(benchmarks):
     import learning
 
-    yield learning
-    sys.path.remove(str(FOLDER))
+    return learning
 
 
 def run_of(*accuracies, every=10):

@@ -1,6 +1,6 @@
+"""The cost model against what torch counts, and the tables of the step benchmark."""
+
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,17 +8,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROMPT, COMPLETION = 6, 18
 
 
 @pytest.fixture(scope="module")
-def cost_model():
-    sys.path.insert(0, str(FOLDER))
+def cost_model(benchmarks):
     import cost_model
 
-    yield cost_model
-    sys.path.remove(str(FOLDER))
+    return cost_model
 
 
 @pytest.fixture(scope="module")

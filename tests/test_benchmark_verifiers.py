@@ -1,16 +1,16 @@
+"""The benchmark of verifiers: mutants, batches of completions, programs, and counts of verdicts."""
+
 import importlib.util
 import random
 import sys
-from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "verifiers.py"
-
 
 @pytest.fixture(scope="module")
-def verifiers():
-    spec = importlib.util.spec_from_file_location("benchmark_verifiers", PATH)
+def verifiers(benchmarks):
+    # A name of its own, since there is a library of the name of the file
+    spec = importlib.util.spec_from_file_location("benchmark_verifiers", benchmarks / "verifiers.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

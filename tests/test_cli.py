@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import train_flags
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
@@ -15,9 +16,6 @@ from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
 from trl_prime.commands.work import work
-from trl_prime.rewards import load_reward_func
-from trl_prime.specs import load_object
-from trl_prime.tasks.running_sums import running_sum_reward
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -96,19 +94,19 @@ def test_a_value_error_in_the_middle_of_training_is_not_blamed_on_the_recipe(tmp
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i}"}) + "\n" for i in range(8)))
     with pytest.raises(ValueError, match="not this time"):
-        main(_train_flags(tmp_path, model_path, data, reward_funcs=f"{__name__}.breaks_later"))
+        main(train_flags(tmp_path, model_path, data, reward_funcs=f"{__name__}.breaks_later"))
 
 
 @pytest.mark.parametrize("wanted, said", [("true", "has no checkpoint"), ("runs/nowhere", "no folder")])
 def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsys, wanted, said):
-    flags = _train_flags(tmp_path, "no/model", "no/data", resume_from_checkpoint=wanted)
+    flags = train_flags(tmp_path, "no/model", "no/data", resume_from_checkpoint=wanted)
     assert main(flags) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["model_name_or_path", "prm_model_name_or_path"])
 def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys, option):
-    assert main(_train_flags(tmp_path, "no/model", "no/data", **{option: "./nowhere"})) == 2
+    assert main(train_flags(tmp_path, "no/model", "no/data", **{option: "./nowhere"})) == 2
     assert f"{option} is './nowhere', but there is no such folder" in capsys.readouterr().err
 
 
@@ -117,8 +115,8 @@ def test_resuming_from_the_command_line(tmp_path, model_path):
     data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": f"#### {i}"}) + "\n" for i in range(8)))
     reward = {"reward_funcs": f"{__name__}.length_reward"}
     saving = {"save_strategy": "steps", "save_steps": 1, **reward}
-    assert main(_train_flags(tmp_path, model_path, data, max_steps=1, **saving)) == 0
-    assert main(_train_flags(tmp_path, model_path, data, resume_from_checkpoint="true", **reward)) == 0
+    assert main(train_flags(tmp_path, model_path, data, max_steps=1, **saving)) == 0
+    assert main(train_flags(tmp_path, model_path, data, resume_from_checkpoint="true", **reward)) == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "grad_norm" in row] == [1, 2]
 
@@ -168,19 +166,6 @@ def test_a_run_needs_a_model_and_data(tmp_path, capsys):
     assert "dataset_name" in capsys.readouterr().err
 
 
-def test_reward_functions_by_name():
-    from trl.rewards import think_format_reward
-
-    assert load_reward_func("think_format_reward") is think_format_reward
-    assert load_reward_func("trl_prime.tasks.running_sums.running_sum_reward") is running_sum_reward
-    with pytest.raises(ValueError, match="'accuracy_reward'"):
-        load_reward_func("acuracy_reward")
-    with pytest.raises(ValueError, match="'running_sum_reward'"):
-        load_object("trl_prime.tasks.running_sums.running_sum_rewards")
-    with pytest.raises(ValueError, match="no_such_module"):
-        load_object("no_such_module.reward")
-
-
 def test_quickstart_end_to_end_in_small(tmp_path, capsys):
     small = {"num_digits": 3, "num_train": 64, "num_test": 8, "warm_up_steps": 3}
     flags = ["--output_dir", str(tmp_path), "--max_steps", "2", "--per_device_train_batch_size", "16"]
@@ -211,45 +196,14 @@ def test_saved_settings_hold_no_secret(tmp_path):
     assert settings["prm_beta"] == args.prm_beta
 
 
-def digits_reward(prompts, completions, solution, **kwargs):
-    """A stand-in that reads what the adapter makes."""
-    for (system, user), answer in zip(prompts, solution, strict=True):
-        assert system == {"role": "system", "content": "count"}
-        assert user["content"] == f"{int(answer) - 1} plus 1\n\ngive the number"
-    return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
-
-
-def _train_flags(tmp_path, model_path, data, **settings):
-    settings = {
-        "model_name_or_path": model_path,
-        "dataset_name": data,
-        "dataset_format": "gsm8k",
-        "reward_funcs": f"{__name__}.digits_reward",
-        "output_dir": tmp_path / "run",
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
-        "use_cpu": "true",
-        "bf16": "false",
-        "dtype": "float32",
-        "report_to": "none",
-        "disable_tqdm": "true",
-        "logging_steps": 1,
-        "gradient_checkpointing": "false",
-        "save_strategy": "no",
-        **settings,
-    }
-    return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
-
-
 def test_trains_on_a_local_file_in_gsm8k_form(tmp_path, model_path, capsys):
     rows = [{"question": f"{i} plus 1", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(16)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "no answer", "answer": "none"}]))
     suffix = {"system_prompt": "count", "prompt_suffix": "give the number"}
-    assert main(_train_flags(tmp_path, model_path, data, **suffix)) == 2
+    assert main(train_flags(tmp_path, model_path, data, **suffix)) == 2
     assert "Row 16 is no 'gsm8k' row" in capsys.readouterr().err
-    assert main(_train_flags(tmp_path, model_path, data, on_malformed_row="skip", **suffix)) == 0
+    assert main(train_flags(tmp_path, model_path, data, on_malformed_row="skip", **suffix)) == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert sum("rewards/digits_reward/mean" in row for row in history) == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -258,7 +212,7 @@ def test_trains_on_a_local_file_in_gsm8k_form(tmp_path, model_path, capsys):
 def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"question": "1+1", "answer": "#### 2"}) + "\n")
-    flags = _train_flags(tmp_path, model_path, data)
+    flags = train_flags(tmp_path, model_path, data)
     position = flags.index("--dataset_format")
     assert main(flags[:position] + flags[position + 2 :]) == 2
     assert "looks like 'gsm8k'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import build_model, build_tokenizer, logged, row_rewards, same, slow_log_probs, weights
+from helpers import lora, make_trained, ragged_batch
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -15,7 +16,6 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from test_implicit_prm import lora, make_trained, ragged_batch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

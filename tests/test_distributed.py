@@ -2,22 +2,18 @@
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
+from helpers import assert_close, launch, results
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.logps import can_fuse_lm_head
 from trl_prime.process_exit import let_threads_finish, let_threads_finish_at_exit
 
-HERE = Path(__file__).parent
 ZERO = {
     f"zero{stage}": {
         "deepspeed": {
@@ -71,51 +67,10 @@ OFFLINE = {
 }
 
 
-def launch(num_processes, runs, folder, exit_code=0):
-    """Train each of the runs; fail with what the processes said if they end by another exit code."""
-    path = folder / "runs.json"
-    path.write_text(json.dumps(runs))
-    command = [sys.executable]
-    if num_processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = ["--nproc_per_node", str(num_processes), "--master_port", str(port)]
-        command = [sys.executable, "-m", "torch.distributed.run", *options]
-    settings = {
-        "OMP_NUM_THREADS": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "PYTHONPATH": str(HERE),
-        "DS_ACCELERATOR": "cpu",
-    }
-    process = subprocess.run(
-        [*command, str(HERE / "distributed_run.py"), str(path)],
-        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == exit_code, (process.stdout + process.stderr)[-6000:]
-
-
-def results(folder, num_processes):
-    return [torch.load(folder / f"result_{rank}.pt") for rank in range(num_processes)]
-
-
 def log(folder):
     """What was logged each step, without what depends on time."""
     entries = [entry for entry in json.loads((folder / "result.json").read_text()) if "prm/loss" in entry]
     return [{key: value for key, value in entry.items() if not key.endswith("time")} for entry in entries]
-
-
-def assert_close(first, second, atol):
-    assert first.keys() == second.keys()
-    for part, tensors in first.items():
-        assert tensors.keys() == second[part].keys()
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(
-                tensor, second[part][name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
 def cases(root, num_processes, model_path, **settings):

@@ -1,7 +1,6 @@
 """Each fault ends in an error that says what broke, or in a fallback that is counted; never in a checkpoint that is broken."""
 
 import errno
-import fractions
 import json
 import logging
 import os
@@ -10,15 +9,13 @@ import socket
 import subprocess
 import sys
 import textwrap
-import traceback
 from pathlib import Path
 
-import numpy
 import psutil
 import pytest
 import torch
 from conftest import build_model, distance, logged, row_rewards, same, weights
-from test_prime_trainer import fixed_rollouts, metrics
+from helpers import fixed_rollouts, metrics, rollouts_of
 from transformers import AutoModelForCausalLM, TrainerState
 
 from trl_prime import ImplicitPRM
@@ -38,113 +35,6 @@ def assert_finite(model):
 
 
 # --- Reward functions ---
-
-
-def broken(completions, **kwargs):
-    return [1 / 0]
-
-
-async def broken_async(completions, **kwargs):
-    return [1 / 0]
-
-
-class BrokenObject:
-    def __call__(self, completions, **kwargs):
-        return [1 / 0]
-
-    __name__ = "broken_object"
-
-
-@pytest.mark.parametrize("func", [broken, broken_async, BrokenObject()], ids=lambda func: func.__name__)
-def test_what_a_reward_function_raises_reaches_the_user_with_its_name(train, caplog, func):
-    with pytest.raises(ZeroDivisionError) as info:
-        train(reward_funcs=[row_rewards(MIXED), func])
-    text = "".join(traceback.format_exception(info.value)) + caplog.text
-    assert f"in the reward function '{func.__name__}'" in text and "1 / 0" in text
-
-
-@pytest.mark.parametrize(
-    ("returned", "error", "message"),
-    [
-        ([1.0] * 7, ValueError, "returned 7 rewards for 8 completions"),
-        ([1.0] * 9, ValueError, "returned 9 rewards for 8 completions"),
-        ([], ValueError, "returned 0 rewards for 8 completions"),
-        (torch.ones(4), ValueError, "returned 4 rewards for 8 completions"),
-        (None, TypeError, "returned None; return a list with one number per completion"),
-        (1.0, TypeError, "returned 1.0; return a list"),
-        ("11110000", TypeError, "returned '11110000'; return a list"),
-        (dict.fromkeys(range(8), 1.0), TypeError, "returned {.*; return a list"),
-        ([1.0, "good"] * 4, TypeError, "returned 'good' for completion 1; return a number, or None"),
-        (["1.0"] * 8, TypeError, "returned '1.0' for completion 0"),
-        ([[1.0, 0.0]] * 8, TypeError, r"returned \[1.0, 0.0\] for completion 0"),
-        (torch.ones(8, 2), TypeError, r"returned tensor\(\[1., 1.\]\) for completion 0"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-def test_what_is_no_list_of_rewards_is_refused_with_the_functions_name(
-    make_trainer, is_async, returned, error, message
-):
-    def style(completions, **kwargs):
-        return returned
-
-    async def style_async(completions, **kwargs):
-        return returned
-
-    trainer = make_trainer(reward_funcs=style_async if is_async else style)
-    with pytest.raises(error, match=f"The reward function 'style(_async)?' {message}"):
-        trainer.train()
-    assert same(weights(trainer.model), weights(build_model()))
-
-
-def test_a_reward_function_of_the_trainer_can_be_called_by_hand(make_trainer):
-    def by_completion(prompts, completions, **kwargs):
-        return [float(len(completion)) for completion in completions][: kwargs.get("keep")]
-
-    def by_ids(completion_ids, **kwargs):
-        return [float(len(ids)) for ids in completion_ids]
-
-    first, second = make_trainer(reward_funcs=[by_completion, by_ids]).reward_funcs
-    assert first(["p", "p"], ["a", "bcd"]) == first(["p", "p"], completions=["a", "bcd"]) == [1.0, 3.0]
-    assert second(completion_ids=[[1, 2]]) == second([[1, 2]]) == [2.0]
-    with pytest.raises(ValueError, match="returned 1 rewards for 2 completions"):
-        first(["p", "p"], ["a", "bcd"], keep=1)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda values: [bool(value) for value in values],
-        lambda values: [int(value) for value in values],
-        lambda values: torch.tensor(values),
-        lambda values: torch.tensor(values)[:, None],
-        lambda values: list(torch.tensor(values, requires_grad=True)),
-        lambda values: numpy.array(values),
-        lambda values: tuple(numpy.float16(value) for value in values),
-        lambda values: [fractions.Fraction(value) for value in values],
-        lambda values: (value for value in values),
-    ],
-    ids=["bool", "int", "tensor", "column", "tensors", "array", "float16", "fraction", "generator"],
-)
-def test_rewards_may_be_numbers_of_any_kind(train, form):
-    def reward(completions, **kwargs):
-        return form(MIXED)
-
-    runs = [train(reward_funcs=func, max_steps=1) for func in (row_rewards(MIXED), reward)]
-    assert torch.equal(*(run.outputs[0]["advantages"] for run in runs)) and runs[0].outputs[0]["advantages"].any()
-    assert same(*(weights(run.model) for run in runs))
-
-
-def test_nan_means_not_judged_as_none_does(train):
-    runs = [
-        train(reward_funcs=row_rewards([unjudged, *MIXED[1:]]), accuracy_low=0.1, accuracy_high=0.9)
-        for unjudged in (None, NAN)
-    ]
-    for run in runs:
-        assert not run.outputs[0]["advantages"][0].any() and run.outputs[0]["advantages"][1].any()
-        assert logged(run, "filter/judged") == [7 / 8] * 2
-    assert same(*(weights(run.model) for run in runs))
-    assert same(*(weights(run.implicit_prm.model) for run in runs))
 
 
 HANGING_RUN = """
@@ -272,23 +162,6 @@ def test_a_gradient_of_the_prm_that_is_not_finite_is_left_out_and_counted(make_t
 
 
 # --- Nothing to learn from ---
-
-
-def rollouts_of(completion_ids, **columns):
-    def rollout(prompts, trainer):
-        prompt_ids = [trainer.processing_class(prompt).input_ids for prompt in prompts]
-        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, **columns}
-
-    return rollout
-
-
-def test_a_completion_without_tokens_is_refused_with_its_row(make_trainer):
-    completion_ids = [[5, 1], [6, 1], [], [7, 8, 1], [], [5, 1], [6, 1], [7, 1]]
-    trainer = make_trainer(rollout_func=rollouts_of(completion_ids))
-    with pytest.raises(
-        ValueError, match=r"'rollout' returned no tokens for completion 2 \(2 of 8 are empty\).*eos token"
-    ):
-        trainer.train()
 
 
 def test_completions_that_end_at_once_or_have_no_token_of_the_policy_train_to_finite_weights(train):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer, distance, parity_reward, row_rewards, same, slow_log_probs, weights
 from datasets import Dataset
+from helpers import lora
 from peft import PeftModel
-from test_implicit_prm import lora
 from trl.generation import vllm_generation
 
 from trl_prime import ImplicitPRM

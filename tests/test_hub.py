@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -14,12 +13,10 @@ import torch
 import transformers.utils.hub
 from conftest import build_model, same, weights
 from datasets import Dataset
-from hub_server import HubServer
+from helpers import lora, make_trained, train_flags
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from test_cli import _train_flags
-from test_implicit_prm import lora, make_trained
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import generate_model_card
 
@@ -31,36 +28,6 @@ from trl_prime.implicit_prm.files import downloaded_prm, saved_prm_card
 # No blanks: of a Qwen2 model AutoTokenizer makes a Qwen2 tokenizer, which writes them otherwise than that of these tests
 PROMPTS, COMPLETIONS = ["1+1=", "whatistwoandtwo", "3="], ["two", "first:second=2", ""]
 DTYPE = {"dtype": torch.float32}
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, model_path):
-    """The server, with a model `me/base`; the libraries of this process are its clients, logged in as `me`."""
-    server = HubServer()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
-    caches = iter(range(100))
-
-    def clean_cache():
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{next(caches)}"))
-        server.requests.clear()
-
-    server.clean_cache = clean_cache
-    clean_cache()
-    huggingface_hub.create_repo("me/base")
-    files = {path.name: path.read_bytes() for path in Path(model_path).iterdir()}
-    server.commit("me/base", "main", "model", files)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def rewards(prm):
@@ -453,7 +420,7 @@ def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path
         "prompt_suffix": "give the number",
         "max_steps": 1,
     }
-    assert main(_train_flags(tmp_path, "me/base", data, **settings)) == 0
+    assert main(train_flags(tmp_path, "me/base", data, **settings)) == 0
     cards = {repo: hub.files(repo)["README.md"].decode() for repo in ("me/run", "me/prm")}
     assert ModelCard(cards["me/run"]).data.datasets is None and hub.messages("me/run")[-1] == "End of training"
 
@@ -492,7 +459,7 @@ def test_cards_give_a_prm_prompts_of_the_form_it_was_trained_on(train, tmp_path,
 
 def test_the_command_line_says_what_the_hub_refused(hub, tmp_path, model_path, capsys):
     (tmp_path / "data.jsonl").write_text((json.dumps({"question": "1 plus 1", "answer": "#### 2"}) + "\n") * 2)
-    flags = _train_flags(tmp_path, model_path, tmp_path / "data.jsonl", push_to_hub="true", hub_model_id="other/run")
+    flags = train_flags(tmp_path, model_path, tmp_path / "data.jsonl", push_to_hub="true", hub_model_id="other/run")
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert "trl-prime: the Hub refused: " in error and "403" in error

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import build_model, same
 from datasets import Dataset
+from helpers import ragged_batch
 from peft import LoraConfig, get_peft_model
-from test_implicit_prm import ragged_batch
 from transformers import (
     AutoModelForCausalLM,
     Qwen3_5Config,

@@ -10,12 +10,10 @@ import pytest
 import torch
 from conftest import build_model, logged, same, weights
 from datasets import Dataset
+from helpers import assert_close, make_trained, scaled
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from slow_reference import slow_dpo_pair_losses, slow_kto, slow_ragged_pairwise, softplus
-from test_distributed import assert_close
-from test_hub import hub  # noqa: F401
-from test_implicit_prm import make_trained, scaled
 from transformers import RwkvConfig
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer

@@ -7,9 +7,8 @@ import re
 
 import pytest
 from chromium import EXECUTABLE, NAMES, browser
-from pages import ATTACKS, completion, hostile_completions
+from pages import ATTACKS, completion, hostile_completions, row, write_completions, write_run
 from PIL import Image
-from test_run_report import row, write_completions, write_run
 
 from trl_prime.reports.heat_map import THEMES, colour
 from trl_prime.reports.page import write_page

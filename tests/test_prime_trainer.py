@@ -21,8 +21,8 @@ from conftest import (
     weights,
 )
 from datasets import Dataset, IterableDataset
+from helpers import fixed_rollouts, lora, make_trained, metrics, storages
 from peft import PeftModel, get_peft_model
-from test_implicit_prm import lora, make_trained, storages
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, selective_log_softmax
@@ -92,33 +92,8 @@ def slow_process_rewards(prm_model, reference, output, beta=0.5):
     return beta * (slow_log_probs(prm_model, *batch) - slow_log_probs(reference, *batch))
 
 
-def fixed_rollouts(rows=8, change=(), env_mask=None, seed=0, lengths=(5, 8, 3, 6, 8, 2, 4, 7)):
-    """A rollout_func that always gives the same completions; those of the rows in `change` are others."""
-
-    def rollout(prompts, trainer):
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, 44, (64, 8), generator=generator).tolist()
-        completion_ids = [ids[i][: lengths[i % 8] - 1] + [1 if lengths[i % 8] < 8 else 5] for i in range(len(prompts))]
-        for row in change:
-            completion_ids[row] = [
-                *((token + 7) % 40 + 3 for token in completion_ids[row][:-1]),
-                completion_ids[row][-1],
-            ]
-        prompt_ids = [[4 + i // 4, 10, 14] for i in range(len(prompts))]
-        output = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
-        if env_mask:
-            output["env_mask"] = [[int(t not in env_mask) for t in range(len(row))] for row in completion_ids]
-        return output
-
-    return rollout
-
-
 def loss_mask(output):
     return output["completion_mask"] * output.get("tool_mask", 1)
-
-
-def metrics(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 # --- What TRL must offer ---

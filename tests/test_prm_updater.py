@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_model, distance, same, slow_log_probs, weights
-from test_implicit_prm import ragged_batch
+from helpers import lora, ragged_batch
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
@@ -279,8 +279,6 @@ def test_resumed_updater_goes_on_bit_identically(setup, loss_type, more):
 
 
 def test_only_the_adapter_of_a_lora_prm_is_optimized(setup, make_config, tokenizer):
-    from test_implicit_prm import lora
-
     prm = ImplicitPRM.from_policy(build_model(scale=4.0), tokenizer, peft_config=lora(), beta=0.5)
     args = make_config()
     updater = PRMUpdater(make_backend(prm, Accelerator(cpu=True)), args, 10)

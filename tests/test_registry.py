@@ -6,6 +6,7 @@ import types
 import pytest
 
 from trl_prime.rewards.registry import load_reward_func, trl_rewards
+from trl_prime.tasks.running_sums import running_sum_reward
 
 
 class StandIn:
@@ -106,6 +107,7 @@ def test_plain_functions_of_trl_take_optional_arguments_and_keep_their_name():
 def test_dotted_paths():
     here = __name__
     assert load_reward_func(f"{here}.plain") is plain
+    assert load_reward_func("trl_prime.tasks.running_sums.running_sum_reward") is running_sum_reward
     assert load_reward_func(f"{here}.StandIn(timeout=1.5)").timeout == 1.5
     with pytest.raises(ValueError, match="class"):
         load_reward_func(f"{here}.StandIn")

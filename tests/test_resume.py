@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_model, logged, same, weights
+from helpers import assert_close, launch, results
 from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
-from test_distributed import assert_close, launch, results
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM

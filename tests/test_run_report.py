@@ -4,10 +4,8 @@ import json
 import random
 import shutil
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from pages import ATTACKS, Document, assert_no_address
+from pages import ATTACKS, Document, assert_no_address, row, write_completions, write_run
 
 from trl_prime.cli import main
 from trl_prime.reports.run_report import (
@@ -29,30 +27,6 @@ from trl_prime.reports.run_report import (
 )
 
 NAN = float("nan")
-
-
-def write_run(folder, history=None, **files):
-    """A run's folder as a training leaves it, from parts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if history is not None:
-        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return folder
-
-
-def write_completions(folder, step, rows):
-    (folder / "completions").mkdir(exist_ok=True)
-    ours = {name: f"prime/{name}" for name in ("outcome", "process_reward", "trained")}
-    rows = [{ours.get(name, name): value for name, value in row.items()} for row in rows]
-    # A reward function has a column of its own by the name of one of ours
-    table = pyarrow.Table.from_pylist([{"step": step, "outcome": "judged by hand", **row} for row in rows])
-    pyarrow.parquet.write_table(table, folder / "completions" / f"completions_{step:05d}.parquet")
-
-
-def row(prompt, completion, outcome, process_reward, trained=True, advantage=0.5):
-    values = {"outcome": outcome, "process_reward": process_reward, "trained": trained, "advantage": advantage}
-    return {"prompt": prompt, "completion": completion, **values}
 
 
 HISTORY = [

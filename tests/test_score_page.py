@@ -188,6 +188,20 @@ def test_rows_of_a_file(tmp_path):
     assert read[1].prompt == user
 
 
+def test_rows_of_a_file_say_which_completions_were_cut(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "1", "completion": "a", "truncated": True},
+        {"prompt": "1", "completions": ["a", "b"], "truncated": [False, True]},
+        {"prompt": "1", "completion": "a"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.truncated for row in read_rows(str(path))] == [True, False, True, False]
+    path.write_text(json.dumps({"prompt": "1", "completions": ["a", "b"], "truncated": [True]}))
+    with pytest.raises(ValueError, match="truncated"):
+        read_rows(str(path))
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

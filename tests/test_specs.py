@@ -1,8 +1,33 @@
-"""Call forms of recipes: parsed without evaluation, and their options checked before anything is called."""
+"""Names in recipes: objects by dotted path, call forms and their options, and the nearest choice to a misspelt name."""
+
+import sys
 
 import pytest
 
-from trl_prime.specs import call_with_options, check_options, parse_call
+from trl_prime.specs import call_with_options, check_options, load_object, nearest, parse_call
+from trl_prime.tasks.running_sums import running_sum_reward
+
+
+def test_a_misspelt_name_is_told_the_nearest_choice_and_all_of_them():
+    assert nearest("rlo", ["grpo", "rloo"]) == "Did you mean 'rloo'? Choose one of: grpo, rloo."
+    assert nearest("xyz", ["grpo", "rloo"]) == "Choose one of: grpo, rloo."
+
+
+def test_objects_by_dotted_path():
+    assert load_object("trl_prime.tasks.running_sums.running_sum_reward") is running_sum_reward
+    with pytest.raises(ValueError, match="'running_sum_reward'"):
+        load_object("trl_prime.tasks.running_sums.running_sum_rewards")
+    with pytest.raises(ValueError, match="no_such_module"):
+        load_object("no_such_module.reward")
+    with pytest.raises(ValueError, match="'reward' is not a dotted path"):
+        load_object("reward")
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "module_of_a_recipe.py").write_text("REWARD = 3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert load_object("module_of_a_recipe.REWARD") == 3
 
 
 def test_call_form_is_parsed_and_not_evaluated():

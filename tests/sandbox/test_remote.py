@@ -18,24 +18,15 @@ import pytest
 
 from trl_prime.sandbox import Limits, RemoteSandbox, SandboxUnavailable, open_sandbox, remote
 
+from .helpers import interpreter_for_everybody
+
 LIMITS = Limits(wall_seconds=10)
 BREAK = b"{"
 
-
-def _interpreter():
-    """An interpreter, and the user that it runs as: somebody unprivileged, where we can become him and he can read it."""
-    if os.getuid() == 0:
-        for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
-            if os.path.exists(path):
-                asked = subprocess.run(
-                    [path, "-c", "import sys; print(sys.version_info >= (3, 10))"], capture_output=True
-                )
-                if asked.stdout == b"True\n":
-                    return path, 65534
-    return sys.executable, None
-
-
-PYTHON, USER = _interpreter()
+# The server runs programs as somebody unprivileged, where we can become him and he can read an interpreter
+PYTHON, USER = sys.executable, None
+if os.getuid() == 0 and (found := interpreter_for_everybody()):
+    PYTHON, USER = found, 65534
 
 
 class Server(ThreadingHTTPServer):

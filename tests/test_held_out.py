@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, the quality of the PRM's steps, and the pictures and tables of a run."""
+"""Accuracy on held-out problems, and the quality of the PRM's steps."""
 
 import random
 
@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 
 from trl_prime.evaluation.held_out import first_error_auc, generate, measure_policy, outcomes
-from trl_prime.reports.progress import plot_learning_curve, print_summary
 from trl_prime.tasks.running_sums import build_model, build_tokenizer, make_dataset, running_sum_reward
 
 
@@ -92,16 +91,3 @@ def test_measure_policy_counts_what_the_reward_says(base):
     expected = running_sum_reward(samples, repeated["solution"][:])
     assert rewards.tolist() == expected
     assert accuracies["sampled"] == pytest.approx(sum(expected) / 12)
-
-
-def test_learning_curve_is_a_picture(tmp_path):
-    history = [{"step": s, "reward": s / 10, "prm/pairwise_accuracy": 0.5} for s in range(5)] + [{"train_loss": 1.0}]
-    plot_learning_curve(history, tmp_path / "curve.png")
-    content = (tmp_path / "curve.png").read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
-
-
-def test_summary_shows_the_numbers_and_the_paths(capsys):
-    print_summary({"greedy": 0.25}, {"greedy": 0.8125}, {"first_error_auc": 0.875}, {"policy": "some/where"})
-    printed = capsys.readouterr().out
-    assert "25.0%" in printed and "81.2%" in printed and "0.875" in printed and "some/where" in printed

@@ -1,20 +1,15 @@
 """Text as the token ids of training: chat templates with arguments, ends of turns, truncation, and text of tokens in context."""
 
-import json
-
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, same, weights
+from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM
-from trl_prime.commands.score import read_rows
 from trl_prime.evaluation.held_out import encode_prompts
 from trl_prime.implicit_prm.files import saved_text_format
-from trl_prime.prime_trainer import _check_text_only
 from trl_prime.texts import TextFormat, token_texts, tokenize
 
 TEMPLATE = (
@@ -110,20 +105,6 @@ def test_a_saved_prm_reads_text_as_the_ids_of_training(make_trainer, tmp_path, p
         assert encoded["input_ids"][0].tolist() == prompt_ids
 
 
-def test_rows_of_a_file_say_which_completions_were_cut(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [
-        {"prompt": "1", "completion": "a", "truncated": True},
-        {"prompt": "1", "completions": ["a", "b"], "truncated": [False, True]},
-        {"prompt": "1", "completion": "a"},
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [row.truncated for row in read_rows(str(path))] == [True, False, True, False]
-    path.write_text(json.dumps({"prompt": "1", "completions": ["a", "b"], "truncated": [True]}))
-    with pytest.raises(ValueError, match="truncated"):
-        read_rows(str(path))
-
-
 def test_template_arguments_that_cannot_be_saved_are_refused():
     with pytest.raises(ValueError, match="chat_template_kwargs"):
         TextFormat(chat_template_kwargs={"now": object()})
@@ -143,21 +124,3 @@ def test_steps_where_the_decoder_takes_off_the_leading_space():
     assert "".join(scored.steps) == f" {text}</s>" and len(scored.steps) == 3
     steps = prm.step_ids(torch.tensor([ids]))
     assert steps.max() == 2
-
-
-def test_a_run_with_images_trains_nothing(make_trainer, monkeypatch):
-    generate = GRPOTrainer._generate_and_score_completions
-    with_images = lambda self, inputs: {**generate(self, inputs), "pixel_values": torch.zeros(8, 3)}  # noqa: E731
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_images)
-    trainer = make_trainer()
-    with pytest.raises(NotImplementedError, match="pixel_values"):
-        trainer.train()
-    assert same(weights(trainer.model), weights(build_model())) and not trainer.outputs
-
-
-def test_a_rollout_with_images_is_refused():
-    text = {"prompt_ids": torch.ones(1, 2), "mm_token_type_ids": torch.zeros(1, 4), "num_images": None}
-    _check_text_only(text)
-    for key in ("pixel_values", "image_grid_thw", "num_images"):
-        with pytest.raises(NotImplementedError, match=key):
-            _check_text_only({**text, key: [1]})

@@ -1,0 +1,200 @@
+"""The life of the sandbox: killed, forked, closed and opened again; and machines where there is none."""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from trl_prime import sandbox as package
+from trl_prime.sandbox import Limits, LocalSandbox, SandboxUnavailable, boxes, open_sandbox
+
+from .helpers import BOXES, FOLDER, LIMITS, descendants, eventually, processes, with_marker, within, zygote_of
+
+
+def test_the_zygote_killed_between_programs(box):
+    with contextlib.closing(LocalSandbox(box)) as sandbox:
+        for _ in range(3):
+            os.kill(zygote_of(sandbox), signal.SIGKILL)
+            assert sandbox.run("print(1)", limits=LIMITS).stdout == b"1\n"
+
+
+@pytest.mark.parametrize("victim", ["zygote", "supervisors"])
+@pytest.mark.parametrize("kind", ["run", "call", "examine"])
+def test_the_sandbox_killed_under_a_program(box, kind, victim):
+    marker = f"trl-prime-{secrets.token_hex(8)}"
+    source = (
+        "import os, subprocess, sys, time\ndef f(x):\n"
+        f"    subprocess.run([sys.executable, '-c', 'import time; time.sleep(60) # {marker}'])\n"
+    )
+    tests = {"setup": "", "asserts": ["f(1)"] * 2, "entry_point": "f"}
+    limits = Limits(wall_seconds=40)
+    with contextlib.closing(LocalSandbox(box)) as sandbox, ThreadPoolExecutor(1) as pool:
+        actions = {
+            "run": lambda: sandbox.run(source + "f(1)", limits=limits),
+            "call": lambda: list(sandbox.call(source, "f", [[1], [1]], limits, 60)),
+            "examine": lambda: list(sandbox.examine(source, tests, limits, 60)),
+        }
+        future = pool.submit(actions[kind])
+        eventually(lambda: with_marker(marker))
+        if victim == "zygote":
+            os.kill(zygote_of(sandbox), signal.SIGKILL)
+        else:  # what the kernel may do when the machine is out of memory
+            zygote = zygote_of(sandbox)
+            for pid in [pid for pid, (parent, _) in processes().items() if parent == zygote]:
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(SandboxUnavailable):
+            future.result(timeout=60)
+        eventually(lambda: not with_marker(marker))
+        assert sandbox.run("print(1)").stdout == b"1\n"
+
+
+TRAINER = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from sandbox import Limits, open_sandbox
+sandbox = open_sandbox(sys.argv[2])
+source = "import os, sys; os.execv(sys.executable, ['x', '-c', 'import time; time.sleep(100) # %s'])" % sys.argv[3]
+threading.Thread(target=lambda: sandbox.run(source, limits=Limits(wall_seconds=100)), daemon=True).start()
+sandbox.run(source, limits=Limits(wall_seconds=100))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_a_trainer_that_ends(box, number):
+    marker = f"trl-prime-{secrets.token_hex(8)}"
+    command = [sys.executable, "-c", TRAINER, str(FOLDER.parent), box, marker]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
+        eventually(lambda: len([pid for pid in with_marker(marker) if pid != trainer.pid]) == 2)
+        family = descendants(trainer.pid)
+        assert len(family) >= 5  # the box, the zygote, two supervisors, two programs
+        trainer.send_signal(number)
+        trainer.wait(30)
+        eventually(lambda: not family & processes().keys())
+
+
+def test_after_a_fork_both_have_a_sandbox(box):
+    source = f"""
+import os, sys, threading
+sys.path.insert(0, {str(FOLDER.parent)!r})
+from sandbox import Limits, open_sandbox
+sandbox = open_sandbox({box!r})
+ask = lambda s, text: s.run("print(input())", text, Limits(wall_seconds=20)).stdout.decode().strip()
+busy = [threading.Thread(target=lambda: [ask(sandbox, "busy") for _ in range(5)]) for _ in range(3)]
+[thread.start() for thread in busy]
+pid = os.fork()
+if pid == 0:
+    assert open_sandbox({box!r}) is not sandbox
+    print(ask(open_sandbox({box!r}), "child"), ask(sandbox, "old"), flush=True)
+    open_sandbox({box!r}).close(); sandbox.close()
+    os._exit(0)
+os.waitpid(pid, 0)
+[thread.join() for thread in busy]
+print(ask(sandbox, "parent"), open_sandbox({box!r}) is sandbox)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "child old\nparent True\n", done.stderr
+
+
+def test_programs_at_once_do_not_mix(sandbox):
+    def work(number):
+        results = [
+            sandbox.run("print(input() * 2)", f"<{number}-{i}>", LIMITS).stdout.decode().strip() for i in range(5)
+        ]
+        answers = [a["value"] for a in sandbox.call("def f(x): return [x]", "f", [[number * 10 + i] for i in range(5)], LIMITS, 60)]  # fmt: skip
+        return results, answers
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, (results, answers) in enumerate(pool.map(work, range(8))):
+            assert results == [f"<{number}-{i}>" * 2 for i in range(5)]
+            assert answers == [[number * 10 + i] for i in range(5)]
+
+
+def test_nothing_leaks(sandbox):
+    def count():
+        return len(os.listdir("/proc/self/fd")), len(descendants(os.getpid())), len(os.listdir(tempfile.gettempdir()))
+
+    def work(number):
+        sandbox.run("print(1)", limits=LIMITS)
+        if number % 10 == 0:
+            list(sandbox.call("def f(x): os._exit(0)", "f", [[1]], LIMITS, 60))
+            list(
+                sandbox.examine(
+                    "def f(x): return 1", {"setup": "", "asserts": ["f(1)"], "entry_point": "f"}, LIMITS, 60
+                )
+            )
+            list(zip(range(1), sandbox.call("def f(x): return 1", "f", [[1], [2]], LIMITS, 60), strict=False))
+            sandbox.run("while True: print('x' * 100)", limits=Limits(wall_seconds=20, output_bytes=1000))
+
+    sandbox.run("print(1)")
+    before = count()[:2]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(200)))
+    eventually(lambda: count()[:2] <= before)
+    assert count()[0] == before[0]
+
+
+def test_a_closed_sandbox_leaves_nothing_and_opens_again(box):
+    folders = set(os.listdir(tempfile.gettempdir()))
+    sandbox = LocalSandbox(box)
+    family = descendants(sandbox._process.pid) | {sandbox._process.pid}
+    sandbox.close()
+    sandbox.close()
+    eventually(lambda: not family & processes().keys())
+    assert {name for name in set(os.listdir(tempfile.gettempdir())) - folders if "trl-prime-sandbox" in name} == set()
+    assert sandbox.run("print(1)").stdout == b"1\n"
+    sandbox.close()
+
+
+# --- Where there is no sandbox ---
+
+
+@pytest.fixture
+def no_boxes(monkeypatch):
+    monkeypatch.setattr(package, "_open", {})
+    monkeypatch.setattr(package, "find_bubblewrap", lambda: None)
+    refused = [sys.executable, "-c", "import sys; sys.exit('unshare: Operation not permitted')"]
+    monkeypatch.setitem(boxes.BOXES, "namespaces", lambda *_: refused)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("kind", ["auto", *BOXES])
+def test_no_sandbox_says_what_to_do(no_boxes, kind):
+    no_boxes.setitem(boxes.BOXES, "none", lambda *_: pytest.fail("never picked by itself"))
+    with pytest.raises(SandboxUnavailable) as refusal:
+        open_sandbox(kind)
+    sentence = str(refusal.value)
+    for part in (
+        "apt install bubblewrap",
+        "pip install trl-prime[code]",
+        "sandbox='http://host:8080'",
+        "sandbox='none'",
+    ):
+        assert part in sentence
+    assert ("unshare: Operation not permitted" in sentence) == (kind != "bubblewrap")
+    assert ("bubblewrap is not installed" in sentence) == (kind != "namespaces")
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match="jail"):
+        open_sandbox("jail")
+
+
+def test_the_opt_out_warns_and_runs(no_boxes):
+    with pytest.warns(UserWarning, match="all rights of this process"):
+        sandbox = open_sandbox("none")
+    with contextlib.closing(sandbox):
+        result = sandbox.run("import os; print(input(), os.listdir('.'))", "x", LIMITS)
+        assert (result.stdout, result.exit_code) == (b"x []\n", 0)
+        threads = "import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()"
+        assert sandbox.run(threads, limits=LIMITS).stdout == b"1\n"
+        assert [a["value"] for a in sandbox.call("def f(x): return x + 1", "f", [[1]], LIMITS, 60)] == [2]
+        result = within(
+            15, lambda: sandbox.run("import os, time\nos.fork()\ntime.sleep(60)", limits=Limits(wall_seconds=1))
+        )
+        assert result.reason == "time"
