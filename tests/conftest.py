@@ -28,6 +28,7 @@ from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
 from trl_prime.advantages import RolloutRewards
+from trl_prime.implicit_prm.updater import PRMUpdater
 from trl_prime.process_rewards import reward_positions
 
 torch.set_num_threads(1)
@@ -285,3 +286,48 @@ def hub(monkeypatch, tmp_path, model_path):
     yield server
     server.shutdown()
     server.server_close()
+
+
+class Recorder:
+    """A hook that changes nothing, and a reward function that sees the PRM before each batch."""
+
+    def __init__(self, reward_func=parity_reward):
+        self.rewards, self.before, self.after, self.trainer, self.reward_func = [], [], [], None, reward_func
+
+    def hook(self, rewards):
+        self.rewards.append(rewards)
+        self.after.append(copy.deepcopy(self.trainer.implicit_prm.model))
+        return rewards.combine()
+
+    def reward(self, **kwargs):
+        self.before.append(copy.deepcopy(self.trainer.implicit_prm.model))
+        return self.reward_func(**kwargs)
+
+
+@pytest.fixture
+def record(make_trainer):
+    def run(reward_func=parity_reward, extra_reward_funcs=(), **kwargs):
+        recorder = Recorder(reward_func)
+        trainer = make_trainer(
+            reward_funcs=[recorder.reward, *extra_reward_funcs],
+            reward_combination=recorder.hook,
+            **{"process_reward_norm": "none", **kwargs},
+        )
+        recorder.trainer = trainer
+        trainer.train()
+        return recorder
+
+    return run
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The batches that the PRM is updated on."""
+    seen, update = [], PRMUpdater.update
+
+    def recorded(self, batch):
+        seen.append(batch)
+        return update(self, batch)
+
+    monkeypatch.setattr(PRMUpdater, "update", recorded)
+    return seen

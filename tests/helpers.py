@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import slow_log_probs
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -181,3 +182,22 @@ def train_flags(tmp_path, model_path, data, **settings):
         **settings,
     }
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+# --- What a run has shown ---
+
+MIXED = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+PASSES = (1.0, 0.0, 0.0, 1.0)
+FAILS = (0.0, 0.0, 0.0, 0.0)
+BAND = {"accuracy_low": 0.2, "accuracy_high": 0.8}
+
+
+@torch.no_grad()
+def slow_process_rewards(prm_model, reference, output, beta=0.5):
+    batch = [output[key] for key in INPUTS]
+    return beta * (slow_log_probs(prm_model, *batch) - slow_log_probs(reference, *batch))
+
+
+def loss_mask(output):
+    return output["completion_mask"] * output.get("tool_mask", 1)

@@ -7,14 +7,16 @@ import traceback
 import numpy
 import pytest
 import torch
-from conftest import build_model, logged, row_rewards, same, weights
-from helpers import rollouts_of
-from trl import GRPOTrainer
+from conftest import build_model, build_tokenizer, logged, parity_reward, row_rewards, same, weights
+from datasets import Dataset, IterableDataset
+from helpers import MIXED, lora, rollouts_of
+from peft import get_peft_model
+from trl import GRPOConfig, GRPOTrainer
 
+from trl_prime import PRIMETrainer
 from trl_prime.checks import check_text_only, checked_combination
 
 NAN = float("nan")
-MIXED = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 # --- Reward functions ---
@@ -208,3 +210,103 @@ def test_checked_combination_refuses_bad_results_and_names_the_function(rollout_
         checked_combination(my_hook, rollout_rewards)
     with pytest.raises(error, match=r"'HookWithState'.*" + message):
         checked_combination(HookWithState(result), rollout_rewards)
+
+
+# --- Rewards and labels ---
+
+
+def test_unknown_label_gets_the_nearest_match(make_trainer):
+    with pytest.raises(ValueError, match=r"prm_label is 'corect'.*Did you mean 'correct'"):
+        make_trainer(reward_funcs=row_rewards(MIXED, "correct"), prm_label="corect")
+
+
+# --- Fewer prompts than a generation batch ---
+
+
+@pytest.mark.parametrize(
+    "settings, needed",
+    [
+        ({"gradient_accumulation_steps": 2}, 4),
+        ({"oversample_factor": 2, "accuracy_low": 0.2, "accuracy_high": 0.8}, 4),
+    ],
+    ids=["accumulation", "oversampled"],
+)
+def test_fewer_prompts_than_a_generation_batch_are_refused_before_a_model_is_loaded(make_trainer, settings, needed):
+    rows = [{"prompt": f"{i}="} for i in range(needed - 1)]
+    message = f"has {needed - 1} prompts, but one generation batch takes {needed}: .*Lower per_device_train_batch_size"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model="a/model-that-is-not-there", train_dataset=Dataset.from_list(rows), **settings)
+    trainer = make_trainer(train_dataset=Dataset.from_list([*rows, {"prompt": "7="}]), max_steps=1, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 1 and len({*trainer._logs["prompt"]}) == needed
+
+
+def test_a_stream_that_ends_before_the_first_generation_batch_is_an_error(make_trainer):
+    rows = Dataset.from_list([{"prompt": f"{i}="} for i in range(3)]).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=rows, gradient_accumulation_steps=2, max_steps=1)
+    with pytest.raises(RuntimeError, match="ended before a generation batch of 4 prompts was full"):
+        trainer.train()
+    assert same(weights(trainer.model), weights(build_model()))
+
+
+# --- Bad input ---
+
+
+def test_another_tokenizer_is_refused(make_trainer, tmp_path, random_prm):
+    """Fault 14."""
+    other = build_tokenizer("9876543210+=:\nabcdefghijklmnopqrstuvwxyz ")
+    build_model().save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer differs.*'0'"):
+        make_trainer(prm_model=str(tmp_path))
+    prm = random_prm()
+    prm.tokenizer = other
+    with pytest.raises(ValueError, match="tokenizer differs"):
+        make_trainer(prm_model=prm)
+    with pytest.raises(ValueError, match=r"embeds 20 tokens, but the policy's tokenizer has 44"):
+        make_trainer(prm_model=build_model(vocab_size=20))
+
+
+def needs_solution(completions, solution, **kwargs):
+    return [1.0] * len(completions)
+
+
+async def needs_solution_async(completions, solution, **kwargs):
+    return [1.0] * len(completions)
+
+
+class NeedsSolution:
+    __name__ = "needs_solution_object"
+
+    def __call__(self, completions, solution, **kwargs):
+        return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, streaming):
+    def refuse(match, rows, **kwargs):
+        dataset = Dataset.from_list(rows * 2)
+        if streaming:
+            dataset = IterableDataset.from_generator(lambda: iter(rows))
+        with pytest.raises(ValueError, match=match):
+            make_trainer(model="no/such-model", train_dataset=dataset, **kwargs)
+
+    refuse("no column 'prompt'.*question", [{"question": "1="}])
+    for func in (needs_solution, needs_solution_async, NeedsSolution()):
+        refuse(
+            "needs a column 'solution'.*Did you mean 'solutions'",
+            [{"prompt": "1=", "solutions": "1"}],
+            reward_funcs=func,
+        )
+    refuse("'needs_solution'", [{"prompt": "1="}], reward_funcs=[parity_reward, needs_solution])
+
+
+def test_other_bad_input(make_trainer, random_prm, tokenizer):
+    with pytest.raises(TypeError, match="PRIMEConfig"):
+        PRIMETrainer(build_model(), parity_reward, GRPOConfig("unused", use_cpu=True, bf16=False))
+    with pytest.raises(TypeError, match="reward_combination"):
+        make_trainer(reward_combination="not.loaded")
+    with pytest.raises(ValueError, match="prm_peft_config"):
+        make_trainer(prm_model=random_prm(), prm_peft_config=lora())
+    with pytest.raises(ValueError, match="PeftModel already"):
+        make_trainer(prm_model=get_peft_model(build_model(), lora()), prm_peft_config=lora())

@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_model, logged, same, weights
-from helpers import assert_close, launch, results
-from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from conftest import build_model, logged, row_rewards, same, weights
+from datasets import Dataset
+from helpers import BAND, FAILS, INPUTS, MIXED, PASSES, assert_close, launch, lora, results
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
@@ -216,3 +217,87 @@ def test_tied_weights_count_as_loaded(train, tmp_path):
     assert trained.model.lm_head.weight is trained.model.model.embed_tokens.weight
     resumed = train(str(tmp_path / "run" / "checkpoint-2"), model=tied(), **STEPS)
     assert same(weights(trained.model), weights(resumed.model))
+
+
+# --- Saving and resuming ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prm_replay_batches": 2, "prm_lr_scheduler_type": "linear", "prm_trust_weighting": True},
+        {"peft_config": lora(), "prm_peft_config": lora(), "prm_replay_batches": 1},
+        {"prm_peft_config": lora()},
+        {"oversample_factor": 2, "reward_funcs": row_rewards(MIXED + FAILS + PASSES), **BAND},
+        {"prm_reference": "policy", "prm_update": "before"},
+        {"prm_update": "none"},
+    ],
+    ids=["full", "replay", "two adapters", "lora prm", "oversampled", "policy reference", "none"],
+)
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(train, tmp_path, settings):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
+    whole = train(output_dir=str(tmp_path / "whole"), **settings)
+    resumed = train(str(tmp_path / "whole" / "checkpoint-2"), output_dir=str(tmp_path / "resumed"), **settings)
+    assert len(whole.outputs) == 4 and len(resumed.outputs) == 2
+    for first, second in zip(whole.outputs[2:], resumed.outputs, strict=True):
+        assert torch.equal(first["completion_ids"], second["completion_ids"])
+        assert torch.equal(first["advantages"], second["advantages"])
+    assert same(weights(whole.model), weights(resumed.model))
+    assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
+    if whole.implicit_prm.reference is not None:
+        assert same(weights(whole.implicit_prm.reference), weights(resumed.implicit_prm.reference))
+    assert not same(weights(whole.model), weights(build_model()))
+
+
+def test_a_policy_that_is_saved_where_it_came_from_does_not_change_the_reference(train, tokenizer, tmp_path):
+    """The folder that the reference was loaded from now holds the trained policy."""
+    build_model(7, scale=4.0).save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    trainer = train(model=str(tmp_path / "run"), max_steps=1)
+    trainer.save_model()
+    assert same(weights(ImplicitPRM.from_pretrained(tmp_path / "run").reference), weights(build_model(7, scale=4.0)))
+
+
+def test_resuming_from_a_checkpoint_without_prm_state_is_refused(train, tmp_path):
+    train(max_steps=1, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "prm_state_0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"prm_state_0\.pt"):
+        train(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("policy_peft", "prm_peft"), [(None, None), (lora(), lora()), (lora(), None)], ids=["full", "lora", "lora policy"]
+)
+def test_saved_policy_and_prm_load_again(train, tmp_path, policy_peft, prm_peft):
+    trainer = train(peft_config=policy_peft, prm_peft_config=prm_peft, max_steps=1)
+    trainer.save_model()
+    folder = tmp_path / "run"
+    policy = PeftModel.from_pretrained(build_model(), folder) if policy_peft else None
+    policy = policy or AutoModelForCausalLM.from_pretrained(folder)
+    saved = {name: value for name, value in weights(trainer.model).items() if "lora_" in name or not policy_peft}
+    assert same({name: value for name, value in weights(policy).items() if name in saved}, saved)
+    prm = ImplicitPRM.from_pretrained(folder)
+    batch = [trainer.outputs[-1][key] for key in INPUTS]
+    with torch.no_grad():
+        assert torch.equal(prm.log_probs(*batch), trainer.implicit_prm.log_probs(*batch))
+        assert torch.equal(prm.reference_log_probs(*batch), trainer.implicit_prm.reference_log_probs(*batch))
+    assert prm.beta == 0.5 and prm.score(["1+1="], ["2"])[0].token_rewards.shape == (2,)
+
+
+def test_the_best_model_brings_its_prm(train, tmp_path):
+    trainer = train(
+        eval_dataset=Dataset.from_list([{"prompt": "1="}]),
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_prm/process_reward",
+    )
+    best = trainer.state.best_model_checkpoint
+    assert same(weights(trainer.implicit_prm.model), weights(AutoModelForCausalLM.from_pretrained(f"{best}/prm")))
+    assert same(weights(trainer.model), weights(AutoModelForCausalLM.from_pretrained(best)))

@@ -3,10 +3,14 @@
 import logging
 import math
 
+import numpy
+import pandas
 import pytest
 import torch
-from conftest import logged, row_rewards
+from conftest import build_model, distance, logged, row_rewards, same, weights
+from helpers import BAND, FAILS, MIXED, PASSES, fixed_rollouts, loss_mask, metrics, slow_process_rewards
 
+from trl_prime.implicit_prm.accuracies import pairwise_accuracy
 from trl_prime.rollouts import combine_outcomes
 
 NAN = math.nan
@@ -36,11 +40,11 @@ def test_outcomes_are_those_of_the_rule(num_generations, label):
     generator = torch.Generator().manual_seed(0)
     unjudged = 0
     for share in (0.0, 0.3, 0.8):
-        for weights in ([1.0, 0.5, 0.25], [0.0, 1.0, 0.0], [-1.0, 0.0, 2.0]):
+        for factors in ([1.0, 0.5, 0.25], [0.0, 1.0, 0.0], [-1.0, 0.0, 2.0]):
             rewards = torch.rand(24, 3, generator=generator)
             rewards[torch.rand(24, 3, generator=generator) < share] = NAN
-            outcomes, _ = combine_outcomes(rewards, torch.tensor(weights), num_generations, label)
-            expected = torch.tensor(slow_outcomes(rewards.tolist(), weights, num_generations, label))
+            outcomes, _ = combine_outcomes(rewards, torch.tensor(factors), num_generations, label)
+            expected = torch.tensor(slow_outcomes(rewards.tolist(), factors, num_generations, label))
             torch.testing.assert_close(outcomes, expected, equal_nan=True)
             unjudged += int(outcomes.isnan().sum())
     assert 0 < unjudged < 9 * 24
@@ -90,3 +94,243 @@ def test_functions_that_are_left_out_of_an_outcome_are_named_once(train, caplog)
     trainer = train(reward_funcs=[verifier, form], reward_weights=[0.5, 0.5])
     assert logged(trainer, "filter/judged") == [1.0, 1.0]
     assert len(warnings()) == 1 and "['verifier'] returned None" in warnings()[0]
+
+
+# --- Rewards and labels ---
+
+
+@pytest.mark.parametrize("unjudged", [(1,), (4, 5, 6, 7), tuple(range(8))], ids=str)
+def test_rows_without_reward_train_nothing(record, updates, random_prm, unjudged):
+    """Fault 17."""
+    values = [None if i in unjudged else value for i, value in enumerate(MIXED)]
+    prm = random_prm()
+    recorder = record(row_rewards(values), prm_model=prm, beta=0.0, max_steps=1)
+    output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
+    rows = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(unjudged), True)
+    assert torch.equal(rewards.outcome_rewards.isnan(), rows) and torch.equal(updates[0].labels.isnan(), rows)
+    assert not output["advantages"][rows].any() and not loss_mask(output)[rows].any()
+    assert not updates[0].policy_mask[rows].any()
+    assert loss_mask(output).sum() == output["completion_mask"][~rows].sum()
+    assert output["num_items_in_batch"] == max(loss_mask(output).sum(), 1)
+    if not rows.all():
+        assert output["advantages"][~rows].any(dim=1).sum() >= 3
+    moved = [not same(weights(recorder.trainer.model), weights(build_model()))]
+    moved += [not same(weights(prm.model), weights(random_prm().model))]
+    assert moved == [not rows.all()] * 2
+    assert logged(recorder.trainer, "filter/judged")[0] == pytest.approx(1 - len(unjudged) / 8)
+    # The others' baseline leaves them out
+    for row in (~rows).nonzero().flatten().tolist():
+        peers = [values[i] for i in range(row // 4 * 4, row // 4 * 4 + 4) if i != row and values[i] is not None]
+        expected = values[row] - sum(peers) / len(peers)
+        only_outcome = rewards.combine(process_weight=0.0, whiten=False)[row]
+        torch.testing.assert_close(only_outcome[rewards.completion_mask[row]].unique(), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+@pytest.mark.parametrize("cause", ["none", "filter", "truncated"])
+def test_content_of_dropped_rows_reaches_neither_policy_nor_prm(train, model_path, cause, loss_type):
+    """Not even through the KL term or the entropy bonus: two runs that differ only there end alike."""
+    values = {"none": (1.0, 0.0, 0.0, 1.0, None, None, None, None), "filter": (1, 0, 0, 1, 0, 0, 0, 0)}
+    settings = {
+        "model": model_path,
+        "prm_loss_type": "dpo" if loss_type == "dapo" else "ce",
+        "loss_type": loss_type,
+        "beta": 0.1,
+        "entropy_coef": 0.1,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "prm_optim": "sgd",
+        "prm_learning_rate": 0.05,
+        "accuracy_low": 0.2,
+        "accuracy_high": 0.8,
+        "filter_truncated": cause == "truncated",
+    }
+    lengths = (5, 7, 3, 6, 7, 2, 4, 8 if cause == "truncated" else 7)
+    results = {}
+    for change in ((), (4, 5, 6, 7), (1,)):
+        trainer = train(
+            reward_funcs=row_rewards(values.get(cause, MIXED)),
+            rollout_func=fixed_rollouts(change=change, lengths=lengths),
+            **settings,
+        )
+        results[change] = {
+            **{f"policy.{k}": v for k, v in weights(trainer.model).items()},
+            **{f"prm.{k}": v for k, v in weights(trainer.implicit_prm.model).items()},
+        }
+        assert logged(trainer, "filter/pass_rate") == [0.5, 0.5]
+    assert distance(results[()], results[(4, 5, 6, 7)]) < 1e-6
+    for part in ("policy.", "prm."):  # while the content of the others does
+        first, second = ({k: v for k, v in results[c].items() if k.startswith(part)} for c in ((), (1,)))
+        assert distance(first, second) > 1e-4
+
+
+async def async_reward(completions, **kwargs):
+    return [0.25 * (i % 2) for i in range(len(completions))]
+
+
+def test_several_reward_functions(train, updates):
+    """Weighted sum by default, one of them by name; a row counts when all functions judged it."""
+    seen = []
+    correct = row_rewards((1.0, 0.0, None, 1.0, None, 0.0, 1.0, 0.0), "correct")
+    style = row_rewards((None, 0.5, 1.0, 0.5, None, None, None, None), "style")
+    # Of the second prompt style judged nothing: it is for the first
+    outcomes = [NAN, 0.125 + 0.25, NAN, 0.5 + 0.125 + 0.25, NAN, 0.25, 0.5, 0.25]
+    expected = {"reward": outcomes, "correct": [NAN, 0.0, NAN, 1.0, NAN, 0.0, 1.0, 0.0]}
+    for label in ("reward", "correct"):
+        updates.clear()
+        seen.clear()
+        train(
+            reward_funcs=[correct, style, async_reward],
+            reward_weights=[0.5, 0.25, 1.0],
+            prm_label=label,
+            reward_combination=lambda rewards: seen.append(rewards) or rewards.combine(),
+            max_steps=1,
+        )
+        assert [*seen[0].reward_func_names] == ["correct", "style", "async_reward"]
+        assert seen[0].outcome_rewards_per_func.shape == (8, 3)
+        numpy.testing.assert_allclose(seen[0].outcome_rewards.numpy(), expected["reward"])
+        numpy.testing.assert_allclose(updates[0].labels.numpy(), expected[label])
+
+
+def test_labels_outside_zero_to_one_are_refused_with_the_fix(train):
+    with pytest.raises(ValueError, match=r"label 2 is outside \[0, 1\].*prm_label.*row_reward.*reward_weights"):
+        train(reward_funcs=row_rewards((0.0, 2.0)))
+    with pytest.raises(ValueError, match=r"-0\.5 is outside"):
+        train(reward_funcs=row_rewards((0.0, -0.5)))
+    with pytest.raises(ValueError, match=r"'row_reward' returned infinity"):
+        train(reward_funcs=row_rewards((0.0, math.inf)))
+    # The fix works
+    funcs = [row_rewards(MIXED, "correct"), row_rewards((0.0, 2.0), "bonus")]
+    trainer = train(reward_funcs=funcs, prm_label="correct")
+    assert not same(weights(trainer.implicit_prm.model), weights(build_model()))
+    train(reward_funcs=funcs, reward_weights=[0.5, 0.25])
+
+
+# --- Prompt filter and oversampling ---
+
+
+def test_a_group_of_equal_partial_credit_fails_the_filter(train):
+    """Fault 12."""
+    trainer = train(reward_funcs=row_rewards((0.5,) * 4 + PASSES), **BAND)
+    assert not loss_mask(trainer.outputs[0])[:4].any() and loss_mask(trainer.outputs[0])[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "kept"),
+    [((FAILS, PASSES, FAILS, PASSES), (1, 3)), ((PASSES,) * 4, (0, 1)), ((FAILS, FAILS, PASSES, FAILS), (0, 2))],
+)
+@pytest.mark.parametrize("steps_per_generation", [1, 2])
+def test_oversampling_keeps_whole_groups_that_pass_first(record, groups, kept, steps_per_generation):
+    """Fault 11."""
+    values = [value for group in groups for value in group]
+    prompts = []
+    recorder = record(
+        lambda prompts_=prompts, **kwargs: prompts_.append(kwargs["prompts"]) or values,
+        oversample_factor=2,
+        per_device_train_batch_size=8 // steps_per_generation,
+        steps_per_generation=steps_per_generation,
+        log_completions=True,
+        max_steps=2,
+        **BAND,
+    )
+    trainer, rewards = recorder.trainer, recorder.rewards[0]
+    output = trainer.outputs[0]
+    assert len(prompts[0]) == 16 and len(prompts) == 2 // steps_per_generation
+    rows = [group * 4 + i for group in kept for i in range(4)]
+    assert [*rewards.prompts] == [prompts[0][row] for row in rows]
+    assert len({*rewards.prompts}) == 2
+    num_rows, num_tokens = output["completion_ids"].shape
+    assert num_rows == 8 and output["advantages"].shape == output["completion_mask"].shape == (8, num_tokens)
+    trained = [values[row] if sum(groups[row // 4]) else NAN for row in rows]
+    numpy.testing.assert_equal(rewards.outcome_rewards.tolist(), trained)
+    passing = ~torch.tensor(trained).isnan()
+    assert torch.equal(loss_mask(output).any(1), passing) and not output["advantages"][~passing].any()
+    decoded = trainer.processing_class.batch_decode(output["prompt_ids"], skip_special_tokens=True)
+    assert decoded == [prompts[0][row] for row in rows]
+    assert output["num_items_in_batch"] == loss_mask(output).sum()
+    assert logged(trainer, "filter/pass_rate")[0] == sum(map(sum, groups)) / 2 / 4
+    assert logged(trainer, "filter/trained")[0] == passing.float().mean()
+
+    table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    assert len(table) == 16 and [*table["prompt"]] == prompts[0] and [*table["prime/outcome"]] == values
+    expected = numpy.zeros(16, dtype=bool)
+    expected[rows] = passing.numpy()
+    assert [*table["prime/trained"]] == [*expected]
+    mean = (output["advantages"] * loss_mask(output)).sum(1) / loss_mask(output).sum(1).clamp(min=1)
+    numpy.testing.assert_allclose(table["advantage"][rows], mean, atol=1e-6)
+    assert not table["advantage"][~expected].any() and not table["prime/process_reward"][~expected].any()
+
+
+def test_oversampling_by_half_and_longer_prompts_of_dropped_groups(record):
+    recorder = record(
+        row_rewards(PASSES + FAILS + PASSES), oversample_factor=1.5, steps_per_generation=1, max_steps=3, **BAND
+    )
+    for output in recorder.trainer.outputs:
+        assert output["completion_ids"].shape[0] == 8
+        assert output["prompt_mask"].any(0).all()  # no column that only dropped rows needed
+        assert loss_mask(output).any(1).all()
+    assert logged(recorder.trainer, "filter/pass_rate") == pytest.approx([2 / 3] * 3)
+
+
+def test_shortfall_stops_on_request(train):
+    train(reward_funcs=row_rewards(PASSES * 2), filter_shortfall="error", **BAND)
+    with pytest.raises(RuntimeError, match=r"1 of 2 groups passed.*needs 2.*filter_shortfall='mask'"):
+        train(reward_funcs=row_rewards(PASSES + FAILS), filter_shortfall="error", **BAND)
+
+
+def test_a_batch_without_any_group_leaves_everything_where_it_is(train):
+    trainer = train(reward_funcs=row_rewards(FAILS), max_steps=1, logging_steps=1, **BAND)
+    assert same(weights(trainer.model), weights(build_model()))
+    assert same(weights(trainer.implicit_prm.model), weights(build_model()))
+    assert metrics(trainer)[0]["loss"] == 0 and metrics(trainer)[0]["filter/pass_rate"] == 0
+
+
+# --- Masks ---
+
+
+def test_tokens_that_the_policy_did_not_write_get_nothing(record, updates, random_prm):
+    recorder = record(
+        row_rewards(MIXED), prm_model=random_prm(), rollout_func=fixed_rollouts(env_mask=(1, 3)), max_steps=1
+    )
+    output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
+    written = output["completion_mask"].bool().clone()
+    written[:, [1, 3]] = False
+    assert torch.equal(rewards.completion_mask, written) and torch.equal(updates[0].policy_mask, written)
+    assert torch.equal(loss_mask(output).bool(), written)
+    assert not rewards.process_rewards[~written].any() and not output["advantages"][~written].any()
+    assert rewards.process_rewards[written].all()
+    assert output["num_items_in_batch"] == written.sum()
+    reference = random_prm().reference
+    expected = slow_process_rewards(random_prm().model, reference, output) * written
+    torch.testing.assert_close(rewards.process_rewards, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_masked_truncated_completions_teach_nothing(record, updates, random_prm):
+    labels = (1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+    recorder = record(
+        row_rewards(labels),
+        prm_model=random_prm(),
+        rollout_func=fixed_rollouts(),
+        mask_truncated_completions=True,
+        max_steps=1,
+    )
+    output, rewards = recorder.trainer.outputs[0], recorder.rewards[0]
+    truncated = torch.tensor([1, 4])  # those of 8 tokens
+    assert not loss_mask(output)[truncated].any() and not output["advantages"][truncated].any()
+    assert not updates[0].policy_mask[truncated].any() and output["advantages"].isfinite().all()
+    # A completion that has no tokens has no score, and is in no pair
+    scores, judged = rewards.process_rewards.sum(1), torch.tensor(labels).index_fill(0, truncated, NAN)
+    expected = pairwise_accuracy(scores, judged, 4)
+    assert expected != pairwise_accuracy(scores, torch.tensor(labels), 4)
+    assert logged(recorder.trainer, "prm/pairwise_accuracy") == [pytest.approx(expected)]
+
+
+def test_filter_truncated_drops_the_group(train):
+    trainer = train(
+        reward_funcs=row_rewards(PASSES * 2),
+        rollout_func=fixed_rollouts(lengths=(5, 8, 3, 6, 2, 2, 4, 7)),
+        filter_truncated=True,
+    )
+    assert loss_mask(trainer.outputs[0]).any(1).tolist() == [False] * 4 + [True] * 4
+    trainer = train(reward_funcs=row_rewards(PASSES * 2), rollout_func=fixed_rollouts())
+    assert loss_mask(trainer.outputs[0]).any(1).all()
