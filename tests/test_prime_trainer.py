@@ -34,6 +34,7 @@ from peft import PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, selective_log_softmax
 
+import trl_prime.advantages
 from trl_prime import PRIMETrainer
 from trl_prime.advantages import ESTIMATORS, combine_rewards
 from trl_prime.implicit_prm.accuracies import pairwise_accuracy
@@ -188,6 +189,15 @@ def test_advantages_are_combine_rewards_of_what_the_hook_sees(record, train, ran
         # Every written token has a process reward, the last one too (fault 3)
         if args.process_reward_granularity == "token":
             assert torch.equal(rewards.process_rewards != 0, rewards.completion_mask)
+
+
+def test_advantage_terms_are_computed_once_a_step(train, monkeypatch):
+    calls, compute = [], trl_prime.advantages.advantage_terms
+    monkeypatch.setattr(
+        trl_prime.advantages, "advantage_terms", lambda *args, **kwargs: calls.append(1) or compute(*args, **kwargs)
+    )
+    trainer = train(max_steps=2)
+    assert len(calls) == 2 == len(logged(trainer, "advantage/process_share"))
 
 
 def test_outcome_and_process_weights_matter(train, random_prm):
