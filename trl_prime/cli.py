@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-prime: {argv[0]!r} is no command. {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    # What the libraries below will change in their next major version is no concern of who runs a recipe
+    # Hide deprecation warnings of dependencies: a recipe cannot mend them
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         exit_code = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])

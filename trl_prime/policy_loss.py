@@ -1,4 +1,4 @@
-"""What TRL's policy loss has to be told about advantages that differ from token to token and rows that teach nothing.
+"""TRL's policy loss, told about advantages that differ from token to token and rows that teach nothing.
 
 Covered: one advantage for a completion where TRL decides by completion, and a scale of the loss that does not depend on how
 many rows were left out. Not covered: the loss itself (TRL) and advantages (`advantages.py`). B = completions, T = completion

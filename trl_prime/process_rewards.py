@@ -126,7 +126,7 @@ def aggregate_process_rewards(
     return sums.gather(1, unit_ids).masked_fill(~positions, 0.0)
 
 
-# Of `discounted_returns`
+# Rows that `discounted_returns` processes at once
 _ROWS_AT_ONCE = 256
 
 

@@ -1,4 +1,4 @@
-"""Which groups are worth learning from: the online prompt filter (PRIME, arXiv 2502.01456, section 3.3).
+"""The online prompt filter, which chooses the groups that are worth learning from (PRIME, arXiv 2502.01456, section 3.3).
 
 Covered: the accuracy band, the spread within a group, truncated completions, and which groups make up a training batch. Not
 covered: that rows of groups that failed carry no gradient (`prime_trainer.py`).

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Content that no chat template changes
 _CONTENT = "4"
-# What `parse_response` of transformers takes out of a message's content
+# `parse_response` of transformers moves these out of a message's content
 _PARSED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
@@ -69,7 +69,7 @@ class TextFormat:
         return text_format
 
     def render(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **kwargs: Any) -> Any:
-        """What `apply_chat_template` makes of messages: the text, or with `tokenize=True` what that returns."""
+        """Render messages by `apply_chat_template`: the text, or with `tokenize=True` its token ids."""
         if self.content_blocks:
             from trl.data_utils import prepare_multimodal_messages
 

@@ -198,7 +198,7 @@ class FullyShard(DataParallel):
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
-        # What belongs to a sharded parameter is sharded like it
+        # The state of a sharded parameter is sharded like it
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else None

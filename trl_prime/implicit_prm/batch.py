@@ -36,7 +36,7 @@ class PRMBatch:
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a model reads: prompt ids and mask, completion ids and mask."""
+        """The tensors that a model reads: prompt ids and mask, completion ids and mask."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
 
     @property

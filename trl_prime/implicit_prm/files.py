@@ -255,7 +255,7 @@ def save_prm_state(checkpoint: str, state: dict[str, Any], accelerator: Accelera
 
 
 def load_prm_state(checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
-    """What [`save_prm_state`] saved of this process, on the CPU."""
+    """Load the state that [`save_prm_state`] saved of this process, on the CPU."""
     state = torch.load(_state_path(checkpoint, accelerator), map_location="cpu", weights_only=True)
     path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
     if os.path.isfile(path):

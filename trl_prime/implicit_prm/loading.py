@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
-# What says where a checkpoint is: needed for its configuration as for its weights
+# Arguments that say where a checkpoint is: its configuration needs them as its weights do
 _PLACE = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
 
 

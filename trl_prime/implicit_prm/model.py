@@ -457,7 +457,7 @@ class ImplicitPRM:
             "adapter": is_adapter,
             "reference": reference_name,
             "reference_revision": revision,
-            # What an adapter's own files do not tell of its base
+            # An adapter's own files do not tell this of its base
             "architecture": type(unwrapped(self.model)).__name__.removeprefix("FSDP"),
             "dtype": str(unwrapped(self.model).dtype).removeprefix("torch."),
             "float32_head": has_float32_head(self.model),

@@ -215,7 +215,7 @@ class PRMUpdater:
         return local_rows(group_rows(self.accelerator.gather(scores), self.args.num_generations), self.accelerator)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
+        """The state that a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
         return {
             "optimizer": self.backend.optimizer_state(),
             "scheduler": self.scheduler.state_dict(),

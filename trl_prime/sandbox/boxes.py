@@ -33,7 +33,7 @@ def interpreter() -> str:
 
 
 def _view(packages: tuple[str, ...]) -> dict:
-    """What of the machine is seen inside: read-only paths, folders emptied within them, links, packages and devices."""
+    """The part of the machine that is seen inside: read-only paths, folders emptied within them, links, packages and devices."""
     prefix = os.path.realpath(sys.base_prefix)
     paths = [*_SYSTEM, f"{prefix}/lib", f"{prefix}/{sys.platlibdir}", interpreter()]
     read_only, links = [], {}
@@ -44,7 +44,7 @@ def _view(packages: tuple[str, ...]) -> dict:
             links[path] = os.readlink(path)
         else:
             read_only.append(path)
-    # What is installed beside the standard library may hold data, the tests' answers among it
+    # Packages beside the standard library may hold data, the tests' answers among it
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     installed = {sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")}
     installed |= set(site.getsitepackages([sys.base_prefix])) | {

@@ -1,4 +1,4 @@
-"""What every sandbox has in common: limits, results, and the error when there is none."""
+"""Limits and results, which all sandboxes share, and the error when there is none."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ class LocalSandbox:
         self._log.close()
 
     def _said(self) -> str:
-        """What the box said of itself, for an error."""
+        """The words of the box about itself, for an error."""
         try:
             said = os.pread(self._log.fileno(), 1 << 16, 0)
         except (OSError, ValueError):
@@ -306,7 +306,7 @@ class LocalSandbox:
             yield lifeline
 
     def _report(self, lifeline: socket.socket, seconds: float) -> dict[str, Any]:
-        """What the supervisor says of a program's end, which is to come within `seconds`, on a busy machine a bit later."""
+        """Read the supervisor's report of a program's end, which is to come within `seconds`, on a busy machine a bit later."""
         lifeline.settimeout(seconds + 30)
         data = b""
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What comes out of a sandbox is what a hostile program wrote: read with bounded effort, and checked for its shape."""
+"""Messages out of a sandbox: a hostile program may have written them, so reading takes bounded effort and checks their shape."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import wire
 
-# What solutions of the published data sets take for granted, as their graders do: LeetCode-style solutions annotate with
+# Solutions of the published data sets take these imports for granted, as their graders do: LeetCode-style solutions annotate with
 # `List` and call `heappush` or `lru_cache` without an import.
 _MODULES = (
     bisect, collections, copy, datetime, fractions, functools, heapq, io, itertools, json, math, operator, os, random, re,

@@ -108,7 +108,7 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            # What libraries ask of a value: NumPy takes a memory address from some of these
+            # Libraries ask a value for these attributes: NumPy takes a memory address from some of them
             raise AttributeError(name)
         return self._remote.decode(self._remote.ask("attribute", self._target, name)["value"])
 
@@ -223,7 +223,7 @@ def _namespace(remote: _Remote, tests: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names_of(hello: dict[str, Any]) -> list[str]:
-    """What the solution may define for the tests."""
+    """The names that the solution may define for the tests."""
     return [
         name
         for name in hello["names"]

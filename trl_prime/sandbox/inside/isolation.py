@@ -163,7 +163,7 @@ _PIDFD_OPEN, _CLONE3 = 434, 435
 _ANY, _RLIMIT_CORE = 0xFFFFFFFF, 4
 _ARGUMENTS = {
     "clone": [(0, _ANY_NAMESPACE, 0, True)],
-    # Of sockets only pairs of connected streams (AF_UNIX, SOCK_STREAM, two flags): one for datagrams can be given an
+    # The only sockets are pairs of connected streams (AF_UNIX, SOCK_STREAM, two flags): one for datagrams can be given an
     # address, and neighbours share the network namespace
     "socketpair": [(0, _ANY, 1, True), (1, _ANY & ~0x80800, 1, True)],
     # Memory that is shared and of no file outlives the process that filled it, and counts for nobody who did not touch it
