@@ -171,7 +171,9 @@ class PRMLearner:
         args, updater, update = self.args, self.updater, None
         exact = self.precision.exact_log_ratios(batch, step)
         if updater is not None and updater.can_score:
-            # Single forward: the update's own passes give the log-probabilities of the PRM as it was before
+            # Single forward: the update's own passes give the log-probabilities of the PRM as it was before. No row is scored
+            # first, so that the model is checked as in every scoring pass, once a run.
+            self._logps(batch, torch.zeros_like(batch.labels, dtype=torch.bool))
             update = updater.update(batch)
             logps = update.first_logps
             scores = self._scores(batch, logps, step)
@@ -210,9 +212,9 @@ class PRMLearner:
         intercept = self.updater.intercept if self.updater else 0.0
         return label_log_odds(scores, intercept, self.args.prm_guess_rate)
 
-    def _logps(self, batch: PRMBatch) -> torch.Tensor:
+    def _logps(self, batch: PRMBatch, among: torch.Tensor | None = None) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
-        rows = batch.has_tokens
+        rows = batch.has_tokens if among is None else batch.has_tokens & among
         with self.accelerator.autocast():
             return self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self._num_passes(rows))
 
