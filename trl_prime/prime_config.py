@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
@@ -186,13 +185,6 @@ class PRIMEConfig(GRPOConfig):
         filter_shortfall (`str`, *optional*, defaults to `"mask"`):
             What happens when too few groups pass. `"mask"`: groups that failed fill the batch up and carry no gradient,
             neither in the policy nor in the PRM. `"error"`: training stops.
-
-        > Parameters that control the Hub
-
-        prm_hub_model_id (`str`, *optional*):
-            Repo of the PRM when pushing to the Hub. Defaults to the folder `prm/` of the policy's repo. `hub_token`,
-            `hub_private_repo`, `hub_revision`, `hub_strategy` and `hub_always_push` are for both repos. A pushed checkpoint
-            has its PRM in any case: it could not be resumed without.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
@@ -404,15 +396,6 @@ class PRIMEConfig(GRPOConfig):
         },
     )
 
-    # Parameters that control the Hub
-    prm_hub_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Repo of the PRM when pushing to the Hub. Defaults to the folder `prm/` of the policy's repo. The other "
-            "hub settings are for both repos."
-        },
-    )
-
     def __post_init__(self):
         # Checked here, and before the generation batch is derived: TRL's own message speaks of GRPO
         if self.num_generations is None or self.num_generations < 2:
@@ -547,18 +530,6 @@ class PRIMEConfig(GRPOConfig):
                 f"{self.outcome_gamma}. Use importance_sampling_level='token' (also with loss_type='luspo'), or process_weight=0 "
                 "and outcome_gamma=1."
             )
-        if self.prm_hub_model_id is not None:
-            try:
-                validate_repo_id(self.prm_hub_model_id)
-            except HFValidationError as error:
-                raise ValueError(
-                    f"prm_hub_model_id is '{self.prm_hub_model_id}', which is no name of a repo. Give it as user/name."
-                ) from error
-            if self.prm_hub_model_id == self.hub_model_id:
-                raise ValueError(
-                    f"prm_hub_model_id and hub_model_id are both '{self.hub_model_id}', where one model would overwrite the "
-                    "other. Leave prm_hub_model_id out to have the PRM in the folder prm/ of the policy's repo."
-                )
         if self.prm_fused_lm_head and self.prm_reference == "policy":
             raise ValueError(
                 "prm_fused_lm_head=True does not go with prm_reference='policy': PRM and reference must round alike, and the "
