@@ -63,7 +63,6 @@ def test_defaults_are_those_of_the_paper():
         "accuracy_high": 0.8,
         "filter_truncated": False,
         "oversample_factor": 1.0,
-        "filter_shortfall": "mask",
         "prm_trust_weighting": True,
     }
     args = config()
@@ -198,7 +197,6 @@ def test_bad_input_is_refused_with_option_and_value(settings, parts):
         ("process_reward_granularity", "tokens", "token"),
         ("process_reward_norm", "batchnorm", "batch_norm"),
         ("advantage_estimator", "rlo", "rloo"),
-        ("filter_shortfall", "masks", "mask"),
         ("loss_type", "dapoo", "dapo"),
         ("importance_sampling_level", "tokens", "token"),
         ("vllm_importance_sampling_mode", "token_masks", "token_mask"),

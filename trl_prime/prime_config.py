@@ -23,7 +23,6 @@ from .specs import nearest
 
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
-SHORTFALLS = ("mask", "error")
 # TRL checks these only after the models are loaded and the first batch is generated
 TRL_CHOICES = ("loss_type", "importance_sampling_level", "vllm_importance_sampling_mode")
 # In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
@@ -181,10 +180,8 @@ class PRIMEConfig(GRPOConfig):
             Whether groups with a completion that ran into `max_completion_length` are not trained on.
         oversample_factor (`float`, *optional*, defaults to `1.0`):
             Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
-            groups that pass the filter first.
-        filter_shortfall (`str`, *optional*, defaults to `"mask"`):
-            What happens when too few groups pass. `"mask"`: groups that failed fill the batch up and carry no gradient,
-            neither in the policy nor in the PRM. `"error"`: training stops.
+            groups that pass the filter first. Where too few pass, groups that failed fill the batch up and carry no gradient,
+            neither in the policy nor in the PRM.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
@@ -389,12 +386,6 @@ class PRIMEConfig(GRPOConfig):
             "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
         },
     )
-    filter_shortfall: str = field(
-        default="mask",
-        metadata={
-            "help": "When too few groups pass: 'mask', failed groups fill the batch up without gradient, or 'error'."
-        },
-    )
 
     def __post_init__(self):
         # Checked here, and before the generation batch is derived: TRL's own message speaks of GRPO
@@ -442,7 +433,6 @@ class PRIMEConfig(GRPOConfig):
             "process_reward_granularity": GRANULARITIES,
             "process_reward_norm": NORMALIZATIONS,
             "advantage_estimator": ESTIMATORS,
-            "filter_shortfall": SHORTFALLS,
             **{name: trl_choices(name) for name in TRL_CHOICES},
         }.items():
             value = getattr(self, name)

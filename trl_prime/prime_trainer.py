@@ -310,7 +310,12 @@ class PRIMETrainer(GRPOTrainer):
             labels, num_generations, low=args.accuracy_low, high=args.accuracy_high, truncated=truncated
         )
         num_groups = args.generation_batch_size // num_generations
-        self._check_shortfall(passed, num_groups)
+        if not passed.any():
+            logger.warning_once(
+                f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and "
+                f"{args.accuracy_high}), but a generation batch needs {num_groups}. Nothing is learnt from such batches "
+                "(filter/pass_rate is 0)."
+            )
         rows = rows_to_train_on(passed, num_groups, num_generations)
         trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
         self._log("filter/pass_rate", passed.float().mean())
@@ -325,20 +330,6 @@ class PRIMETrainer(GRPOTrainer):
             rows=rows,
             generated_outcomes=outcomes,
         )
-
-    def _check_shortfall(self, passed: torch.Tensor, num_groups: int) -> None:
-        num_passed = int(passed.sum())
-        if num_passed < num_groups:
-            message = (
-                f"{num_passed} of {len(passed)} groups passed the prompt filter (accuracy between {self.args.accuracy_low} and "
-                f"{self.args.accuracy_high}), but a generation batch needs {num_groups}."
-            )
-            if self.args.filter_shortfall == "error":
-                raise RuntimeError(
-                    f"{message} Widen the band, raise oversample_factor or set filter_shortfall='mask' to train on fewer."
-                )
-            if num_passed == 0:
-                logger.warning_once(f"{message} Nothing is learnt from such batches (filter/pass_rate is 0).")
 
     def _rollout_rewards(self, rollouts: Rollouts, batch: PRMBatch, prm: PRMScores) -> RolloutRewards:
         """Outcomes and process rewards of the rows of all processes."""
