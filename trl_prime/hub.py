@@ -55,7 +55,6 @@ SETTINGS = (
     "prm_replay_batches",
     "prm_replay_steps",
     "prm_loss_type",
-    "prm_intercept",
     "prm_guess_rate",
     "prm_beta",
     "prm_learning_rate",

@@ -88,7 +88,12 @@ class PRIMEConfig(GRPOConfig):
             before, and the batch is scored by the updated PRM (double forward). `"reverse"`: as `"after"`, and losses
             that compare completions use the scores of that single scoring pass through all epochs. `"none"`: never.
         prm_loss_type (`str`, *optional*, defaults to `"ce"`):
-            `"ce"`: cross-entropy against the outcome (Eq 4). `"dpo"`: detached DPO against the mean of the peers with
+            `"ce"`: cross-entropy against the outcome (Eq 4). `"calibrated_ce"`, ours: cross-entropy of
+            `g + (1 - g) * sigmoid(q + b)`, g being `prm_guess_rate` and b the log-odds of the mean label of the batches that
+            are trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and believes
+            that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the probability of
+            whatever the policy writes; with b only what tells right from wrong is learned. Scores and process rewards hold no
+            b. The other losses compare completions of a prompt. `"dpo"`: detached DPO against the mean of the peers with
             another outcome. `"bon_acc"`, `"bon_rm"`: the same, weighted by how likely a completion is the best of K by
             outcome or by score.
         prm_label (`str`, *optional*, defaults to `"reward"`):
@@ -120,17 +125,11 @@ class PRIMEConfig(GRPOConfig):
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
             to all.
-        prm_intercept (`bool`, *optional*, defaults to `False`):
-            Whether the cross-entropy is taken of `sigmoid(q + b)`, b the log-odds of the mean label of the batches that the
-            PRM is trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and
-            believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
-            probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
-            Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
         prm_guess_rate (`float`, *optional*, defaults to `0.0`):
             Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
-            four options is to be chosen, 0.1 where the answer is a digit. The cross-entropy is then taken of
-            `g + (1 - g) * sigmoid(q + b)`, with b from what is left of the mean label, so that a right answer after a wrong
-            step need not be explained by the step. Ours; Eq 4 is 0. Needs `prm_loss_type="ce"`.
+            four options is to be chosen, 0.1 where the answer is a digit. The loss then allows for luck, with b from what is
+            left of the mean label, so that a right answer after a wrong step need not be explained by the step. Needs
+            `prm_loss_type="calibrated_ce"`.
         prm_micro_batch_size (`int`, *optional*):
             Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
             depend on it, memory does.
@@ -256,7 +255,11 @@ class PRIMEConfig(GRPOConfig):
     )
     prm_loss_type: str = field(
         default="ce",
-        metadata={"help": "Loss of the PRM: 'ce' (Eq 4), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N weighted DPO)."},
+        metadata={
+            "help": "Loss of the PRM: 'ce' (Eq 4), 'calibrated_ce' (for where far fewer or far more than half of the completions "
+            "are right: the log-odds of the mean label are added to the score), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N "
+            "weighted DPO)."
+        },
     )
     prm_label: str = field(
         default="reward",
@@ -303,18 +306,11 @@ class PRIMEConfig(GRPOConfig):
             "one. Defaults to all."
         },
     )
-    prm_intercept: bool = field(
-        default=False,
-        metadata={
-            "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
-            "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
-        },
-    )
     prm_guess_rate: float = field(
         default=0.0,
         metadata={
             "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
-            "options is to be chosen: the PRM's cross-entropy allows for it. Needs prm_loss_type 'ce'."
+            "options is to be chosen: the PRM's loss allows for it. Needs prm_loss_type 'calibrated_ce'."
         },
     )
     prm_micro_batch_size: int | None = field(
@@ -530,20 +526,15 @@ class PRIMEConfig(GRPOConfig):
                 f"prm_replay_steps is {self.prm_replay_steps}, but prm_replay_batches={self.prm_replay_batches} batches are kept "
                 "to draw them from. Raise prm_replay_batches or leave prm_replay_steps out."
             )
-        if self.prm_intercept and self.prm_loss_type != "ce":
-            raise ValueError(
-                f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
-                "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
-            )
         if not 0 <= self.prm_guess_rate < 1:
             raise ValueError(
                 f"prm_guess_rate is {self.prm_guess_rate}, but it is a share of the wrong completions: choose one from 0 to below "
                 "1, for example 0.25 where one of four options is to be chosen."
             )
-        if self.prm_guess_rate and self.prm_loss_type != "ce":
+        if self.prm_guess_rate and self.prm_loss_type != "calibrated_ce":
             raise ValueError(
-                f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which compares "
-                "completions. Use prm_loss_type='ce' or leave prm_guess_rate out."
+                f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which does not "
+                "allow for luck. Use prm_loss_type='calibrated_ce' or leave prm_guess_rate out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")
