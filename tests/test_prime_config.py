@@ -68,6 +68,12 @@ def test_defaults_are_those_of_the_paper():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_the_policy_loss_of_the_paper_is_trls_default():
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    said = "TRL's defaults have moved: declare the paper's in PRIMEConfig"
+    assert (defaults["loss_type"], defaults["beta"]) == ("dapo", 0.0), said
+
+
 def test_micro_batch_defaults_to_that_of_the_policy():
     assert config(per_device_train_batch_size=4).prm_micro_batch_size == 4
     assert config(per_device_train_batch_size=4, prm_micro_batch_size=3).prm_micro_batch_size == 3

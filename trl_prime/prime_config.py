@@ -189,8 +189,9 @@ class PRIMEConfig(GRPOConfig):
     > - `num_generations`: Defaults to `4` instead of `8`.
     > - `max_completion_length`: Defaults to `3072` instead of `512`.
     > - `scale_rewards`: Is `"none"` instead of `"group"`, and nothing else: advantages come from `advantage_estimator`.
-    > - `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the paper's and
-    >   are pinned here in case TRL's defaults move.
+    >
+    > TRL's defaults of `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the
+    > paper's.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs", "prm_lr_scheduler_kwargs"]
@@ -209,17 +210,6 @@ class PRIMEConfig(GRPOConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "Must be 'none': PRIME's advantages come from `advantage_estimator`."},
-    )
-    loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "Policy loss, any of TRL's (see its documentation). 'dapo', the mean over all tokens of the batch, is the "
-            "paper's."
-        },
-    )
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "KL coefficient of the policy (not of the PRM, see `prm_beta`). The paper uses none."},
     )
 
     # Parameters that control the implicit PRM
