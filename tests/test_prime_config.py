@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import types
 
@@ -95,6 +96,14 @@ def test_documented_default_is_the_default(field):
     if entry and "defaults to" in entry.group(1):
         text = re.search(r"defaults to `(.*)`", entry.group(1)).group(1)
         assert eval(text, {}) == field.default
+
+
+def test_docstring_and_fields_are_in_the_same_order():
+    documented = re.findall(r"^ +(\w+) \(`", PRIMEConfig.__doc__, re.MULTILINE)
+    assert documented == [field.name for field in OWN_FIELDS if not hasattr(GRPOConfig, field.name)]
+    groups = r"> Parameters that control (.*)"
+    in_the_code = re.findall(r"^    # Parameters that control (.*)$", inspect.getsource(PRIMEConfig), re.MULTILINE)
+    assert re.findall(groups, PRIMEConfig.__doc__) == in_the_code and in_the_code[0] == "the core of PRIME"
 
 
 def test_fields_do_not_clash_with_the_parser():

@@ -68,25 +68,50 @@ class PRIMEConfig(GRPOConfig):
     numbers are those of the PRIME paper, arXiv 2502.01456.
 
     Parameters:
-        > Parameters that control the implicit PRM
+        > Parameters that control the core of PRIME
 
-        prm_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when `prm_model` is given as a
-            string. Defaults to `model_init_kwargs`.
         prm_beta (`float`, *optional*, defaults to `0.05`):
             Scale of the process reward, in reward per nat: `beta * (log pi_phi - log pi_ref)` (Eq 3). The score of a
             completion is a sum over its tokens, so beta should scale with one over the completion length: 0.05 is for
             thousands of tokens, 0.5 to 1 for tens.
-        prm_reference (`str`, *optional*, defaults to `"frozen"`):
-            What the PRM is measured against. `"frozen"`: the model that it started from. `"policy"`: the policy's
-            log-probabilities at rollout time; no reference model is kept.
-
-        > Parameters that control the update of the implicit PRM
-
+        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
+            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
         prm_update (`str`, *optional*, defaults to `"after"`):
             When the PRM learns from a rollout batch. `"after"`: after the batch was scored (single forward). `"before"`:
             before, and the batch is scored by the updated PRM (double forward). `"reverse"`: as `"after"`, and losses
             that compare completions use the scores of that single scoring pass through all epochs. `"none"`: never.
+        advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
+            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
+            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
+        process_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the process term of the advantage. 0 trains on outcomes only, while the PRM still learns and reports.
+        accuracy_low (`float`, *optional*, defaults to `0.2`):
+            Groups whose mean label is lower are not trained on.
+        accuracy_high (`float`, *optional*, defaults to `0.8`):
+            Groups whose mean label is higher are not trained on. The band from 0 to 1 turns the filter off.
+        oversample_factor (`float`, *optional*, defaults to `1.0`):
+            Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
+            groups that pass the filter first. Where too few pass, groups that failed fill the batch up and carry no gradient,
+            neither in the policy nor in the PRM.
+
+        > Parameters that control the models of the implicit PRM
+
+        prm_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when `prm_model` is given as a
+            string. Defaults to `model_init_kwargs`.
+        prm_reference (`str`, *optional*, defaults to `"frozen"`):
+            What the PRM is measured against. `"frozen"`: the model that it started from. `"policy"`: the policy's
+            log-probabilities at rollout time; no reference model is kept.
+        prm_micro_batch_size (`int`, *optional*):
+            Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
+            depend on it, memory does.
+        prm_fused_lm_head (`bool`, *optional*):
+            Whether log-probabilities of PRM and reference are computed by TRL's fused head, which never holds the logits of a
+            micro-batch. Defaults to whether they run on a GPU, TRL has it (from 1.15) and `prm_reference` is `"frozen"`.
+
+        > Parameters that control the update of the implicit PRM
+
         prm_loss_type (`str`, *optional*, defaults to `"ce"`):
             `"ce"`: cross-entropy against the outcome (Eq 4). `"calibrated_ce"`, ours: cross-entropy of
             `g + (1 - g) * sigmoid(q + b)`, g being `prm_guess_rate` and b the log-odds of the mean label of the batches that
@@ -96,12 +121,14 @@ class PRIMEConfig(GRPOConfig):
             b. The other losses compare completions of a prompt. `"dpo"`: detached DPO against the mean of the peers with
             another outcome. `"bon_acc"`, `"bon_rm"`: the same, weighted by how likely a completion is the best of K by
             outcome or by score.
+        prm_guess_rate (`float`, *optional*, defaults to `0.0`):
+            Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
+            four options is to be chosen, 0.1 where the answer is a digit. The loss then allows for luck, with b from what is
+            left of the mean label, so that a right answer after a wrong step need not be explained by the step. Needs
+            `prm_loss_type="calibrated_ce"`.
         prm_label (`str`, *optional*, defaults to `"reward"`):
             The outcome label: `"reward"`, the weighted sum of all reward functions, or the name of one of them. Labels
             must be between 0 and 1. The prompt filter judges accuracy by the label too.
-        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
-            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
         prm_optim (`str`, *optional*, defaults to `"adamw_torch"`):
             Optimizer of the PRM, a name of [`~transformers.training_args.OptimizerNames`]. Betas, epsilon and `optim_args`
             are those of the policy.
@@ -125,18 +152,6 @@ class PRIMEConfig(GRPOConfig):
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
             to all.
-        prm_guess_rate (`float`, *optional*, defaults to `0.0`):
-            Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
-            four options is to be chosen, 0.1 where the answer is a digit. The loss then allows for luck, with b from what is
-            left of the mean label, so that a right answer after a wrong step need not be explained by the step. Needs
-            `prm_loss_type="calibrated_ce"`.
-        prm_micro_batch_size (`int`, *optional*):
-            Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
-            depend on it, memory does.
-
-        prm_fused_lm_head (`bool`, *optional*):
-            Whether log-probabilities of PRM and reference are computed by TRL's fused head, which never holds the logits of a
-            micro-batch. Defaults to whether they run on a GPU, TRL has it (from 1.15) and `prm_reference` is `"frozen"`.
 
         > Parameters that control the process rewards
 
@@ -155,13 +170,8 @@ class PRIMEConfig(GRPOConfig):
 
         > Parameters that control the advantages
 
-        advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
-            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
-            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the outcome term of the advantage.
-        process_weight (`float`, *optional*, defaults to `1.0`):
-            Factor of the process term. 0 trains on outcomes only, while the PRM still learns and reports.
         outcome_gamma (`float`, *optional*, defaults to `1.0`):
             Discount of the outcome per token before the end.
         process_gamma (`float`, *optional*, defaults to `1.0`):
@@ -171,16 +181,8 @@ class PRIMEConfig(GRPOConfig):
 
         > Parameters that control the online prompt filter
 
-        accuracy_low (`float`, *optional*, defaults to `0.2`):
-            Groups whose mean label is lower are not trained on.
-        accuracy_high (`float`, *optional*, defaults to `0.8`):
-            Groups whose mean label is higher are not trained on. The band from 0 to 1 turns the filter off.
         filter_truncated (`bool`, *optional*, defaults to `False`):
             Whether groups with a completion that ran into `max_completion_length` are not trained on.
-        oversample_factor (`float`, *optional*, defaults to `1.0`):
-            Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
-            groups that pass the filter first. Where too few pass, groups that failed fill the batch up and carry no gradient,
-            neither in the policy nor in the PRM.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
@@ -212,19 +214,51 @@ class PRIMEConfig(GRPOConfig):
         metadata={"help": "Must be 'none': PRIME's advantages come from `advantage_estimator`."},
     )
 
-    # Parameters that control the implicit PRM
-    prm_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `prm_model` is a string. "
-            "Defaults to `model_init_kwargs`."
-        },
-    )
+    # Parameters that control the core of PRIME
     prm_beta: float = field(
         default=0.05,
         metadata={
             "help": "Scale of the process reward in reward per nat (Eq 3). Should scale with one over the completion "
             "length: 0.05 is for thousands of tokens, 0.5 to 1 for tens."
+        },
+    )
+    prm_learning_rate: float = field(
+        default=1e-5,
+        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
+    )
+    prm_update: str = field(
+        default="after",
+        metadata={
+            "help": "When the PRM learns from a rollout batch: 'after' it was scored, 'before' (and it is scored by the "
+            "updated PRM), 'reverse' (as 'after', and losses that compare completions keep that pass's scores), 'none'."
+        },
+    )
+    advantage_estimator: str = field(
+        default="rloo",
+        metadata={
+            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
+            "'value' (section 5.4)."
+        },
+    )
+    process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
+    accuracy_low: float = field(default=0.2, metadata={"help": "Groups whose mean label is lower are not trained on."})
+    accuracy_high: float = field(
+        default=0.8,
+        metadata={"help": "Groups whose mean label is higher are not trained on. 0 to 1 turns the filter off."},
+    )
+    oversample_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
+        },
+    )
+
+    # Parameters that control the models of the implicit PRM
+    prm_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `prm_model` is a string. "
+            "Defaults to `model_init_kwargs`."
         },
     )
     prm_reference: str = field(
@@ -234,15 +268,21 @@ class PRIMEConfig(GRPOConfig):
             "policy's log-probabilities at rollout time."
         },
     )
-
-    # Parameters that control the update of the implicit PRM
-    prm_update: str = field(
-        default="after",
+    prm_micro_batch_size: int | None = field(
+        default=None,
         metadata={
-            "help": "When the PRM learns from a rollout batch: 'after' it was scored, 'before' (and it is scored by the "
-            "updated PRM), 'reverse' (as 'after', and losses that compare completions keep that pass's scores), 'none'."
+            "help": "Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`."
         },
     )
+    prm_fused_lm_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute log-probabilities of PRM and reference by TRL's fused head, which holds no logits. Defaults to "
+            "true on a GPU, with TRL from 1.15 and prm_reference 'frozen'."
+        },
+    )
+
+    # Parameters that control the update of the implicit PRM
     prm_loss_type: str = field(
         default="ce",
         metadata={
@@ -251,16 +291,19 @@ class PRIMEConfig(GRPOConfig):
             "weighted DPO)."
         },
     )
+    prm_guess_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
+            "options is to be chosen: the PRM's loss allows for it. Needs prm_loss_type 'calibrated_ce'."
+        },
+    )
     prm_label: str = field(
         default="reward",
         metadata={
             "help": "Outcome label of the PRM and of the prompt filter: 'reward', the weighted sum of all reward "
             "functions, or the name of one of them. Must be between 0 and 1."
         },
-    )
-    prm_learning_rate: float = field(
-        default=1e-5,
-        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
     )
     prm_optim: str = field(
         default="adamw_torch",
@@ -296,27 +339,6 @@ class PRIMEConfig(GRPOConfig):
             "one. Defaults to all."
         },
     )
-    prm_guess_rate: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
-            "options is to be chosen: the PRM's loss allows for it. Needs prm_loss_type 'calibrated_ce'."
-        },
-    )
-    prm_micro_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`."
-        },
-    )
-
-    prm_fused_lm_head: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute log-probabilities of PRM and reference by TRL's fused head, which holds no logits. Defaults to "
-            "true on a GPU, with TRL from 1.15 and prm_reference 'frozen'."
-        },
-    )
 
     # Parameters that control the process rewards
     process_reward_granularity: str = field(
@@ -340,15 +362,7 @@ class PRIMEConfig(GRPOConfig):
     )
 
     # Parameters that control the advantages
-    advantage_estimator: str = field(
-        default="rloo",
-        metadata={
-            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
-            "'value' (section 5.4)."
-        },
-    )
     outcome_weight: float = field(default=1.0, metadata={"help": "Factor of the outcome term of the advantage."})
-    process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
     outcome_gamma: float = field(default=1.0, metadata={"help": "Discount of the outcome per token before the end."})
     process_gamma: float = field(
         default=1.0, metadata={"help": "Discount of process rewards from one to the next; 0 is immediate credit."}
@@ -358,19 +372,8 @@ class PRIMEConfig(GRPOConfig):
     )
 
     # Parameters that control the online prompt filter
-    accuracy_low: float = field(default=0.2, metadata={"help": "Groups whose mean label is lower are not trained on."})
-    accuracy_high: float = field(
-        default=0.8,
-        metadata={"help": "Groups whose mean label is higher are not trained on. 0 to 1 turns the filter off."},
-    )
     filter_truncated: bool = field(
         default=False, metadata={"help": "Whether groups with a truncated completion are not trained on."}
-    )
-    oversample_factor: float = field(
-        default=1.0,
-        metadata={
-            "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
-        },
     )
 
     def __post_init__(self):
