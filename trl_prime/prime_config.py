@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,20 +41,11 @@ def trl_choices(option: str) -> tuple[str, ...]:
         option (`str`): Field of [`~trl.GRPOConfig`].
 
     Returns:
-        `tuple[str, ...]`: The values; empty where TRL's source cannot be read, and TRL is left to refuse.
+        `tuple[str, ...]`: The values; empty where TRL compares it in another form, and is left to refuse.
     """
-    spec = importlib.util.find_spec("trl.trainer.grpo_trainer")
-    try:
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return ()
-    compared = [
-        node.comparators[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare) and getattr(node.left, "attr", None) == option
-    ]
-    constants = [node.value for values in compared for node in ast.walk(values) if isinstance(node, ast.Constant)]
-    return tuple(dict.fromkeys(constants))
+    source = Path(importlib.util.find_spec("trl.trainer.grpo_trainer").origin).read_text(encoding="utf-8")
+    compared = re.findall(rf'\.{option} (?:==|!=|in|not in) ("\w+"|[\[({{][^\])}}]*)', source)
+    return tuple(dict.fromkeys(re.findall(r'"(\w+)"', " ".join(compared))))
 
 
 @dataclass
