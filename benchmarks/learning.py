@@ -58,7 +58,7 @@ GYM_TASK = "spell_backward"
 ABLATIONS = {
     "as tuned": {},
     "no KL penalty": {"beta": 0.0},
-    "no intercept": {"prm_intercept": False},
+    "no intercept": {"prm_loss_type": "ce", "prm_guess_rate": 0.0},
     "trust weighting": {"prm_trust_weighting": True},
     "no replay": {"prm_replay_batches": 0, "prm_replay_steps": None},
     "update after": {"prm_update": "after"},
@@ -68,7 +68,7 @@ ABLATIONS = {
     "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
     "filter 0.2 to 0.8": {"accuracy_low": 0.2, "accuracy_high": 0.8},
     "no guess rate": {"prm_guess_rate": 0.0},
-    "loss dpo": {"prm_loss_type": "dpo", "prm_intercept": False, "prm_guess_rate": 0.0},
+    "loss dpo": {"prm_loss_type": "dpo", "prm_guess_rate": 0.0},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
     "reward-to-go": {"process_gamma": 1.0},
@@ -101,7 +101,7 @@ PRM = {
     "prm_update": "before",
     "prm_beta": 0.5,
     "prm_learning_rate": 1e-3,
-    "prm_intercept": True,
+    "prm_loss_type": "calibrated_ce",
     "prm_replay_batches": 64,
     "prm_replay_steps": 6,
 }

@@ -169,7 +169,7 @@ def slow_prm_loss(log_ratios, labels, mask, beta, loss_type, peer_scores, peer_l
         label = labels[i]
         if math.isnan(label) or not any(mask[i]):
             continue
-        if loss_type == "ce":
+        if loss_type in ("ce", "calibrated_ce"):
             losses.append(label * softplus(-score) + (1 - label) * softplus(score))
             continue
         opponents = slow_opponents(label, peer_labels[i])

@@ -50,7 +50,7 @@ CASES = {
         8,
         {
             "lora": "prm",
-            "prm_intercept": True,
+            "prm_loss_type": "calibrated_ce",
             "prm_guess_rate": 0.1,
             "prm_replay_batches": 2,
             "prm_replay_steps": 1,

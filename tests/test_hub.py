@@ -20,9 +20,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import generate_model_card
 
-from trl_prime import ImplicitPRM, PRIMEConfig
+from trl_prime import ImplicitPRM
 from trl_prime.cli import main
-from trl_prime.hub import PAPER, SETTINGS, policy_section, with_ignored_prm, with_section
+from trl_prime.hub import PAPER, PRM_TAGS, SETTINGS, policy_section, with_section
 from trl_prime.implicit_prm.files import downloaded_prm, saved_prm_card
 
 # No blanks: of a Qwen2 model AutoTokenizer makes a Qwen2 tokenizer, which writes them otherwise than that of these tests
@@ -70,10 +70,9 @@ def texts(files):
 # --- Round trips ---
 
 
-@pytest.mark.parametrize("own_repo", [False, True], ids=["inside", "own repo"])
 @pytest.mark.parametrize("prm_peft", [None, lora()], ids=["full prm", "lora prm"])
 @pytest.mark.parametrize("policy_peft", [None, lora()], ids=["full policy", "lora policy"])
-def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft, own_repo):
+def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft):
     trainer = train(
         model="me/base",
         peft_config=policy_peft,
@@ -81,16 +80,12 @@ def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft,
         max_steps=1,
         push_to_hub=True,
         hub_model_id="me/run",
-        prm_hub_model_id="me/run-prm" if own_repo else None,
     )
     assert hub.messages("me/run") == ["initial commit"]  # hub_strategy is "every_save", but nothing was saved
     trained(trainer).push_to_hub(dataset_name="me/problems")
 
     files = hub.files("me/run")
-    prm_repo, prm_files = "me/run", {path[4:]: content for path, content in files.items() if path.startswith("prm/")}
-    if own_repo:
-        assert not prm_files
-        prm_repo, prm_files = "me/run-prm", hub.files("me/run-prm")
+    prm_files = {path[4:]: content for path, content in files.items() if path.startswith("prm/")}
     assert "implicit_prm.json" in prm_files and "reference/config.json" not in prm_files
     assert ("adapter/adapter_config.json" in prm_files) is (prm_peft is not None)
     settings = json.loads(prm_files["implicit_prm.json"])
@@ -98,12 +93,27 @@ def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft,
     assert (settings["reference"], settings["reference_revision"]) == ("me/base", base_commit)
     assert not [path for path, text in texts({**files, **prm_files}).items() if str(tmp_path) in text]
 
+    # A repo of its own, for the PRM alone, is one line
+    trainer.implicit_prm.push_to_hub("me/run-prm")
+    alone = hub.files("me/run-prm")
+    assert {
+        path: content for path, content in alone.items() if path not in ("README.md", ".gitattributes")
+    } == prm_files
+    card = ModelCard(alone["README.md"].decode())
+    assert card.data.base_model == "me/base" and card.data.library_name == "trl-prime"
+    assert card.data.base_model_relation == ("adapter" if prm_peft else "finetune")
+    assert set(PRM_TAGS) <= set(card.data.tags) and str(tmp_path) not in str(card)
+    assert "log-odds" in card.text and "beta = 0.5" in card.text and PAPER["citation"] in card.text
+    assert f"[me/base](https://huggingface.co/me/base) at commit `{base_commit}`" in card.text
+    assert 'ImplicitPRM.from_pretrained("me/run-prm")' in card.text and "by PRIME" in card.text
+
     # The reference stays what it was when its repo moves on
     hub.commit("me/base", "main", "changed", {**hub.files("me/base"), "config.json": b"{}"})
     hub.clean_cache()
-    prm = ImplicitPRM.from_pretrained(prm_repo, **DTYPE)
-    assert equal(prm, trainer.implicit_prm)
-    assert prm.beta == 0.5 and prm.reference_name == "me/base"
+    for repo in ("me/run", "me/run-prm"):
+        prm = ImplicitPRM.from_pretrained(repo, **DTYPE)
+        assert equal(prm, trainer.implicit_prm)
+        assert prm.beta == 0.5 and prm.reference_name == "me/base"
     assert not {path for path in downloaded(hub, "me/run") if not path.startswith("prm/")}
 
     hub.commit("me/base", "main", "changed back", hub.repos["me/base"]["branches"]["main"][1]["files"])
@@ -118,35 +128,27 @@ def test_what_is_pushed_loads_again(hub, train, tmp_path, policy_peft, prm_peft,
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "me/base" and card.data.datasets == "me/problems"
     assert {"trl", "prime", "trl-prime", "generated_from_trainer"} <= set(card.data.tags)
-    assert f'ImplicitPRM.from_pretrained("{prm_repo}")' in card.text and PAPER["citation"] in card.text
+    assert 'ImplicitPRM.from_pretrained("me/run")' in card.text and PAPER["citation"] in card.text
     assert "| `prm_beta` | 0.5 |" in card.text
-    if own_repo:
-        card = ModelCard(prm_files["README.md"].decode())
-        assert card.data.base_model == "me/base" and card.data.library_name == "trl-prime"
-        assert card.data.datasets == "me/problems" and "process-reward-model" in card.data.tags
-        assert "log-odds" in card.text and "beta = 0.5" in card.text and PAPER["citation"] in card.text
-        assert f"[me/base](https://huggingface.co/me/base) at commit `{base_commit}`" in card.text
-        assert "[me/run](https://huggingface.co/me/run)" in card.text and "| `prm_loss_type` | ce |" in card.text
+    assert "| `prm_loss_type` | ce |" in card.text
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-@pytest.mark.parametrize("own_repo", [False, True], ids=["inside", "own repo"])
-def test_every_strategy_pushes_the_prm_with_the_policy(hub, train, strategy, own_repo):
+def test_every_strategy_pushes_the_prm_with_the_policy(hub, train, strategy):
     trainer = train(
         save_strategy="steps",
         save_steps=1,
         push_to_hub=True,
         hub_model_id="me/run",
-        prm_hub_model_id="me/run-prm" if own_repo else None,
         hub_strategy=strategy,
         hub_always_push=True,
     )
-    messages = hub.messages("me/run-prm" if own_repo else "me/run")
+    messages = hub.messages("me/run")
     assert [f"Training in progress, step {step}" in messages for step in (1, 2)] == [True, True]
     files = hub.files("me/run")
-    assert ("prm/implicit_prm.json" in files) is not own_repo and "README.md" in files
+    assert "prm/implicit_prm.json" in files and "README.md" in files
     hub.clean_cache()
-    assert equal(ImplicitPRM.from_pretrained("me/run-prm" if own_repo else "me/run"), trainer.implicit_prm)
+    assert equal(ImplicitPRM.from_pretrained("me/run"), trainer.implicit_prm)
     checkpoint = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     folders = {path.split("/")[0] for path in files if "checkpoint" in path}
     assert folders == ({"checkpoint-1", checkpoint} if strategy == "all_checkpoints" else {checkpoint} - {None})
@@ -168,31 +170,30 @@ def test_the_end_strategy_pushes_when_the_model_is_saved(hub, train):
 
 def test_a_busy_push_is_not_followed_by_another_unless_asked(hub, train, monkeypatch):
     monkeypatch.setattr(transformers.utils.hub.PushInProgress, "is_done", lambda self: False)
-    train(save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
-    for repo in ("me/run", "me/prm"):
-        assert hub.messages(repo) == ["initial commit", "Training in progress, step 1"]
+    train(save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/run")
+    assert hub.messages("me/run") == ["initial commit", "Training in progress, step 1"]
 
 
-def test_hub_settings_are_for_both_repos(hub, train, monkeypatch):
+def test_hub_settings_are_for_policy_and_prm(hub, train, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     settings = {"hub_token": "hf_me", "hub_private_repo": True, "hub_revision": "second"}
     huggingface_hub.create_repo("me/run", token="hf_me", private=True)
     huggingface_hub.create_branch("me/run", branch="second", token="hf_me")
-    trainer = train(push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm", **settings)
+    trainer = train(push_to_hub=True, hub_model_id="me/run", **settings)
     trainer.push_to_hub()
-    assert all(hub.repos[repo]["private"] for repo in ("me/run", "me/prm"))
+    trainer.implicit_prm.push_to_hub("me/prm", private=True, token="hf_me", revision="second", commit_message="mine")
     assert all(user == "me" for _, path, user in hub.requests if "/me/" in path)
-    for repo in ("me/run", "me/prm"):
-        assert hub.messages(repo)[-1] == "initial commit" and hub.messages(repo, "second")[-1] == "End of training"
-    hub.clean_cache()
-    prm = ImplicitPRM.from_pretrained("me/prm", revision="second", token="hf_me")
-    assert equal(prm, trainer.implicit_prm)
-    with pytest.raises((OSError, HfHubHTTPError), match="me/prm"):
-        ImplicitPRM.from_pretrained("me/prm", revision="second", token="hf_other")
-    assert (
-        'ImplicitPRM.from_pretrained("me/prm", revision="second")'
-        in hub.files("me/prm", "second")["README.md"].decode()
-    )
+    for repo, message in (("me/run", "End of training"), ("me/prm", "mine")):
+        assert hub.repos[repo]["private"]
+        assert hub.messages(repo)[-1] == "initial commit" and hub.messages(repo, "second")[-1] == message
+        hub.clean_cache()
+        prm = ImplicitPRM.from_pretrained(repo, revision="second", token="hf_me")
+        assert equal(prm, trainer.implicit_prm)
+        hub.clean_cache()
+        with pytest.raises((OSError, HfHubHTTPError), match=repo):
+            ImplicitPRM.from_pretrained(repo, revision="second", token="hf_other")
+        card = hub.files(repo, "second")["README.md"].decode()
+        assert f'ImplicitPRM.from_pretrained("{repo}", revision="second")' in card
 
 
 # --- The reference ---
@@ -260,8 +261,9 @@ def test_a_prm_pushes_itself(hub, tokenizer, model_path, subfolder, peft):
 
 
 def test_a_downloaded_prm_works_offline(hub, train, monkeypatch):
-    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
-    trainer.push_to_hub()
+    trainer = train(max_steps=1)
+    trainer.implicit_prm.push_to_hub("me/prm")
+    huggingface_hub.create_repo("me/run")
     ImplicitPRM.from_pretrained("me/prm")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
@@ -298,8 +300,8 @@ def test_the_section_is_written_once_and_its_settings_are_the_configs(make_confi
     section = policy_section(args, "me/run")
     once = with_section(str(card), section)
     assert with_section(once, section) == once
-    other = with_section(once, policy_section(args, "me/run", prm_repo_id="me/prm", revision="v1"))
-    assert other.count("## PRIME\n") == 1 and 'ImplicitPRM.from_pretrained("me/prm", revision="v1")' in other
+    other = with_section(once, policy_section(args, "me/run", revision="v1"))
+    assert other.count("## PRIME\n") == 1 and 'ImplicitPRM.from_pretrained("me/run", revision="v1")' in other
     assert other.index("## PRIME\n") < other.index("## Citations") and other.index("## Quick start") < other.index(
         "## PRIME"
     )
@@ -312,50 +314,26 @@ def test_the_section_is_written_once_and_its_settings_are_the_configs(make_confi
 
 
 def test_a_card_keeps_its_data_set_and_leaves_a_local_one_out(hub, train, tmp_path):
-    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
+    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run")
     trainer.push_to_hub(dataset_name="me/problems", tags="mine")
     trainer.push_to_hub(dataset_name=str(tmp_path))
-    for repo in ("me/run", "me/prm"):
-        card = ModelCard(hub.files(repo)["README.md"].decode())
-        assert card.data.datasets == "me/problems" and str(tmp_path) not in str(card)
-    assert str(ModelCard(hub.files("me/run")["README.md"].decode())).count("## PRIME\n") == 1
-
-
-# --- Two repos ---
-
-
-def test_a_repo_changes_from_own_prm_repo_to_prm_inside(hub, train, tmp_path):
-    settings = {"max_steps": 1, "push_to_hub": True, "hub_model_id": "me/run"}
-    train(prm_hub_model_id="me/prm", **settings).push_to_hub()
-    assert hub.files("me/run")[".gitignore"] == b"/prm/\n" and "prm/config.json" not in hub.files("me/run")
-    (tmp_path / "run" / ".gitignore").unlink()  # as from another machine
-    train(**settings).push_to_hub()
-    assert hub.files("me/run")[".gitignore"] == b"" and "prm/config.json" in hub.files("me/run")
-    assert with_ignored_prm("*.log\n/prm/", True) == "*.log\n/prm/\n" and with_ignored_prm("*.log", False) == "*.log\n"
-
-
-def test_the_repos_must_differ(hub, make_trainer, make_config):
-    with pytest.raises(ValueError, match=r"prm_hub_model_id and hub_model_id are both 'me/run'"):
-        make_config(hub_model_id="me/run", prm_hub_model_id="me/run")
-    with pytest.raises(ValueError, match=r"prm_hub_model_id is 'me/run/prm', which is no name of a repo"):
-        make_config(prm_hub_model_id="me/run/prm")
-    with pytest.raises(ValueError, match=r"prm_hub_model_id='me/run' is the policy's repo too"):
-        make_trainer(push_to_hub=True, prm_hub_model_id="me/run")  # output_dir is called run
-    assert "prm_hub_model_id" in PRIMEConfig.__doc__
+    card = ModelCard(hub.files("me/run")["README.md"].decode())
+    assert card.data.datasets == "me/problems" and str(tmp_path) not in str(card)
+    assert str(card).count("## PRIME\n") == 1
 
 
 # --- What goes wrong ---
 
 
-def test_no_right_to_the_prms_repo_is_known_before_training(hub, make_trainer):
+def test_no_right_to_the_repo_is_known_before_training(hub, make_trainer):
     with pytest.raises(HfHubHTTPError, match="403"):
-        make_trainer(push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="other/prm")
+        make_trainer(push_to_hub=True, hub_model_id="other/run")
 
 
-@pytest.mark.parametrize(("repo", "status"), [("me/run", 500), ("me/prm", 403)])
-def test_a_failing_push_leaves_all_on_disk_and_can_be_repeated(hub, train, tmp_path, caplog, repo, status):
-    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm")
-    hub.faults.append(("POST", f"/api/models/{repo}/commit/", status))
+@pytest.mark.parametrize("status", [500, 403])
+def test_a_failing_push_leaves_all_on_disk_and_can_be_repeated(hub, train, tmp_path, caplog, status):
+    trainer = train(max_steps=1, push_to_hub=True, hub_model_id="me/run")
+    hub.faults.append(("POST", "/api/models/me/run/commit/", status))
     transformers.utils.logging.enable_propagation()
     with pytest.raises(HfHubHTTPError, match=str(status)):
         trainer.push_to_hub()
@@ -365,39 +343,35 @@ def test_a_failing_push_leaves_all_on_disk_and_can_be_repeated(hub, train, tmp_p
     assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), weights(trainer.model))
     hub.faults.clear()
     trainer.push_to_hub()
-    assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
+    assert equal(ImplicitPRM.from_pretrained("me/run"), trainer.implicit_prm)
 
 
 def test_a_failing_push_of_a_checkpoint_does_not_end_training(hub, train, tmp_path, caplog):
-    hub.faults.append(("POST", "/api/models/me/(run|prm)/commit/", 500))
+    hub.faults.append(("POST", "/api/models/me/run/commit/", 500))
     transformers.utils.logging.enable_propagation()
     trainer = train(
         save_strategy="steps",
         save_steps=1,
         push_to_hub=True,
         hub_model_id="me/run",
-        prm_hub_model_id="me/prm",
         hub_strategy="checkpoint",
         hub_always_push=True,
     )
     transformers.utils.logging.disable_propagation()
     assert trainer.state.global_step == 2
-    assert caplog.text.count("A push to the Hub failed") == 6  # policy, checkpoint and PRM, twice
+    assert caplog.text.count("A push to the Hub failed") == 4  # models and checkpoint, twice
     for step in (1, 2):
         ImplicitPRM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
     hub.faults.clear()
     trainer.push_to_hub()
-    assert equal(ImplicitPRM.from_pretrained("me/prm"), trainer.implicit_prm)
+    assert equal(ImplicitPRM.from_pretrained("me/run"), trainer.implicit_prm)
 
 
 def test_only_the_main_process_talks_to_the_hub(hub, train, monkeypatch):
-    trainer = train(
-        max_steps=1, save_strategy="no", push_to_hub=True, hub_model_id="me/run", prm_hub_model_id="me/prm"
-    )
+    trainer = train(max_steps=1, save_strategy="no", push_to_hub=True, hub_model_id="me/run")
     hub.requests.clear()
     monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
     trainer.push_to_hub()
-    trainer.init_hf_repo()
     trainer._push_from_checkpoint("no-such-folder")
     assert not hub.requests
 
@@ -412,7 +386,6 @@ def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path
     settings = {
         "push_to_hub": "true",
         "hub_model_id": "me/run",
-        "prm_hub_model_id": "me/prm",
         "use_peft": "true",
         "prm_use_peft": "true",
         "lora_target_modules": "all-linear",
@@ -421,6 +394,7 @@ def test_a_recipe_pushes_and_the_code_of_both_cards_runs_elsewhere(hub, tmp_path
         "max_steps": 1,
     }
     assert main(train_flags(tmp_path, "me/base", data, **settings)) == 0
+    ImplicitPRM.from_pretrained(tmp_path / "run").push_to_hub("me/prm")
     cards = {repo: hub.files(repo)["README.md"].decode() for repo in ("me/run", "me/prm")}
     assert ModelCard(cards["me/run"]).data.datasets is None and hub.messages("me/run")[-1] == "End of training"
 

@@ -47,6 +47,7 @@ def test_all_scores_of_a_batch_come_from_one_prm(record, random_prm, mode, loss_
         ({"prm_update": "reverse", "prm_num_epochs": 2}, 2),
         ({"prm_update": "before"}, 2),
         ({"prm_update": "none"}, 1),
+        ({"prm_loss_type": "calibrated_ce", "prm_guess_rate": 0.1}, 1),
         ({"prm_loss_type": "dpo"}, 2),
         # The first batch has no other before it and is scored by its update; the second is scored, and both are trained on
         ({"prm_replay_batches": 1}, 1.5),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import types
 
@@ -47,7 +48,6 @@ def test_defaults_are_those_of_the_paper():
         "prm_num_epochs": 1,
         "prm_replay_batches": 0,
         "prm_replay_steps": None,
-        "prm_intercept": False,
         "prm_guess_rate": 0.0,
         "prm_label": "reward",
         "process_reward_granularity": "token",
@@ -63,11 +63,16 @@ def test_defaults_are_those_of_the_paper():
         "accuracy_high": 0.8,
         "filter_truncated": False,
         "oversample_factor": 1.0,
-        "filter_shortfall": "mask",
         "prm_trust_weighting": True,
     }
     args = config()
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_the_policy_loss_of_the_paper_is_trls_default():
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    said = "TRL's defaults have moved: declare the paper's in PRIMEConfig"
+    assert (defaults["loss_type"], defaults["beta"]) == ("dapo", 0.0), said
 
 
 def test_micro_batch_defaults_to_that_of_the_policy():
@@ -91,6 +96,14 @@ def test_documented_default_is_the_default(field):
     if entry and "defaults to" in entry.group(1):
         text = re.search(r"defaults to `(.*)`", entry.group(1)).group(1)
         assert eval(text, {}) == field.default
+
+
+def test_docstring_and_fields_are_in_the_same_order():
+    documented = re.findall(r"^ +(\w+) \(`", PRIMEConfig.__doc__, re.MULTILINE)
+    assert documented == [field.name for field in OWN_FIELDS if not hasattr(GRPOConfig, field.name)]
+    groups = r"> Parameters that control (.*)"
+    in_the_code = re.findall(r"^    # Parameters that control (.*)$", inspect.getsource(PRIMEConfig), re.MULTILINE)
+    assert re.findall(groups, PRIMEConfig.__doc__) == in_the_code and in_the_code[0] == "the core of PRIME"
 
 
 def test_fields_do_not_clash_with_the_parser():
@@ -154,8 +167,8 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
         ({"prm_replay_batches": -1}, ["prm_replay_batches", "-1"]),
         ({"prm_replay_steps": 0, "prm_replay_batches": 2}, ["prm_replay_steps", "0"]),
         ({"prm_replay_steps": 3, "prm_replay_batches": 2}, ["prm_replay_steps is 3", "prm_replay_batches=2"]),
-        ({"prm_intercept": True, "prm_loss_type": "dpo"}, ["prm_intercept", "'dpo'", "'ce'"]),
-        ({"prm_guess_rate": 0.25, "prm_loss_type": "dpo"}, ["prm_guess_rate=0.25", "'dpo'", "'ce'"]),
+        ({"prm_guess_rate": 0.25}, ["prm_guess_rate=0.25", "prm_loss_type='ce'", "'calibrated_ce'"]),
+        ({"prm_guess_rate": 0.25, "prm_loss_type": "dpo"}, ["prm_guess_rate=0.25", "'dpo'", "'calibrated_ce'"]),
         ({"prm_guess_rate": 1.0}, ["prm_guess_rate is 1.0", "four options"]),
         ({"prm_guess_rate": -0.1}, ["prm_guess_rate is -0.1"]),
         ({"prm_guess_rate": float("nan")}, ["prm_guess_rate is nan"]),
@@ -198,7 +211,6 @@ def test_bad_input_is_refused_with_option_and_value(settings, parts):
         ("process_reward_granularity", "tokens", "token"),
         ("process_reward_norm", "batchnorm", "batch_norm"),
         ("advantage_estimator", "rlo", "rloo"),
-        ("filter_shortfall", "masks", "mask"),
         ("loss_type", "dapoo", "dapo"),
         ("importance_sampling_level", "tokens", "token"),
         ("vllm_importance_sampling_mode", "token_masks", "token_mask"),

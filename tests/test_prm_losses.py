@@ -39,8 +39,8 @@ def assert_same(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, tensor(expected, actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-def test_loss_types_are_those_of_the_paper():
-    assert set(LOSS_TYPES) == {"ce", "dpo", "bon_acc", "bon_rm"}
+def test_loss_types_are_those_of_the_paper_and_one_of_ours():
+    assert set(LOSS_TYPES) == {"ce", "dpo", "bon_acc", "bon_rm", "calibrated_ce"}
 
 
 def test_scores_and_groups_against_the_slow_reference():
@@ -90,7 +90,7 @@ def test_counted_rows_against_the_slow_reference(loss_type):
         peers = groups_of(batch.outcomes, k)
         counted = counted_rows(tensor(batch.outcomes), tensor(batch.mask), loss_type, tensor(peers))
         expected = [
-            not math.isnan(label) and any(row) and (loss_type == "ce" or bool(slow_opponents(label, peers[i])))
+            not math.isnan(label) and any(row) and ("ce" in loss_type or bool(slow_opponents(label, peers[i])))
             for i, (label, row) in enumerate(zip(batch.outcomes, batch.mask, strict=True))
         ]
         assert counted.tolist() == expected

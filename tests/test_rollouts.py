@@ -272,12 +272,6 @@ def test_oversampling_by_half_and_longer_prompts_of_dropped_groups(record):
     assert logged(recorder.trainer, "filter/pass_rate") == pytest.approx([2 / 3] * 3)
 
 
-def test_shortfall_stops_on_request(train):
-    train(reward_funcs=row_rewards(PASSES * 2), filter_shortfall="error", **BAND)
-    with pytest.raises(RuntimeError, match=r"1 of 2 groups passed.*needs 2.*filter_shortfall='mask'"):
-        train(reward_funcs=row_rewards(PASSES + FAILS), filter_shortfall="error", **BAND)
-
-
 def test_a_batch_without_any_group_leaves_everything_where_it_is(train):
     trainer = train(reward_funcs=row_rewards(FAILS), max_steps=1, logging_steps=1, **BAND)
     assert same(weights(trainer.model), weights(build_model()))

@@ -10,14 +10,13 @@ import os
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from concurrent.futures import Future
 
     from huggingface_hub import CommitInfo
     from transformers import TrainingArguments
@@ -40,8 +39,6 @@ POLICY_TAGS = ["trl", "prime", "trl-prime"]
 PRM_TAGS = ["trl-prime", "prime", "process-reward-model", "implicit-prm"]
 PAPER_LINK = f"[{PAPER['title']}](https://huggingface.co/papers/{PAPER['id']})"
 SECTION_START, SECTION_END = "<!-- trl-prime -->", "<!-- /trl-prime -->"
-# Only at the root: a pushed checkpoint has a `prm/` too, which it cannot be resumed without
-IGNORED_PRM = "/prm/"
 SETTINGS = (
     "advantage_estimator",
     "num_generations",
@@ -58,7 +55,6 @@ SETTINGS = (
     "prm_replay_batches",
     "prm_replay_steps",
     "prm_loss_type",
-    "prm_intercept",
     "prm_guess_rate",
     "prm_beta",
     "prm_learning_rate",
@@ -156,7 +152,6 @@ def policy_section(
     args: PRIMEConfig,
     repo_id: str,
     *,
-    prm_repo_id: str | None = None,
     revision: str | None = None,
     bare_base: bool = False,
     prm_needs_reference: bool = False,
@@ -168,8 +163,7 @@ def policy_section(
     Args:
         args ([`PRIMEConfig`]): The run's configuration.
         repo_id (`str`): Repo of the policy.
-        prm_repo_id (`str`, *optional*): Repo of the PRM; the folder `prm/` of the policy's repo if not given.
-        revision (`str`, *optional*): Branch that both are pushed to.
+        revision (`str`, *optional*): Branch that it is pushed to.
         bare_base (`bool`): Whether the policy is an adapter whose base model is not on the Hub.
         prm_needs_reference (`bool`): Whether the PRM does not know its reference.
         messages (`bool`, *optional*): Whether prompts are messages.
@@ -177,21 +171,18 @@ def policy_section(
     Returns:
         `str`: Markdown, between two comments by which [`with_section`] finds it again.
     """
-    place = "in the folder `prm/` of this repo" if prm_repo_id is None else f"in its own repo, [{prm_repo_id}]"
-    if prm_repo_id is not None:
-        place += f"(https://huggingface.co/{prm_repo_id})"
     return "\n\n".join(
         [
             SECTION_START,
             "## PRIME",
             f"The policy was trained by PRIME ({PAPER_LINK}): reinforcement learning on outcomes and on the dense process "
             "rewards of an implicit PRM, a second language model that was trained along with the policy, on outcome "
-            f"labels only. That PRM is {place}.",
+            "labels only. That PRM is in the folder `prm/` of this repo.",
             settings_table(args),
             "### Use the policy",
             policy_snippet(repo_id, revision, bare_base),
             "### Use the implicit PRM",
-            prm_snippet(prm_repo_id or repo_id, revision, prm_needs_reference, messages),
+            prm_snippet(repo_id, revision, prm_needs_reference, messages),
             "Rewards are log-odds: `beta * log(pi_prm / pi_reference)` per token, summed over a step or a completion.",
             SECTION_END,
         ]
@@ -213,7 +204,7 @@ def with_section(card: str, section: str) -> str:
     card = re.sub(rf"\n*{marked}\n*", "\n\n", card, flags=re.DOTALL)
     before, heading, after = card.partition("\n## Citations")
     card = f"{before.rstrip()}\n\n{section}\n{heading}{after}"
-    # What TRL writes of a base model that is a local folder or was built on the spot
+    # TRL writes this of a base model that is a local folder or was built on the spot
     return card.replace("[None](https://huggingface.co/None)", "a model that is not on the Hub")
 
 
@@ -225,7 +216,6 @@ def prm_card(
     reference: str | None,
     reference_revision: str | None = None,
     messages: bool | None = None,
-    policy: str | None = None,
     trained: str | None = None,
     settings: str | None = None,
     datasets: str | Sequence[str] | None = None,
@@ -241,7 +231,6 @@ def prm_card(
         reference (`str`, *optional*): Hub id of its reference, `"reference"` if that lies in the repo, `None` if unknown.
         reference_revision (`str`, *optional*): Commit of the reference.
         messages (`bool`, *optional*): Whether it was trained on prompts that are messages.
-        policy (`str`, *optional*): Repo of the policy that it was trained with.
         trained (`str`, *optional*): A sentence on how it was trained, if not by PRIME.
         settings (`str`, *optional*): Table of the run's settings.
         datasets (`str` or `list[str]`, *optional*): Hub ids of the training data.
@@ -267,8 +256,7 @@ def prm_card(
         of_reference = f"[{reference}](https://huggingface.co/{reference})"
         of_reference += f" at commit `{reference_revision}`" if reference_revision else ""
     if trained is None:
-        along = f", along with the policy [{policy}](https://huggingface.co/{policy})" if policy else ""
-        trained = f"It was trained on outcome labels only{along}, by PRIME ({PAPER_LINK})."
+        trained = f"It was trained on outcome labels only, by PRIME ({PAPER_LINK})."
     parts = [
         f"# Implicit PRM {repo_id.split('/')[-1]}",
         "An implicit process reward model: a language model whose log-probabilities, measured against those of a reference "
@@ -314,32 +302,6 @@ def cached_commit(name: str, revision: str | None = None, cache_dir: str | os.Pa
 # --- Uploads ---
 
 
-def with_ignored_prm(gitignore: str, ignored: bool) -> str:
-    """
-    The text of a `.gitignore` that keeps `prm/` out of a repo, or lets it in; its other lines stay.
-
-    The Hub does not commit what the `.gitignore` of a repo names. Trainer uploads its whole folder and cannot be told to
-    leave one out.
-
-    Args:
-        gitignore (`str`): Text of the file, empty if there is none.
-        ignored (`bool`): Whether `prm/` is to be ignored.
-
-    Returns:
-        `str`: Text of the file.
-    """
-    lines = [line for line in gitignore.splitlines() if line.strip() != IGNORED_PRM]
-    return "".join(f"{line}\n" for line in [*lines, *([IGNORED_PRM] if ignored else [])])
-
-
-def pushed_gitignore(repo_id: str, token: str | None = None) -> str:
-    """The text of a repo's `.gitignore`, empty if it has none: it counts where the folder that is pushed has none."""
-    api = HfApi(library_name="trl-prime", token=token)
-    if not api.file_exists(repo_id, ".gitignore"):
-        return ""
-    return Path(api.hf_hub_download(repo_id, ".gitignore")).read_text()
-
-
 def create_repo(
     repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> str:
@@ -371,8 +333,7 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    blocking: bool = True,
-) -> CommitInfo | Future[CommitInfo]:
+) -> CommitInfo:
     """
     Commit a folder to a repo that exists.
 
@@ -383,12 +344,15 @@ def upload(
         path_in_repo (`str`, *optional*): Where in the repo; its root if not given.
         token, revision (`str`, *optional*): as in [`create_repo`].
         create_pr (`bool`): Open a pull request instead.
-        blocking (`bool`): False to upload in the background.
 
     Returns:
-        [`~huggingface_hub.CommitInfo`], or its `Future` if not `blocking`.
+        [`~huggingface_hub.CommitInfo`]
     """
-    arguments: dict[str, Any] = {"path_in_repo": path_in_repo, "revision": revision, "create_pr": create_pr}
     return HfApi(library_name="trl-prime", token=token).upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=commit_message, run_as_future=not blocking, **arguments
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        path_in_repo=path_in_repo,
+        revision=revision,
+        create_pr=create_pr,
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
@@ -24,7 +23,6 @@ from .specs import nearest
 
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
-SHORTFALLS = ("mask", "error")
 # TRL checks these only after the models are loaded and the first batch is generated
 TRL_CHOICES = ("loss_type", "importance_sampling_level", "vllm_importance_sampling_mode")
 # In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
@@ -43,20 +41,11 @@ def trl_choices(option: str) -> tuple[str, ...]:
         option (`str`): Field of [`~trl.GRPOConfig`].
 
     Returns:
-        `tuple[str, ...]`: The values; empty where TRL's source cannot be read, and TRL is left to refuse.
+        `tuple[str, ...]`: The values; empty where TRL compares it in another form, and is left to refuse.
     """
-    spec = importlib.util.find_spec("trl.trainer.grpo_trainer")
-    try:
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return ()
-    compared = [
-        node.comparators[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare) and getattr(node.left, "attr", None) == option
-    ]
-    constants = [node.value for values in compared for node in ast.walk(values) if isinstance(node, ast.Constant)]
-    return tuple(dict.fromkeys(constants))
+    source = Path(importlib.util.find_spec("trl.trainer.grpo_trainer").origin).read_text(encoding="utf-8")
+    compared = re.findall(rf'\.{option} (?:==|!=|in|not in) ("\w+"|[\[({{][^\])}}]*)', source)
+    return tuple(dict.fromkeys(re.findall(r'"(\w+)"', " ".join(compared))))
 
 
 @dataclass
@@ -70,35 +59,67 @@ class PRIMEConfig(GRPOConfig):
     numbers are those of the PRIME paper, arXiv 2502.01456.
 
     Parameters:
-        > Parameters that control the implicit PRM
+        > Parameters that control the core of PRIME
 
-        prm_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when `prm_model` is given as a
-            string. Defaults to `model_init_kwargs`.
         prm_beta (`float`, *optional*, defaults to `0.05`):
             Scale of the process reward, in reward per nat: `beta * (log pi_phi - log pi_ref)` (Eq 3). The score of a
             completion is a sum over its tokens, so beta should scale with one over the completion length: 0.05 is for
             thousands of tokens, 0.5 to 1 for tens.
-        prm_reference (`str`, *optional*, defaults to `"frozen"`):
-            What the PRM is measured against. `"frozen"`: the model that it started from. `"policy"`: the policy's
-            log-probabilities at rollout time; no reference model is kept.
-
-        > Parameters that control the update of the implicit PRM
-
+        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
+            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
         prm_update (`str`, *optional*, defaults to `"after"`):
             When the PRM learns from a rollout batch. `"after"`: after the batch was scored (single forward). `"before"`:
             before, and the batch is scored by the updated PRM (double forward). `"reverse"`: as `"after"`, and losses
             that compare completions use the scores of that single scoring pass through all epochs. `"none"`: never.
+        advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
+            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
+            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
+        process_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the process term of the advantage. 0 trains on outcomes only, while the PRM still learns and reports.
+        accuracy_low (`float`, *optional*, defaults to `0.2`):
+            Groups whose mean label is lower are not trained on.
+        accuracy_high (`float`, *optional*, defaults to `0.8`):
+            Groups whose mean label is higher are not trained on. The band from 0 to 1 turns the filter off.
+        oversample_factor (`float`, *optional*, defaults to `1.0`):
+            Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
+            groups that pass the filter first. Where too few pass, groups that failed fill the batch up and carry no gradient,
+            neither in the policy nor in the PRM.
+
+        > Parameters that control the models of the implicit PRM
+
+        prm_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when `prm_model` is given as a
+            string. Defaults to `model_init_kwargs`.
+        prm_reference (`str`, *optional*, defaults to `"frozen"`):
+            What the PRM is measured against. `"frozen"`: the model that it started from. `"policy"`: the policy's
+            log-probabilities at rollout time; no reference model is kept.
+        prm_micro_batch_size (`int`, *optional*):
+            Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
+            depend on it, memory does.
+        prm_fused_lm_head (`bool`, *optional*):
+            Whether log-probabilities of PRM and reference are computed by TRL's fused head, which never holds the logits of a
+            micro-batch. Defaults to whether they run on a GPU, TRL has it (from 1.15) and `prm_reference` is `"frozen"`.
+
+        > Parameters that control the update of the implicit PRM
+
         prm_loss_type (`str`, *optional*, defaults to `"ce"`):
-            `"ce"`: cross-entropy against the outcome (Eq 4). `"dpo"`: detached DPO against the mean of the peers with
+            `"ce"`: cross-entropy against the outcome (Eq 4). `"calibrated_ce"`, ours: cross-entropy of
+            `g + (1 - g) * sigmoid(q + b)`, g being `prm_guess_rate` and b the log-odds of the mean label of the batches that
+            are trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and believes
+            that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the probability of
+            whatever the policy writes; with b only what tells right from wrong is learned. Scores and process rewards hold no
+            b. The other losses compare completions of a prompt. `"dpo"`: detached DPO against the mean of the peers with
             another outcome. `"bon_acc"`, `"bon_rm"`: the same, weighted by how likely a completion is the best of K by
             outcome or by score.
+        prm_guess_rate (`float`, *optional*, defaults to `0.0`):
+            Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
+            four options is to be chosen, 0.1 where the answer is a digit. The loss then allows for luck, with b from what is
+            left of the mean label, so that a right answer after a wrong step need not be explained by the step. Needs
+            `prm_loss_type="calibrated_ce"`.
         prm_label (`str`, *optional*, defaults to `"reward"`):
             The outcome label: `"reward"`, the weighted sum of all reward functions, or the name of one of them. Labels
             must be between 0 and 1. The prompt filter judges accuracy by the label too.
-        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
-            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
         prm_optim (`str`, *optional*, defaults to `"adamw_torch"`):
             Optimizer of the PRM, a name of [`~transformers.training_args.OptimizerNames`]. Betas, epsilon and `optim_args`
             are those of the policy.
@@ -122,24 +143,6 @@ class PRIMEConfig(GRPOConfig):
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
             to all.
-        prm_intercept (`bool`, *optional*, defaults to `False`):
-            Whether the cross-entropy is taken of `sigmoid(q + b)`, b the log-odds of the mean label of the batches that the
-            PRM is trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and
-            believes that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the
-            probability of whatever the policy writes; with the intercept only what tells right from wrong is learned.
-            Scores and process rewards hold no b. Needs `prm_loss_type="ce"`, the only loss that is not a comparison.
-        prm_guess_rate (`float`, *optional*, defaults to `0.0`):
-            Share g of the wrong completions that the outcome reward finds right by luck, from 0 to below 1: 0.25 where one of
-            four options is to be chosen, 0.1 where the answer is a digit. The cross-entropy is then taken of
-            `g + (1 - g) * sigmoid(q + b)`, with b from what is left of the mean label, so that a right answer after a wrong
-            step need not be explained by the step. Ours; Eq 4 is 0. Needs `prm_loss_type="ce"`.
-        prm_micro_batch_size (`int`, *optional*):
-            Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`. Results do not
-            depend on it, memory does.
-
-        prm_fused_lm_head (`bool`, *optional*):
-            Whether log-probabilities of PRM and reference are computed by TRL's fused head, which never holds the logits of a
-            micro-batch. Defaults to whether they run on a GPU, TRL has it (from 1.15) and `prm_reference` is `"frozen"`.
 
         > Parameters that control the process rewards
 
@@ -158,13 +161,8 @@ class PRIMEConfig(GRPOConfig):
 
         > Parameters that control the advantages
 
-        advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
-            `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
-            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the outcome term of the advantage.
-        process_weight (`float`, *optional*, defaults to `1.0`):
-            Factor of the process term. 0 trains on outcomes only, while the PRM still learns and reports.
         outcome_gamma (`float`, *optional*, defaults to `1.0`):
             Discount of the outcome per token before the end.
         process_gamma (`float`, *optional*, defaults to `1.0`):
@@ -174,25 +172,8 @@ class PRIMEConfig(GRPOConfig):
 
         > Parameters that control the online prompt filter
 
-        accuracy_low (`float`, *optional*, defaults to `0.2`):
-            Groups whose mean label is lower are not trained on.
-        accuracy_high (`float`, *optional*, defaults to `0.8`):
-            Groups whose mean label is higher are not trained on. The band from 0 to 1 turns the filter off.
         filter_truncated (`bool`, *optional*, defaults to `False`):
             Whether groups with a completion that ran into `max_completion_length` are not trained on.
-        oversample_factor (`float`, *optional*, defaults to `1.0`):
-            Generate this many times `generation_batch_size` completions and keep `generation_batch_size` of them, whole
-            groups that pass the filter first.
-        filter_shortfall (`str`, *optional*, defaults to `"mask"`):
-            What happens when too few groups pass. `"mask"`: groups that failed fill the batch up and carry no gradient,
-            neither in the policy nor in the PRM. `"error"`: training stops.
-
-        > Parameters that control the Hub
-
-        prm_hub_model_id (`str`, *optional*):
-            Repo of the PRM when pushing to the Hub. Defaults to the folder `prm/` of the policy's repo. `hub_token`,
-            `hub_private_repo`, `hub_revision`, `hub_strategy` and `hub_always_push` are for both repos. A pushed checkpoint
-            has its PRM in any case: it could not be resumed without.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
@@ -201,8 +182,9 @@ class PRIMEConfig(GRPOConfig):
     > - `num_generations`: Defaults to `4` instead of `8`.
     > - `max_completion_length`: Defaults to `3072` instead of `512`.
     > - `scale_rewards`: Is `"none"` instead of `"group"`, and nothing else: advantages come from `advantage_estimator`.
-    > - `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the paper's and
-    >   are pinned here in case TRL's defaults move.
+    >
+    > TRL's defaults of `loss_type` (`"dapo"`, the mean over all tokens of the batch) and `beta` (`0.0`, no KL term) are the
+    > paper's.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs", "prm_lr_scheduler_kwargs"]
@@ -222,31 +204,52 @@ class PRIMEConfig(GRPOConfig):
         default="none",
         metadata={"help": "Must be 'none': PRIME's advantages come from `advantage_estimator`."},
     )
-    loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "Policy loss, any of TRL's (see its documentation). 'dapo', the mean over all tokens of the batch, is the "
-            "paper's."
-        },
-    )
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "KL coefficient of the policy (not of the PRM, see `prm_beta`). The paper uses none."},
-    )
 
-    # Parameters that control the implicit PRM
-    prm_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `prm_model` is a string. "
-            "Defaults to `model_init_kwargs`."
-        },
-    )
+    # Parameters that control the core of PRIME
     prm_beta: float = field(
         default=0.05,
         metadata={
             "help": "Scale of the process reward in reward per nat (Eq 3). Should scale with one over the completion "
             "length: 0.05 is for thousands of tokens, 0.5 to 1 for tens."
+        },
+    )
+    prm_learning_rate: float = field(
+        default=1e-5,
+        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
+    )
+    prm_update: str = field(
+        default="after",
+        metadata={
+            "help": "When the PRM learns from a rollout batch: 'after' it was scored, 'before' (and it is scored by the "
+            "updated PRM), 'reverse' (as 'after', and losses that compare completions keep that pass's scores), 'none'."
+        },
+    )
+    advantage_estimator: str = field(
+        default="rloo",
+        metadata={
+            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
+            "'value' (section 5.4)."
+        },
+    )
+    process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
+    accuracy_low: float = field(default=0.2, metadata={"help": "Groups whose mean label is lower are not trained on."})
+    accuracy_high: float = field(
+        default=0.8,
+        metadata={"help": "Groups whose mean label is higher are not trained on. 0 to 1 turns the filter off."},
+    )
+    oversample_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
+        },
+    )
+
+    # Parameters that control the models of the implicit PRM
+    prm_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `prm_model` is a string. "
+            "Defaults to `model_init_kwargs`."
         },
     )
     prm_reference: str = field(
@@ -256,18 +259,35 @@ class PRIMEConfig(GRPOConfig):
             "policy's log-probabilities at rollout time."
         },
     )
-
-    # Parameters that control the update of the implicit PRM
-    prm_update: str = field(
-        default="after",
+    prm_micro_batch_size: int | None = field(
+        default=None,
         metadata={
-            "help": "When the PRM learns from a rollout batch: 'after' it was scored, 'before' (and it is scored by the "
-            "updated PRM), 'reverse' (as 'after', and losses that compare completions keep that pass's scores), 'none'."
+            "help": "Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`."
         },
     )
+    prm_fused_lm_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute log-probabilities of PRM and reference by TRL's fused head, which holds no logits. Defaults to "
+            "true on a GPU, with TRL from 1.15 and prm_reference 'frozen'."
+        },
+    )
+
+    # Parameters that control the update of the implicit PRM
     prm_loss_type: str = field(
         default="ce",
-        metadata={"help": "Loss of the PRM: 'ce' (Eq 4), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N weighted DPO)."},
+        metadata={
+            "help": "Loss of the PRM: 'ce' (Eq 4), 'calibrated_ce' (for where far fewer or far more than half of the completions "
+            "are right: the log-odds of the mean label are added to the score), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N "
+            "weighted DPO)."
+        },
+    )
+    prm_guess_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
+            "options is to be chosen: the PRM's loss allows for it. Needs prm_loss_type 'calibrated_ce'."
+        },
     )
     prm_label: str = field(
         default="reward",
@@ -275,10 +295,6 @@ class PRIMEConfig(GRPOConfig):
             "help": "Outcome label of the PRM and of the prompt filter: 'reward', the weighted sum of all reward "
             "functions, or the name of one of them. Must be between 0 and 1."
         },
-    )
-    prm_learning_rate: float = field(
-        default=1e-5,
-        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
     )
     prm_optim: str = field(
         default="adamw_torch",
@@ -314,34 +330,6 @@ class PRIMEConfig(GRPOConfig):
             "one. Defaults to all."
         },
     )
-    prm_intercept: bool = field(
-        default=False,
-        metadata={
-            "help": "Train the PRM by cross-entropy of its score plus the log-odds of the mean label, which matters where far "
-            "fewer or far more than half of the completions are right. Needs prm_loss_type 'ce'."
-        },
-    )
-    prm_guess_rate: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
-            "options is to be chosen: the PRM's cross-entropy allows for it. Needs prm_loss_type 'ce'."
-        },
-    )
-    prm_micro_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions in one forward pass of PRM and reference. Defaults to `per_device_train_batch_size`."
-        },
-    )
-
-    prm_fused_lm_head: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute log-probabilities of PRM and reference by TRL's fused head, which holds no logits. Defaults to "
-            "true on a GPU, with TRL from 1.15 and prm_reference 'frozen'."
-        },
-    )
 
     # Parameters that control the process rewards
     process_reward_granularity: str = field(
@@ -365,15 +353,7 @@ class PRIMEConfig(GRPOConfig):
     )
 
     # Parameters that control the advantages
-    advantage_estimator: str = field(
-        default="rloo",
-        metadata={
-            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
-            "'value' (section 5.4)."
-        },
-    )
     outcome_weight: float = field(default=1.0, metadata={"help": "Factor of the outcome term of the advantage."})
-    process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
     outcome_gamma: float = field(default=1.0, metadata={"help": "Discount of the outcome per token before the end."})
     process_gamma: float = field(
         default=1.0, metadata={"help": "Discount of process rewards from one to the next; 0 is immediate credit."}
@@ -383,34 +363,8 @@ class PRIMEConfig(GRPOConfig):
     )
 
     # Parameters that control the online prompt filter
-    accuracy_low: float = field(default=0.2, metadata={"help": "Groups whose mean label is lower are not trained on."})
-    accuracy_high: float = field(
-        default=0.8,
-        metadata={"help": "Groups whose mean label is higher are not trained on. 0 to 1 turns the filter off."},
-    )
     filter_truncated: bool = field(
         default=False, metadata={"help": "Whether groups with a truncated completion are not trained on."}
-    )
-    oversample_factor: float = field(
-        default=1.0,
-        metadata={
-            "help": "Generate this many times `generation_batch_size` completions and keep the groups that pass the filter."
-        },
-    )
-    filter_shortfall: str = field(
-        default="mask",
-        metadata={
-            "help": "When too few groups pass: 'mask', failed groups fill the batch up without gradient, or 'error'."
-        },
-    )
-
-    # Parameters that control the Hub
-    prm_hub_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Repo of the PRM when pushing to the Hub. Defaults to the folder `prm/` of the policy's repo. The other "
-            "hub settings are for both repos."
-        },
     )
 
     def __post_init__(self):
@@ -459,7 +413,6 @@ class PRIMEConfig(GRPOConfig):
             "process_reward_granularity": GRANULARITIES,
             "process_reward_norm": NORMALIZATIONS,
             "advantage_estimator": ESTIMATORS,
-            "filter_shortfall": SHORTFALLS,
             **{name: trl_choices(name) for name in TRL_CHOICES},
         }.items():
             value = getattr(self, name)
@@ -547,18 +500,6 @@ class PRIMEConfig(GRPOConfig):
                 f"{self.outcome_gamma}. Use importance_sampling_level='token' (also with loss_type='luspo'), or process_weight=0 "
                 "and outcome_gamma=1."
             )
-        if self.prm_hub_model_id is not None:
-            try:
-                validate_repo_id(self.prm_hub_model_id)
-            except HFValidationError as error:
-                raise ValueError(
-                    f"prm_hub_model_id is '{self.prm_hub_model_id}', which is no name of a repo. Give it as user/name."
-                ) from error
-            if self.prm_hub_model_id == self.hub_model_id:
-                raise ValueError(
-                    f"prm_hub_model_id and hub_model_id are both '{self.hub_model_id}', where one model would overwrite the "
-                    "other. Leave prm_hub_model_id out to have the PRM in the folder prm/ of the policy's repo."
-                )
         if self.prm_fused_lm_head and self.prm_reference == "policy":
             raise ValueError(
                 "prm_fused_lm_head=True does not go with prm_reference='policy': PRM and reference must round alike, and the "
@@ -569,20 +510,15 @@ class PRIMEConfig(GRPOConfig):
                 f"prm_replay_steps is {self.prm_replay_steps}, but prm_replay_batches={self.prm_replay_batches} batches are kept "
                 "to draw them from. Raise prm_replay_batches or leave prm_replay_steps out."
             )
-        if self.prm_intercept and self.prm_loss_type != "ce":
-            raise ValueError(
-                f"prm_intercept=True does not go with prm_loss_type={self.prm_loss_type!r}, which compares completions, so that "
-                "an intercept cancels. Use prm_loss_type='ce' or leave prm_intercept out."
-            )
         if not 0 <= self.prm_guess_rate < 1:
             raise ValueError(
                 f"prm_guess_rate is {self.prm_guess_rate}, but it is a share of the wrong completions: choose one from 0 to below "
                 "1, for example 0.25 where one of four options is to be chosen."
             )
-        if self.prm_guess_rate and self.prm_loss_type != "ce":
+        if self.prm_guess_rate and self.prm_loss_type != "calibrated_ce":
             raise ValueError(
-                f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which compares "
-                "completions. Use prm_loss_type='ce' or leave prm_guess_rate out."
+                f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which does not "
+                "allow for luck. Use prm_loss_type='calibrated_ce' or leave prm_guess_rate out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

@@ -48,13 +48,8 @@ from .checks import (
 from .hub import (
     PAPER,
     POLICY_TAGS,
-    create_repo,
     hub_dataset,
     policy_section,
-    pushed_gitignore,
-    settings_table,
-    upload,
-    with_ignored_prm,
     with_section,
 )
 from .implicit_prm.build import build_prm, fuse_lm_heads, warn_of_rounding
@@ -62,7 +57,6 @@ from .implicit_prm.files import (
     check_loaded_policy,
     check_prm_state,
     downloaded_prm,
-    saved_prm_card,
     whole_checkpoint,
 )
 from .implicit_prm.learner import PRMLearner, PRMScores
@@ -136,7 +130,6 @@ class PRIMETrainer(GRPOTrainer):
     _tag_names = POLICY_TAGS
     _name = "PRIME"
     _paper = PAPER
-    prm_hub_model_id: str | None = None
     _card_dataset: str | None = None
 
     def __init__(
@@ -317,7 +310,12 @@ class PRIMETrainer(GRPOTrainer):
             labels, num_generations, low=args.accuracy_low, high=args.accuracy_high, truncated=truncated
         )
         num_groups = args.generation_batch_size // num_generations
-        self._check_shortfall(passed, num_groups)
+        if not passed.any():
+            logger.warning_once(
+                f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and "
+                f"{args.accuracy_high}), but a generation batch needs {num_groups}. Nothing is learnt from such batches "
+                "(filter/pass_rate is 0)."
+            )
         rows = rows_to_train_on(passed, num_groups, num_generations)
         trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
         self._log("filter/pass_rate", passed.float().mean())
@@ -332,20 +330,6 @@ class PRIMETrainer(GRPOTrainer):
             rows=rows,
             generated_outcomes=outcomes,
         )
-
-    def _check_shortfall(self, passed: torch.Tensor, num_groups: int) -> None:
-        num_passed = int(passed.sum())
-        if num_passed < num_groups:
-            message = (
-                f"{num_passed} of {len(passed)} groups passed the prompt filter (accuracy between {self.args.accuracy_low} and "
-                f"{self.args.accuracy_high}), but a generation batch needs {num_groups}."
-            )
-            if self.args.filter_shortfall == "error":
-                raise RuntimeError(
-                    f"{message} Widen the band, raise oversample_factor or set filter_shortfall='mask' to train on fewer."
-                )
-            if num_passed == 0:
-                logger.warning_once(f"{message} Nothing is learnt from such batches (filter/pass_rate is 0).")
 
     def _rollout_rewards(self, rollouts: Rollouts, batch: PRMBatch, prm: PRMScores) -> RolloutRewards:
         """Outcomes and process rewards of the rows of all processes."""
@@ -539,31 +523,6 @@ class PRIMETrainer(GRPOTrainer):
 
     # --- The Hub ---
 
-    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
-        super().init_hf_repo(token, **kwargs)
-        args, private = self.args, kwargs.get("private")
-        if not self.is_world_process_zero():
-            return
-        if args.prm_hub_model_id is not None:
-            self.prm_hub_model_id = create_repo(
-                args.prm_hub_model_id,
-                token=args.hub_token if token is None else token,
-                private=args.hub_private_repo if private is None else private,
-                revision=args.hub_revision,
-            )
-            if self.prm_hub_model_id == self.hub_model_id:
-                raise ValueError(
-                    f"prm_hub_model_id='{args.prm_hub_model_id}' is the policy's repo too, where one model would overwrite the "
-                    "other. Leave it out to have the PRM in the folder prm/ of that repo, or set hub_model_id."
-                )
-        # Trainer uploads all of output_dir
-        path = Path(args.output_dir, ".gitignore")
-        before = path.read_text() if path.is_file() else pushed_gitignore(self.hub_model_id, token or args.hub_token)
-        after = with_ignored_prm(before, self.prm_hub_model_id is not None)
-        if after != before:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(after)
-
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -580,7 +539,6 @@ class PRIMETrainer(GRPOTrainer):
         section = policy_section(
             self.args,
             self.hub_model_id or model_name or path.parent.name,
-            prm_repo_id=self.prm_hub_model_id,
             revision=self.args.hub_revision,
             bare_base=isinstance(policy, PeftModel) and ModelCard.load(path).data.base_model is None,
             prm_needs_reference=prm.reference is None and prm.reference_name is None,
@@ -588,26 +546,16 @@ class PRIMETrainer(GRPOTrainer):
         )
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         try:
-            result = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-            if self.prm_hub_model_id is not None and self.is_world_process_zero():
-                self._upload_prm(commit_message, blocking, token, revision)
+            return super().push_to_hub(*args, **kwargs)
         except (HfHubHTTPError, RuntimeError):
             logger.error(
                 f"The push failed, but policy and PRM are saved in output_dir='{self.args.output_dir}'. See below for the reason, "
                 "and push again by `trainer.push_to_hub()`, or by `hf upload` from that folder."
             )
             raise
-        return result
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         running = getattr(self, "push_in_progress", None)
@@ -623,9 +571,6 @@ class PRIMETrainer(GRPOTrainer):
         prm_folder = os.path.join(self.args.output_dir, "prm")
         shutil.copytree(os.path.join(checkpoint_folder, "prm"), prm_folder, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
-        if self.prm_hub_model_id is not None:
-            message = f"Training in progress, step {self.state.global_step}"
-            self.push_in_progress.jobs.append(self._upload_prm(message, blocking=False))
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -636,26 +581,3 @@ class PRIMETrainer(GRPOTrainer):
                     f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}"
                 )
         self.push_in_progress = None
-
-    def _upload_prm(
-        self, commit_message: str, blocking: bool, token: str | None = None, revision: str | None = None
-    ) -> Any:
-        """Push the PRM that is saved in `output_dir` to its own repo, with its card."""
-        folder, revision = os.path.join(self.args.output_dir, "prm"), revision or self.args.hub_revision
-        card = saved_prm_card(
-            folder,
-            self.prm_hub_model_id,
-            policy=self.hub_model_id,
-            settings=settings_table(self.args),
-            datasets=self._card_dataset,
-            revision=revision,
-        )
-        card.save(os.path.join(folder, "README.md"))
-        return upload(
-            folder,
-            self.prm_hub_model_id,
-            commit_message=commit_message,
-            token=token or self.args.hub_token,
-            revision=revision,
-            blocking=blocking,
-        )

@@ -129,7 +129,7 @@ def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Mo
     Args:
         folder (`str`): Where it is saved.
         repo_id (`str`): The repo that it is going to.
-        **kwargs: `policy`, `trained`, `settings`, `datasets`, `revision`.
+        **kwargs: `trained`, `settings`, `datasets`, `revision`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]

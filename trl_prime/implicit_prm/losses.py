@@ -1,6 +1,6 @@
 """Losses of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
 
-Covered: cross-entropy, with an intercept and a rate of lucky guesses; the detached DPO loss and its two best-of-N
+Covered: cross-entropy, plain and calibrated to the base rate and to lucky guesses; the detached DPO loss and its two best-of-N
 weightings; DPO on pairs and KTO, for training offline. Not covered: where scores come from (`model.py`) and the optimizer
 (`updater.py`, `offline_prm_trainer.py`). A score q is the process reward summed over a completion, that is the log-odds of a
 right outcome. B = completions, K = completions per prompt.
@@ -13,7 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-LOSS_TYPES = ("ce", "dpo", "bon_acc", "bon_rm")
+# Losses that compare the completions of a group with each other
+COMPARING_LOSSES = ("dpo", "bon_acc", "bon_rm")
+LOSS_TYPES = ("ce", "calibrated_ce", *COMPARING_LOSSES)
 # Losses of the offline trainer. Its "dpo" trains on both completions of a given pair; the online "dpo" compares a completion
 # with the detached mean of its peers.
 OFFLINE_LOSS_TYPES = ("ce", "dpo", "kto")
@@ -60,7 +62,7 @@ def counted_rows(
         labels (`torch.Tensor`): `(B,)`; NaN = could not be judged.
         mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
         loss_type (`str`): as in [`prm_loss`].
-        peer_labels (`torch.Tensor`, *optional*): `(B, K)` labels of each row's group, needed unless `loss_type="ce"`.
+        peer_labels (`torch.Tensor`, *optional*): `(B, K)` labels of each row's group, needed by losses that compare.
 
     Returns:
         `torch.Tensor`: `(B,)` bool.
@@ -68,7 +70,7 @@ def counted_rows(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}; choose one of {LOSS_TYPES}.")
     counted = ~labels.isnan() & mask.bool().any(dim=1)
-    if loss_type != "ce":
+    if loss_type in COMPARING_LOSSES:
         counted &= _opponents(labels, peer_labels).any(dim=1)
     return counted
 
@@ -84,7 +86,7 @@ def prm_row_losses(
     Loss of each completion. Only rows of [`counted_rows`] mean anything; the others are finite.
 
     Args:
-        scores (`torch.Tensor`): `(B,)` scores q, with gradient.
+        scores (`torch.Tensor`): `(B,)` scores q, with gradient; for `"calibrated_ce"` what [`label_log_odds`] makes of them.
         labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN = could not be judged.
         loss_type (`str`): as in [`prm_loss`].
         peer_scores, peer_labels (`torch.Tensor`, *optional*): `(B, K)` scores and labels of each row's whole group, itself
@@ -94,7 +96,7 @@ def prm_row_losses(
         `torch.Tensor`: `(B,)`.
     """
     labels = labels.to(scores.dtype)
-    if loss_type == "ce":
+    if loss_type not in COMPARING_LOSSES:
         return F.binary_cross_entropy_with_logits(scores, labels.nan_to_num(0.5), reduction="none")
     peer_scores, peer_labels = peer_scores.detach().to(scores.dtype), peer_labels.to(scores.dtype)
     opponents = _opponents(labels, peer_labels)
@@ -136,7 +138,8 @@ def prm_loss(
         beta (`float`): Reward scale.
         loss_type (`str`):
             `"ce"` (Eq 4): binary cross-entropy of `sigmoid(q)` against the label, on logits, so that it keeps its gradient
-            where the PRM is sure and wrong. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower label)` for a label
+            where the PRM is sure and wrong. `"calibrated_ce"`: the same here, since intercept and guess rate come in before the
+            loss, by [`label_log_odds`]; see [`prm_row_losses`]. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower label)` for a label
             above 1/2, `-log sigmoid(mean q of the peers with a higher label - q)` for others, the peers detached.
             `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by K * P(a peer is not better)^(K-1), the density of
             being the best of K draws, by outcome or by score.
@@ -152,7 +155,7 @@ def prm_loss(
     if (peer_scores is None) != (peer_labels is None):
         raise ValueError("Give `peer_scores` and `peer_labels` together, or neither.")
     scores = outcome_scores(log_ratios, mask, beta)
-    if loss_type != "ce" and peer_scores is None:
+    if loss_type in COMPARING_LOSSES and peer_scores is None:
         if num_generations is None:
             raise ValueError(f"loss_type={loss_type!r} compares completions: give `num_generations` or `peer_scores`.")
         peer_scores = group_rows(scores.detach(), num_generations)

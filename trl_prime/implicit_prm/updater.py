@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..processes import local_rows
 from .batch import PRMBatch
 from .logps import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
-from .losses import counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
+from .losses import COMPARING_LOSSES, counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
 from .optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class PRMUpdater:
         self.accelerator = backend.accelerator
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
-        # Log-odds added to the scores inside the cross-entropy loss, as of the last update
+        # Log-odds added to the scores inside the loss "calibrated_ce", as of the last update
         self.intercept = 0.0
         if args.gradient_checkpointing:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
@@ -95,7 +95,8 @@ class PRMUpdater:
         step are taken before it moves. A pass of its own is needed for losses that compare scores, where a replayed batch
         is trained on first, and with dropout.
         """
-        return self.args.prm_loss_type == "ce" and not self.replay and not _has_dropout(self.prm.model)
+        compares = self.args.prm_loss_type in COMPARING_LOSSES
+        return not compares and not self.replay and not _has_dropout(self.prm.model)
 
     def update(self, batch: PRMBatch) -> PRMUpdate:
         """
@@ -108,7 +109,7 @@ class PRMUpdater:
             [`PRMUpdate`]
         """
         args, learning_rate = self.args, self.scheduler.get_last_lr()[0]
-        if args.prm_intercept:
+        if args.prm_loss_type == "calibrated_ce":
             self.intercept = self._base_rate_log_odds([*self.replay, batch])
         num_replayed = self._num_replayed(len(self.replay))
         # By the place in the schedule: the same on all processes and in a resumed run
@@ -146,7 +147,7 @@ class PRMUpdater:
         args = self.args
         seen_logps = torch.zeros_like(batch.ref_logps)
         peer_scores = peer_labels = None
-        if args.prm_loss_type != "ce":
+        if args.prm_loss_type in COMPARING_LOSSES:
             peer_scores = batch.group_scores if keep_scores else self._group_scores(batch)
             peer_labels = batch.group_labels
         counted = counted_rows(batch.labels, batch.policy_mask, args.prm_loss_type, peer_labels)
