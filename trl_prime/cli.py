@@ -12,7 +12,6 @@ from .specs import nearest
 # Name of the command: its module, and what it is for
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
-    "sft": ("sft", "Supervised warm-up of a base model, before PRIME."),
     "prm": ("prm", "Train an implicit PRM offline, on labelled completions or preference pairs."),
     "eval": ("evaluate", "Measure a policy and its PRM on benchmarks."),
     "score": ("score", "Show what an implicit PRM thinks of completions, token by token."),
