@@ -14,7 +14,6 @@ from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
-from trl_prime.commands.work import work
 from trl_prime.rewards import load_reward_func
 from trl_prime.specs import load_object
 from trl_prime.tasks.running_sums import running_sum_reward
@@ -70,11 +69,10 @@ def test_exit_codes(error, before, on_the_way, monkeypatch, capsys):
         raise error()
 
     def fail_while_working(argv):
-        with work():
-            raise error()
+        return lambda: fail(argv)
 
-    for run, expected in ((fail, before), (fail_while_working, on_the_way)):
-        monkeypatch.setattr("trl_prime.commands.env.run", run)
+    for prepare, expected in ((fail, before), (fail_while_working, on_the_way)):
+        monkeypatch.setattr("trl_prime.commands.env.prepare", prepare)
         if expected is None:
             with pytest.raises(type(error())):
                 main(["env"])

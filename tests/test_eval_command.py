@@ -236,6 +236,15 @@ def test_process_bench_from_the_command_line(tmp_path, prm_path, capsys, monkeyp
     assert "Row 0" in capsys.readouterr().err
 
 
+def test_right_solutions_alone_are_refused_before_they_are_scored(tmp_path, capsys):
+    path = tmp_path / "bench.jsonl"
+    row = {"problem": "1 plus 1", "steps": ["add", "it is 2"], "label": -1}
+    path.write_text("".join(json.dumps({**row, "id": f"row-{i}"}) + "\n" for i in range(20)))
+    settings = {"benchmark": "processbench", "prm_name_or_path": tmp_path, "dataset_name": path}
+    assert main(flags(**settings, output_dir=tmp_path / "out")) == 2
+    assert "Of 4 solutions 4 are right" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, capsys, monkeypatch):
     monkeypatch.setattr("trl_prime.evaluation.sampling.load_policy", None)
     for settings, words in (

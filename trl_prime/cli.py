@@ -6,7 +6,6 @@ import importlib
 import sys
 import warnings
 
-from .commands.work import is_on_the_way
 from .specs import nearest
 
 # Name of the command: its module, and what it is for
@@ -56,15 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # What the libraries below will change in their next major version is no concern of who runs a recipe
     warnings.filterwarnings("ignore", category=FutureWarning)
+    job = None
     try:
-        exit_code = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])
+        job = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).prepare(argv[1:])
+        exit_code = job()
         _leave_process_group()
         return exit_code
     except KeyboardInterrupt:
         print("trl-prime: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        exit_code = _exit_code(error)
+        exit_code = _exit_code(error, is_prepared=job is not None)
         if exit_code is None:
             raise
         print(f"trl-prime: {_sentence(error)}", file=sys.stderr)
@@ -81,7 +82,7 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _exit_code(error: Exception) -> int | None:
+def _exit_code(error: Exception, is_prepared: bool) -> int | None:
     """The exit code of an error whose message says it all; None for one that needs its traceback."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -90,7 +91,7 @@ def _exit_code(error: Exception) -> int | None:
     # One that the import system raised has a name, one with a sentence of what to install has none
     is_not_installed = isinstance(error, ImportError) and error.name is None
     is_refusal = is_not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
-    if is_refusal and not is_on_the_way(error):
+    if is_refusal and not is_prepared:
         return 2
     foreseen = (HfHubHTTPError, FloatingPointError, OSError, SandboxUnavailable)
     return 1 if isinstance(error, foreseen) or _is_out_of_memory(error) else None

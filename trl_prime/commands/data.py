@@ -8,7 +8,7 @@ was asked for is done in this order; nothing asked for shows three rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ..texts import prompt_ids
 from .arguments import parse_arguments
 from .dataset_arguments import FORMAT_HELP
-from .work import work
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,8 +92,8 @@ class DataArguments:
             raise ValueError(f"output is {self.output!r}, which is there already. Remove it, or give another name.")
 
 
-def run(argv: list[str]) -> int:
-    """Show, check or convert a data set; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of showing, checking or converting a data set."""
     (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data")
 
     from transformers import AutoTokenizer
@@ -123,7 +122,7 @@ def run(argv: list[str]) -> int:
     numbers = [i for i in range(len(dataset)) if i not in malformed]
     dataset = dataset.select(numbers)
 
-    with work():
+    def job() -> int:
         if arguments.show:
             show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer, text_format)
         is_sound = True
@@ -132,7 +131,9 @@ def run(argv: list[str]) -> int:
         if arguments.output is not None:
             getattr(dataset, WRITERS[Path(arguments.output).suffix])(arguments.output)
             print(f"{len(dataset)} rows in {arguments.output}; {len(malformed)} malformed ones are left out.")
-    return 0 if is_sound else 2
+        return 0 if is_sound else 2
+
+    return job
 
 
 def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat | None = None) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from ..specs import nearest
 from .arguments import parse_arguments
-from .work import work
 
 
 @dataclass
@@ -205,19 +204,24 @@ class EvalArguments:
             )
 
 
-def run(argv: list[str]) -> int:
-    """Evaluate; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of evaluating."""
     (args,) = parse_arguments([EvalArguments], argv, prog="trl-prime eval")
-    summary = _judge_prm(args) if args.judges_prm else _judge_policy(args)
-    path = _output_dir(args) / "summary.json"
-    # JSON has no NaN: what cannot be told, such as the accuracy on wrong solutions where there are none, is null
-    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"Summary: {path}")
-    return 0
+    evaluate = _prepare_prm(args) if args.judges_prm else _prepare_policy(args)
+
+    def job() -> int:
+        path = _output_dir(args) / "summary.json"
+        # JSON has no NaN: a number that cannot be told, such as the accuracy on wrong solutions where there are none, is null
+        summary = json.loads(json.dumps({"settings": vars(args), **evaluate()}), parse_constant=lambda _: None)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"Summary: {path}")
+        return 0
+
+    return job
 
 
-def _judge_policy(args: EvalArguments) -> dict[str, Any]:
+def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
+    """Load the problems and check what can be checked; the returned function samples, judges and sums up."""
     dataset = _load_dataset(args)
     reward_func = _load_verifier(args.reward_func, dataset)
 
@@ -247,7 +251,8 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
         settings["chat_template_kwargs"] = text_format.chat_template_kwargs
     output_dir = _output_dir(args)
     written = ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite)
-    with work():
+
+    def evaluate() -> dict[str, Any]:
         rows = sample_problems(
             dataset,
             lambda: _load_sampler(args, tokenizer, text_format),
@@ -258,27 +263,30 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
             seed=args.seed,
             batch_size=args.batch_size or (1024 if args.use_vllm else 32),
         )
-    samples = SampleTable(rows, _equal_answers())
-    summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
-    title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
-    print_samples(summary, title)
-    if args.prm_name_or_path:
-        settings = {"samples": digest(rows), **_prm_settings(args)}
-        # Scores of several PRMs on the same samples stand side by side
-        scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
-        with work():
+        samples = SampleTable(rows, _equal_answers())
+        summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
+        title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
+        print_samples(summary, title)
+        if args.prm_name_or_path:
+            settings = {"samples": digest(rows), **_prm_settings(args)}
+            # Scores of several PRMs on the same samples stand side by side
+            scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
             scored = score_samples(samples, lambda: _load_prm(args), scores, args.batch_size or 32)
-        summary["prm"] = args.prm_name_or_path
-        summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
-        print_best_of_n(summary["best_of_n"])
-    return {"settings": vars(args), **summary}
+            summary["prm"] = args.prm_name_or_path
+            summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
+            print_best_of_n(summary["best_of_n"])
+        return summary
+
+    return evaluate
 
 
-def _judge_prm(args: EvalArguments) -> dict[str, Any]:
+def _prepare_prm(args: EvalArguments) -> Callable[[], dict[str, Any]]:
+    """Load the solutions and check what can be checked; the returned function scores their steps and sums up."""
     dataset = _load_dataset(args)
 
+    from ..evaluation.process_bench import check_has_both_kinds
     from ..evaluation.resumable import ResumableRows, digest
-    from ..evaluation.run import score_process_bench, summarize_process_bench
+    from ..evaluation.run import calibration_split, score_process_bench, summarize_process_bench
     from ..evaluation.tables import print_process_bench
 
     settings = {
@@ -287,7 +295,12 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
         "problems": digest(dataset[:]),
     }
     rows = ResumableRows(_output_dir(args) / "step_rewards.jsonl", settings, args.overwrite)
-    with work():
+    labels = dataset["label"][:]
+    if args.threshold is None:
+        calibration, _ = calibration_split(labels, args.calibration_fraction, args.seed)
+        check_has_both_kinds([labels[i] for i in calibration])
+
+    def evaluate() -> dict[str, Any]:
         step_rewards = score_process_bench(
             dataset,
             lambda: _load_prm(args),
@@ -295,15 +308,17 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
             separator=args.step_separator,
             batch_size=args.batch_size or 32,
         )
-    summary = summarize_process_bench(
-        step_rewards,
-        dataset["label"][:],
-        threshold=args.threshold,
-        calibration_fraction=args.calibration_fraction,
-        seed=args.seed,
-    )
-    print_process_bench(summary, f"ProcessBench: {args.prm_name_or_path}")
-    return {"settings": vars(args), **summary}
+        summary = summarize_process_bench(
+            step_rewards,
+            labels,
+            threshold=args.threshold,
+            calibration_fraction=args.calibration_fraction,
+            seed=args.seed,
+        )
+        print_process_bench(summary, f"ProcessBench: {args.prm_name_or_path}")
+        return summary
+
+    return evaluate
 
 
 def _output_dir(args: EvalArguments) -> Path:

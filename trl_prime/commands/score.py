@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import parse_arguments
-from .work import work
 
 if TYPE_CHECKING:
     from ..reports.score_page import Completion
@@ -83,8 +83,8 @@ class ScoreArguments:
             raise ValueError("--step_delimiter is empty: give the text that ends a step, such as $'\\n'.")
 
 
-def run(argv: list[str]) -> int:
-    """Score completions; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of scoring completions."""
     (args,) = parse_arguments([ScoreArguments], argv, prog="trl-prime score")
     if args.input is not None:
         completions = read_rows(args.input)
@@ -106,20 +106,23 @@ def run(argv: list[str]) -> int:
         step_delimiter=args.step_delimiter,
         micro_batch_size=args.batch_size,
     )
-    with work():
-        completions = score_completions(prm, completions)
+
+    def job() -> int:
+        scored = score_completions(prm, completions)
         console = Console()
-        print_completions(completions, console, args.show)
+        print_completions(scored, console, args.show)
         about = {"prm": args.prm_name_or_path, "beta": prm.beta}
         if args.html is not None:
-            write_page(score_page(completions, **about), args.html)
+            write_page(score_page(scored, **about), args.html)
             console.print(f"page: [bold]{escape(args.html)}[/bold]", soft_wrap=True)
         if args.json is not None:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            written = numbers(completions, **about, step_delimiter=prm.step_delimiter)
+            written = numbers(scored, **about, step_delimiter=prm.step_delimiter)
             Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
             console.print(f"numbers: [bold]{escape(args.json)}[/bold]", soft_wrap=True)
-    return 0
+        return 0
+
+    return job
 
 
 def read_rows(path: str) -> list[Completion]:

@@ -7,9 +7,11 @@ as a flag, which wins.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -19,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from ..specs import nearest
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
-from .work import work
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -107,22 +108,19 @@ def parse_train_arguments(argv: list[str]) -> tuple[PRIMEScriptArguments, Any, A
     return parse_launched_arguments(_types(), argv, "trl-prime train")
 
 
-def run(argv: list[str]) -> int:
-    """Train by a recipe; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of training by a recipe."""
     exit_code = launch_if_asked(_types(), argv, "trl-prime train")
     if exit_code is not None:
-        return exit_code
+        # The launched processes have prepared and worked. This one could only refuse the launcher's flags.
+        return lambda: exit_code
     script_args, args, model_args = parse_train_arguments(argv)
     check_launch(args.world_size, args.bf16)
     resume_from = resume_point(args)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
-    trainer, task = _prepare(script_args, args, model_args)
-    with work():
-        if trainer.accelerator.is_main_process:
-            save_settings(Path(args.output_dir), script_args, model_args, args)
-        _train(trainer, task, script_args, resume_from)
-    return 0
+    trainer, task = _build(script_args, args, model_args)
+    return functools.partial(_train, trainer, task, script_args, model_args, resume_from)
 
 
 def resume_point(args: Any) -> str | bool | None:
@@ -178,7 +176,7 @@ def _types() -> list[type]:
     return [PRIMEScriptArguments, PRIMEConfig, ModelConfig]
 
 
-def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
+def _build(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
     """The trainer, and the task if the recipe has one."""
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
@@ -264,11 +262,19 @@ def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]
     load_object(path)(Path(output_dir), seed=seed, **kwargs)
 
 
-def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, resume_from: str | bool | None) -> None:
-    """Train, save, and, of a task, measure before and after."""
+def _train(
+    trainer: Any,
+    task: Task | None,
+    script_args: PRIMEScriptArguments,
+    model_args: Any,
+    resume_from: str | bool | None,
+) -> int:
+    """Train and save; on a task, measure before and after. Returns the exit code."""
     from ..reports.progress import plot_learning_curve, print_summary
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if trainer.accelerator.is_main_process:
+        save_settings(output_dir, script_args, model_args, args)
     measures = task is not None and trainer.accelerator.is_main_process
     if measures:
         before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
@@ -288,6 +294,7 @@ def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, r
         print_summary(before, after, prm, saved)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return 0
 
 
 def save_settings(output_dir: Path, *arguments: Any) -> None:

@@ -82,13 +82,9 @@ def choose_threshold(step_rewards: Sequence[Sequence[float]], labels: Sequence[i
     Raises:
         ValueError: There are only right solutions, or only wrong ones: F1 needs both.
     """
+    check_has_both_kinds(labels)
     labels = np.asarray(labels)
     is_right = labels == ALL_RIGHT
-    if is_right.all() or not is_right.any():
-        raise ValueError(
-            f"Of {len(labels)} solutions {is_right.sum()} are right, but choosing a threshold needs right and wrong ones. Give "
-            "more rows, or give `threshold`."
-        )
     rewards = _padded(step_rewards)
     first = np.where(is_right, rewards.shape[1], labels)
     before = np.where(np.arange(rewards.shape[1]) < first[:, None], rewards, np.inf).min(axis=1)
@@ -106,6 +102,21 @@ def choose_threshold(step_rewards: Sequence[Sequence[float]], labels: Sequence[i
     ends = np.concatenate([at[np.isfinite(at)], upper])
     lower = ends[ends < best]
     return float((best + lower.max()) / 2) if lower.size else float(best)
+
+
+def check_has_both_kinds(labels: Sequence[int]) -> None:
+    """
+    Refuse labels that no threshold can be chosen on.
+
+    Raises:
+        ValueError: There are only right solutions, or only wrong ones.
+    """
+    is_right = np.asarray(labels) == ALL_RIGHT
+    if is_right.all() or not is_right.any():
+        raise ValueError(
+            f"Of {len(labels)} solutions {is_right.sum()} are right, but choosing a threshold needs right and wrong ones. Give "
+            "more rows, or give `threshold`."
+        )
 
 
 def step_auc(step_rewards: Sequence[Sequence[float]], labels: Sequence[int]) -> float:

@@ -312,19 +312,34 @@ def summarize_process_bench(
     Raises:
         ValueError: There are too few solutions to choose a threshold on.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    num_calibration = 0 if threshold is not None else round(calibration_fraction * len(labels))
-    calibration, reported = order[:num_calibration], order[num_calibration:]
+    calibration, reported = calibration_split(labels, calibration_fraction if threshold is None else 0.0, seed)
     if threshold is None:
         threshold = choose_threshold([step_rewards[i] for i in calibration], [labels[i] for i in calibration])
     rewards, truth = [step_rewards[i] for i in reported], [labels[i] for i in reported]
     return {
         "threshold": threshold,
-        "num_calibration": num_calibration,
+        "num_calibration": len(calibration),
         "num_solutions": len(truth),
         "metrics": process_bench_scores(predict_first_error(rewards, threshold), truth, seed),
         "auc": step_auc(rewards, truth),
     }
+
+
+def calibration_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The solutions that a threshold is chosen on, drawn at random, and the others.
+
+    Args:
+        labels (`list[int]`): R indices of the first wrong step, or -1.
+        fraction (`float`): Share of the former.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the rows of either.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    size = round(fraction * len(labels))
+    return order[:size], order[size:]
 
 
 def _remaining_batches(rows: ResumableRows, total: int, batch_size: int) -> list[slice]:
