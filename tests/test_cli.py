@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
-from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
+from trl_prime.commands.launching import parse_launched_arguments
+from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types, save_settings
 from trl_prime.rewards import load_reward_func
 from trl_prime.specs import load_object
 from trl_prime.tasks.running_sums import running_sum_reward
@@ -22,7 +23,8 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def test_flags_win_over_the_recipe():
-    _, args, _ = parse_train_arguments(["--config", str(QUICKSTART), "--prm_beta", "0.125"])
+    flags = ["--config", str(QUICKSTART), "--prm_beta", "0.125"]
+    _, args, _ = parse_launched_arguments(_types(), flags, "trl-prime train")
     assert args.prm_beta == 0.125
     assert args.prm_replay_batches == 4
 

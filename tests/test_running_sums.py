@@ -10,7 +10,6 @@ from trl_prime.tasks.running_sums import (
     build_model,
     build_tokenizer,
     every_sum_reward,
-    first_wrong_step,
     make_dataset,
     make_splits,
     prepare,
@@ -157,24 +156,23 @@ def test_every_sum_counts(completion, reward):
 
 
 @pytest.mark.parametrize(
-    ("completion", "labels", "first_wrong"),
+    ("completion", "labels"),
     [
-        ("3\n8\n0\n7", [True] * 4, None),
-        ("3\n8\n0\n7\n", [True] * 4, None),
-        ("3\n8", [True] * 2, None),
+        ("3\n8\n0\n7", [True] * 4),
+        ("3\n8\n0\n7\n", [True] * 4),
+        ("3\n8", [True] * 2),
         # The last two add correctly to the wrong 9, and are wrong all the same.
-        ("3\n9\n1\n8", [True, False, False, False], 1),
-        ("3\n9\n0\n7", [True, False, True, True], 1),
-        ("3\n8\n0\n7\n7", [True] * 4 + [False], 4),
-        ("3\n\n0", [True, False, True], 1),
-        ("03\n8", [False, True], 0),
-        ("\n", [False], 0),
-        ("", [], None),
+        ("3\n9\n1\n8", [True, False, False, False]),
+        ("3\n9\n0\n7", [True, False, True, True]),
+        ("3\n8\n0\n7\n7", [True] * 4 + [False]),
+        ("3\n\n0", [True, False, True]),
+        ("03\n8", [False, True]),
+        ("\n", [False]),
+        ("", []),
     ],
 )
-def test_labels_by_hand(completion, labels, first_wrong):
+def test_labels_by_hand(completion, labels):
     assert step_labels("3 5 2 7=", completion) == labels
-    assert first_wrong_step("3 5 2 7=", completion) == first_wrong
 
 
 def test_labels_against_a_slow_loop():
@@ -187,7 +185,6 @@ def test_labels_against_a_slow_loop():
         for i, line in enumerate(lines):
             expected.append(i < 6 and line == truth[i])
         assert step_labels(prompt, "\n".join(map(str, lines))) == expected
-        assert first_wrong_step(prompt, "\n".join(map(str, lines))) == expected.index(False)
 
 
 @pytest.mark.parametrize("prompt", ["", "3 5 2 7", "3 5 x=", "35=", "3 5=\n"])

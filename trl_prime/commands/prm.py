@@ -65,23 +65,13 @@ def _types() -> list[type]:
     return [OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig]
 
 
-def parse_prm_arguments(argv: list[str]) -> tuple[OfflinePRMScriptArguments, Any, Any]:
-    """
-    The recipe and the flags as dataclasses: script arguments, [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
-
-    Raises:
-        ValueError: The recipe has a field that does not exist; the message names the nearest.
-    """
-    return parse_launched_arguments(_types(), argv, "trl-prime prm")
-
-
 def prepare(argv: list[str]) -> Callable[[], int]:
     """The job of training by a recipe."""
     exit_code = launch_if_asked(_types(), argv, "trl-prime prm")
     if exit_code is not None:
         # The launched processes have prepared and worked. This one could only refuse the launcher's flags.
         return lambda: exit_code
-    script_args, args, model_args = parse_prm_arguments(argv)
+    script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime prm")
     check_launch(args.world_size, args.bf16)
     if not (script_args.dataset_name and model_args.model_name_or_path):
         raise ValueError("Give `model_name_or_path` and `dataset_name`.")

@@ -98,23 +98,13 @@ class PRIMEScriptArguments(DatasetArguments):
                 raise ValueError(f"task_kwargs is {self.task_kwargs!r}, which is no JSON: {error}.") from error
 
 
-def parse_train_arguments(argv: list[str]) -> tuple[PRIMEScriptArguments, Any, Any]:
-    """
-    The recipe and the flags as dataclasses: script arguments, [`PRIMEConfig`] and [`~trl.ModelConfig`].
-
-    Raises:
-        ValueError: The recipe has a field that does not exist; the message names the nearest.
-    """
-    return parse_launched_arguments(_types(), argv, "trl-prime train")
-
-
 def prepare(argv: list[str]) -> Callable[[], int]:
     """The job of training by a recipe."""
     exit_code = launch_if_asked(_types(), argv, "trl-prime train")
     if exit_code is not None:
         # The launched processes have prepared and worked. This one could only refuse the launcher's flags.
         return lambda: exit_code
-    script_args, args, model_args = parse_train_arguments(argv)
+    script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime train")
     check_launch(args.world_size, args.bf16)
     resume_from = resume_point(args)
     check_model_name("model_name_or_path", model_args.model_name_or_path)

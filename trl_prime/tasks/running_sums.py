@@ -383,22 +383,6 @@ def step_labels(prompt: str, completion: str) -> list[bool]:
     return [i < len(sums) and line == str(sums[i]) for i, line in enumerate(_lines(completion))]
 
 
-def first_wrong_step(prompt: str, completion: str) -> int | None:
-    """Find the first wrong line of a completion.
-
-    Args:
-        prompt: For example `3 5 2 7=`.
-        completion: Its completion, without special tokens.
-
-    Returns:
-        Index of the line, from 0, or None if no line is wrong. A completion that stops too soon has no wrong line.
-
-    Raises:
-        ValueError: If `prompt` is not a prompt of this task.
-    """
-    return next((i for i, right in enumerate(step_labels(prompt, completion)) if not right), None)
-
-
 def prepare(
     output_dir: str | Path,
     *,
