@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..texts import prompt_ids
+from ..texts import encode_prompt
 from .arguments import parse_arguments
 from .dataset_arguments import FORMAT_HELP
 
@@ -192,7 +192,7 @@ def check_rows(
         from ..texts import TextFormat
 
         form = text_format or TextFormat()
-        lengths = [len(prompt_ids(prompt, tokenizer, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
+        lengths = [len(encode_prompt(tokenizer, prompt, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
         ordered = sorted(lengths)
         median, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.95))
         print(f"prompts of {ordered[0]} to {ordered[-1]} tokens, median {median}, 95 % up to {high}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ScriptArguments
 
-from ..texts import prompt_ids
+from ..texts import encode_prompt
 
 if TYPE_CHECKING:
     from ..texts import TextFormat
@@ -124,4 +124,4 @@ def _has_ability(row: dict[str, Any], ability: str) -> bool:
 
 
 def _is_short(row: dict[str, Any], tokenizer: Any, text_format: TextFormat, max_length: int) -> bool:
-    return len(prompt_ids(row["prompt"], tokenizer, text_format)) <= max_length
+    return len(encode_prompt(tokenizer, row["prompt"], text_format)) <= max_length

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
-from ..texts import TextFormat
+from .judging import as_completions, judge
+from .sampling import SamplingSettings, TransformersSampler
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..implicit_prm import ImplicitPRM
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,74 +42,24 @@ def generate(
         max_new_tokens (`int`): Longest completion in tokens.
         temperature (`float`): 0 is greedy.
         batch_size (`int`): Prompts at a time.
-        seed (`int`): Seed of the sampling; the global random state is left as it was.
+        seed (`int`): Seed of the one random stream that all samples are drawn from.
 
     Returns:
         `list[str]` or `list[list[dict]]`: as `prompts`.
     """
-    was_training = model.training
-    model.eval()
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    sampler = TransformersSampler(model, tokenizer, SamplingSettings(max_new_tokens, temperature or 1.0))
+    stream = torch.Generator(model.device).manual_seed(seed)
     completions: list[Any] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            encoded = encode_prompts(tokenizer, batch).to(model.device)
-            ids = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-            is_text = isinstance(batch[0], str)
-            completions += texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
-    model.train(was_training)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        samples = sampler(batch, stream if temperature else [None] * len(batch))
+        completions += as_completions(batch, [sample.text for sample in samples])
     return completions
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], text_format: TextFormat | None = None
-) -> BatchEncoding:
-    """
-    Prompts as the policy reads them, padded on the left.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's tokenizer.
-        prompts (`list[str]` or `list[list[dict]]`): B prompts, all text or all messages. A chat template writes its own
-            special tokens.
-        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How the policy's run has rendered messages;
-            by the bare chat template if not given.
-
-    Returns:
-        [`~transformers.BatchEncoding`]: `input_ids` and `attention_mask`, `(B, P)`.
-    """
-    prompts = list(prompts)
-    is_text = isinstance(prompts[0], str)
-    if not is_text:
-        text_format = text_format or TextFormat()
-        prompts = [text_format.render(tokenizer, messages, add_generation_prompt=True) for messages in prompts]
-    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=is_text)
 
 
 def outcomes(reward_func: Callable, dataset: Dataset, completions: Sequence[Any]) -> torch.Tensor:
     """`(N,)` rewards of one completion for each row of a data set; NaN where the function could not judge."""
-    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
-    rewards = reward_func(
-        prompts=dataset["prompt"][:],
-        completions=list(completions),
-        completion_ids=None,
-        trainer_state=None,
-        log_extra=lambda *_: None,
-        log_metric=lambda *_: None,
-        **columns,
-    )
+    rewards, _ = judge(reward_func, dataset, completions)
     return torch.tensor([float("nan") if reward is None else reward for reward in rewards])
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..texts import completion_text
 from .best_of_n import STEP_AGGREGATIONS, aggregate_step_rewards, best_of_n, draws, sizes_up_to, vote
+from .judging import as_completions, judge
 from .majority import group_answers
 from .pass_at_k import mean_with_interval, pass_at_k
 from .process_bench import choose_threshold, predict_first_error, process_bench_scores, score_steps, step_auc
@@ -74,8 +75,8 @@ def sample_problems(
             prompts = problems["prompt"][:]
             seeds = [None if s is None else sample_seed(seed, p, s) for p, s in batch]
             samples = sampler(prompts, seeds)
-            texts = [sample.text for sample in samples]
-            rewards, logged = _judge(reward_func, problems, prompts, texts)
+            completions = as_completions(prompts, [sample.text for sample in samples])
+            rewards, logged = judge(reward_func, problems, completions)
             rows.append(
                 {
                     "problem": batch[i][0],
@@ -347,21 +348,3 @@ def _remaining_batches(rows: ResumableRows, total: int, batch_size: int) -> list
     if len(rows.rows) < total:
         rows.cut(len(rows.rows) // batch_size * batch_size)
     return [slice(start, min(start + batch_size, total)) for start in range(len(rows.rows), total, batch_size)]
-
-
-def _judge(
-    reward_func: Callable, problems: Dataset, prompts: Sequence[Any], texts: Sequence[str]
-) -> tuple[list[float | None], dict[str, list]]:
-    """Rewards of completions, one for each row of `problems`, and the columns that the function logs."""
-    logged: dict[str, list] = {}
-    is_text = isinstance(prompts[0], str)
-    rewards = reward_func(
-        prompts=prompts,
-        completions=list(texts) if is_text else [[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=None,
-        trainer_state=None,
-        log_extra=logged.__setitem__,
-        log_metric=lambda *_: None,
-        **{name: problems[name][:] for name in problems.column_names if name not in ("prompt", "completion")},
-    )
-    return [None if reward is None else float(reward) for reward in rewards], logged
