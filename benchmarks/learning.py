@@ -220,8 +220,7 @@ def choose(prm, task, max_completion_length: int) -> dict[str, float]:
     """Accuracy on held-out problems of one sample of the base, of the vote of many, and of the one that the PRM prefers."""
     import numpy as np
 
-    from trl_prime.evaluation.best_of_n import best_of_n, draws, vote
-    from trl_prime.evaluation.majority import group_answers
+    from trl_prime.evaluation.statistics import best_of_n, draws, group_answers, vote
 
     rows, completions, rewards = base_samples(task, BEST_OF, task.eval_dataset, max_completion_length)
     correct = rewards.nan_to_num().view(-1, BEST_OF).numpy()
@@ -248,7 +247,7 @@ def scoring_prm(trainer):
 
 def step_auc(prm, task, problems, completions: list[str]) -> float:
     """AUC of the PRM's rewards for the first wrong step."""
-    from trl_prime.evaluation.held_out import first_error_auc
+    from trl_prime.evaluation.statistics import first_error_auc
 
     prompts = problems["prompt"][:]
     truth = [task.step_labels(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]

@@ -225,10 +225,16 @@ def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
     dataset = _load_dataset(args)
     reward_func = _load_verifier(args.reward_func, dataset)
 
-    from ..evaluation.best_of_n import sizes_up_to
+    from ..evaluation.end_to_end import (
+        SampleTable,
+        sample_problems,
+        score_samples,
+        summarize_best_of_n,
+        summarize_samples,
+    )
     from ..evaluation.resumable import ResumableRows, digest, model_version
-    from ..evaluation.run import SampleTable, sample_problems, score_samples, summarize_best_of_n, summarize_samples
     from ..evaluation.sampling import load_tokenizer
+    from ..evaluation.statistics import sizes_up_to
     from ..evaluation.tables import print_best_of_n, print_samples
     from ..implicit_prm.files import saved_text_format
 
@@ -284,9 +290,9 @@ def _prepare_prm(args: EvalArguments) -> Callable[[], dict[str, Any]]:
     """Load the solutions and check what can be checked; the returned function scores their steps and sums up."""
     dataset = _load_dataset(args)
 
+    from ..evaluation.end_to_end import calibration_split, score_process_bench, summarize_process_bench
     from ..evaluation.process_bench import check_has_both_kinds
     from ..evaluation.resumable import ResumableRows, digest
-    from ..evaluation.run import calibration_split, score_process_bench, summarize_process_bench
     from ..evaluation.tables import print_process_bench
 
     settings = {

@@ -1,7 +1,7 @@
 """How good are policy and PRM on held-out problems?
 
 Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
-wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`run.py`).
+wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`end_to_end.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
 from .judging import as_completions, judge
 from .sampling import SamplingSettings, TransformersSampler
+from .statistics import first_error_auc
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,36 +62,6 @@ def outcomes(reward_func: Callable, dataset: Dataset, completions: Sequence[Any]
     """`(N,)` rewards of one completion for each row of a data set; NaN where the function could not judge."""
     rewards, _ = judge(reward_func, dataset, completions)
     return torch.tensor([float("nan") if reward is None else reward for reward in rewards])
-
-
-def first_error_auc(step_rewards: Sequence[torch.Tensor], step_labels: Sequence[Sequence[bool]]) -> float:
-    """
-    How well a low step reward tells the first wrong step from the right steps before it and elsewhere (area under the ROC).
-
-    Steps after the first wrong one are left out: whether they are wrong follows from it.
-
-    Args:
-        step_rewards (`list[torch.Tensor]`): For each completion the rewards of its steps, `(n_steps,)`.
-        step_labels (`list[list[bool]]`): For each completion whether each step is right.
-
-    Returns:
-        `float`: 1/2 is chance, 1 is perfect, ties count one half; NaN without both kinds of steps.
-    """
-    wrong, right = [], []
-    for rewards, labels in zip(step_rewards, step_labels, strict=True):
-        for reward, is_right in zip(rewards.tolist(), labels, strict=False):
-            (right if is_right else wrong).append(reward)
-            if not is_right:
-                break
-    if not wrong or not right:
-        return float("nan")
-    # The wrong steps below each right one, and those that tie with it, by binary search: memory grows with the steps, not
-    # with their pairs
-    right_rewards = torch.tensor(right, dtype=torch.float64)
-    wrong_rewards = torch.tensor(wrong, dtype=torch.float64).sort().values
-    below = torch.searchsorted(wrong_rewards, right_rewards)
-    not_above = torch.searchsorted(wrong_rewards, right_rewards, right=True)
-    return (below + not_above).double().mean().item() / (2 * len(wrong))
 
 
 def measure_policy(

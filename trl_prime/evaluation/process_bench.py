@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from .held_out import first_error_auc
-from .pass_at_k import bootstrap_weights, interval
+from .statistics import bootstrap_weights, first_error_auc, interval
 
 if TYPE_CHECKING:
     from ..implicit_prm import ImplicitPRM
@@ -122,13 +120,13 @@ def check_has_both_kinds(labels: Sequence[int]) -> None:
 def step_auc(step_rewards: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
     """
     How well a low step reward tells the first wrong step from right steps, whatever the threshold: see
-    [`~trl_prime.evaluation.held_out.first_error_auc`].
+    [`~trl_prime.evaluation.statistics.first_error_auc`].
     """
     truth = [
         [True] * len(rewards) if label == ALL_RIGHT else [True] * label + [False]
         for rewards, label in zip(step_rewards, labels, strict=True)
     ]
-    return first_error_auc([torch.tensor(rewards, dtype=torch.float64) for rewards in step_rewards], truth)
+    return first_error_auc(step_rewards, truth)
 
 
 def score_steps(

@@ -15,12 +15,20 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..texts import completion_text
-from .best_of_n import STEP_AGGREGATIONS, aggregate_step_rewards, best_of_n, draws, sizes_up_to, vote
 from .judging import as_completions, judge
-from .majority import group_answers
-from .pass_at_k import mean_with_interval, pass_at_k
 from .process_bench import choose_threshold, predict_first_error, process_bench_scores, score_steps, step_auc
 from .sampling import sample_seed
+from .statistics import (
+    STEP_AGGREGATIONS,
+    aggregate_step_rewards,
+    best_of_n,
+    draws,
+    group_answers,
+    mean_with_interval,
+    pass_at_k,
+    sizes_up_to,
+    vote,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,7 +115,7 @@ class SampleTable:
 
     Args:
         rows (`list[dict]`): What [`sample_problems`] returns: P problems with n samples each.
-        equal (`Callable`): Whether two answers are the same, see [`~trl_prime.evaluation.majority.group_answers`].
+        equal (`Callable`): Whether two answers are the same, see [`~trl_prime.evaluation.statistics.group_answers`].
 
     Attributes:
         n (`int`): Samples of a problem.
