@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
 from trl_prime import ImplicitPRM
+from trl_prime.checks import check_text_only
 from trl_prime.commands.score import read_rows
 from trl_prime.implicit_prm.files import saved_text_format
-from trl_prime.prime_trainer import _check_text_only
 from trl_prime.texts import TextFormat, encode_prompt, token_texts, tokenize
 
 TEMPLATE = (
@@ -155,7 +155,7 @@ def test_a_run_with_images_trains_nothing(make_trainer, monkeypatch):
 
 def test_a_rollout_with_images_is_refused():
     text = {"prompt_ids": torch.ones(1, 2), "mm_token_type_ids": torch.zeros(1, 4), "num_images": None}
-    _check_text_only(text)
+    check_text_only(text)
     for key in ("pixel_values", "image_grid_thw", "num_images"):
         with pytest.raises(NotImplementedError, match=key):
-            _check_text_only({**text, key: [1]})
+            check_text_only({**text, key: [1]})
