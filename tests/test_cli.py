@@ -99,7 +99,7 @@ def test_a_value_error_in_the_middle_of_training_is_not_blamed_on_the_recipe(tmp
         main(_train_flags(tmp_path, model_path, data, reward_funcs=f"{__name__}.breaks_later"))
 
 
-@pytest.mark.parametrize("wanted, said", [("true", "has no checkpoint"), ("runs/nowhere", "no folder")])
+@pytest.mark.parametrize("wanted, said", [("true", "no whole checkpoint"), ("runs/nowhere", "it is no checkpoint")])
 def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsys, wanted, said):
     flags = _train_flags(tmp_path, "no/model", "no/data", resume_from_checkpoint=wanted)
     assert main(flags) == 2

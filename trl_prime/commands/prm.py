@@ -110,7 +110,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     return functools.partial(_train, trainer, script_args, resume_from)
 
 
-def _train(trainer: Any, script_args: OfflinePRMScriptArguments, resume_from: str | bool | None) -> int:
+def _train(trainer: Any, script_args: OfflinePRMScriptArguments, resume_from: str | None) -> int:
     """Train, save, and measure on the held-out completions if there are any; returns the exit code."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=resume_from)

@@ -113,28 +113,26 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     return functools.partial(_train, trainer, task, script_args, model_args, resume_from)
 
 
-def resume_point(args: Any) -> str | bool | None:
+def resume_point(args: Any) -> str | None:
     """
-    `resume_from_checkpoint`: a folder, or true for the last checkpoint of `output_dir`.
+    The checkpoint that `resume_from_checkpoint` stands for, before anything is loaded.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Its field is a folder, or the word true for the last whole checkpoint of
+            `output_dir`.
+
+    Returns:
+        `str`, *optional*: the folder, or None to start from the beginning.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: It is not there, or was not saved to its end.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..implicit_prm.files import whole_checkpoint
 
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() == "true":
-        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
-            raise ValueError(
-                f"resume_from_checkpoint is true, but output_dir {args.output_dir!r} has no checkpoint. Leave it out to "
-                "start anew."
-            )
-        return True
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is no folder. Give a checkpoint, or true.")
-    return wanted
+    return whole_checkpoint(True if str(wanted).lower() == "true" else wanted, args.output_dir)
 
 
 def check_model_name(option: str, name: str | None) -> None:
@@ -257,7 +255,7 @@ def _train(
     task: Task | None,
     script_args: PRIMEScriptArguments,
     model_args: Any,
-    resume_from: str | bool | None,
+    resume_from: str | None,
 ) -> int:
     """Train and save; on a task, measure before and after. Returns the exit code."""
     from ..reports.progress import plot_learning_curve, print_summary
