@@ -266,7 +266,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
 
     from trl_prime import PRIMEConfig, PRIMETrainer
     from trl_prime.evaluation.held_out import measure_policy
-    from trl_prime.tasks.running_sums import build_model
+    from trl_prime.tasks.tiny_model import build_model
 
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)

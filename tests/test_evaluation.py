@@ -6,7 +6,8 @@ from datasets import Dataset
 
 from trl_prime.evaluation.held_out import generate, measure_policy, outcomes
 from trl_prime.reports.progress import plot_learning_curve, print_summary
-from trl_prime.tasks.running_sums import build_model, build_tokenizer, make_dataset, running_sum_reward
+from trl_prime.tasks.running_sums import CHARACTERS, make_dataset, running_sum_reward
+from trl_prime.tasks.tiny_model import build_model, build_tokenizer
 
 
 def test_outcomes_pass_columns_and_turn_none_into_nan():
@@ -21,7 +22,7 @@ def test_outcomes_pass_columns_and_turn_none_into_nan():
 
 @pytest.fixture(scope="module")
 def base():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(CHARACTERS)
     return build_model(tokenizer, seed=0), tokenizer
 
 
