@@ -14,7 +14,8 @@ from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.launching import parse_launched_arguments
-from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types, save_settings
+from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types
+from trl_prime.reports.run_files import save_settings
 from trl_prime.rewards import load_reward_func
 from trl_prime.specs import load_object
 from trl_prime.tasks.running_sums import running_sum_reward

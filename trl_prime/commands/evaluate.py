@@ -404,17 +404,14 @@ def _load_sampler(args: EvalArguments, tokenizer: Any, text_format: Any) -> Any:
 
 
 def _load_prm(args: EvalArguments) -> Any:
-    import torch
+    from ..implicit_prm.loading import load_prm
 
-    from ..implicit_prm import ImplicitPRM
-
-    return ImplicitPRM.from_pretrained(
+    return load_prm(
         args.prm_name_or_path,
         revision=args.prm_revision,
         reference=args.prm_reference,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 

@@ -54,13 +54,14 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     from rich.markup import escape
 
     from ..reports.page import write_page
+    from ..reports.run_files import REPORT_NAME
     from ..reports.run_report import read_run, run_names, run_report
 
     names = run_names(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(args.runs, names, strict=True)]
 
     def job() -> int:
-        output = write_page(run_report(runs, args.score), args.output or Path(args.runs[0]) / "report.html")
+        output = write_page(run_report(runs, args.score), args.output or Path(args.runs[0]) / REPORT_NAME)
         console = Console()
         for run in runs:
             for sentence in run.missing:

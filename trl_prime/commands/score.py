@@ -94,18 +94,21 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     from rich.console import Console
     from rich.markup import escape
 
+    from ..implicit_prm.loading import load_prm
     from ..reports.page import write_page
-    from ..reports.score_page import numbers, score_page
-    from ..reports.scoring import load_prm, score_completions
+    from ..reports.score_page import numbers, score_completions, score_page
     from ..reports.terminal import print_completions
 
-    prm = load_prm(
-        args.prm_name_or_path,
-        reference=args.reference,
-        beta=args.beta,
-        step_delimiter=args.step_delimiter,
-        micro_batch_size=args.batch_size,
-    )
+    try:
+        prm = load_prm(
+            args.prm_name_or_path,
+            reference=args.reference,
+            beta=args.beta,
+            step_delimiter=args.step_delimiter,
+            micro_batch_size=args.batch_size,
+        )
+    except OSError as error:
+        raise ValueError(f"The PRM '{args.prm_name_or_path}' could not be loaded: {error}") from error
 
     def job() -> int:
         scored = score_completions(prm, completions)

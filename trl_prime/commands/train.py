@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,6 +258,7 @@ def _train(
 ) -> int:
     """Train and save; on a task, measure before and after. Returns the exit code."""
     from ..reports.progress import plot_learning_curve, print_summary
+    from ..reports.run_files import CURVE_NAME, PRM_FOLDER, RESULTS_NAME, save_settings
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     if trainer.accelerator.is_main_process:
@@ -270,46 +270,19 @@ def _train(
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(args.output_dir)
     trainer.save_state()
-    saved = {"policy": output_dir, "PRM": output_dir / "prm"}
+    saved = {"policy": output_dir, "PRM": output_dir / PRM_FOLDER}
     if trainer.accelerator.is_main_process:
-        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png")
-        saved["learning curve"] = output_dir / "learning_curve.png"
+        plot_learning_curve(trainer.state.log_history, output_dir / CURVE_NAME)
+        saved["learning curve"] = output_dir / CURVE_NAME
     if measures:
         after, prm = _measure(trainer, task, script_args.eval_samples)
         results = {"before": before, "after": after, "prm": prm}
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        saved["results"] = output_dir / "results.json"
+        (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+        saved["results"] = output_dir / RESULTS_NAME
         print_summary(before, after, prm, saved)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
-
-
-def save_settings(output_dir: Path, *arguments: Any) -> None:
-    """
-    Write all settings of a run as one JSON object, which `trl-prime report` shows. It may be pushed along with the run:
-    what is secret by its name is masked.
-
-    Args:
-        output_dir (`Path`): Folder of the run, made if needed.
-        *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
-    """
-    from ..prime_config import SETTINGS_NAME
-
-    settings: dict[str, Any] = {}
-    for part in arguments:
-        settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / SETTINGS_NAME).write_text(
-        json.dumps(_masked(settings), indent=2, sort_keys=True, default=str) + "\n"
-    )
-
-
-def _masked(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _masked(item, str(key)) for key, item in value.items()}
-    secret = isinstance(value, str) and re.search(r"(token|key|password|secret)$", name, re.IGNORECASE)
-    return f"<{name.upper()}>" if secret else value
 
 
 def _measure(

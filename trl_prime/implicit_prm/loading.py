@@ -8,12 +8,17 @@ type and which model (`model.py`).
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 from trl.trainer.utils import create_model_from_path
+
+if TYPE_CHECKING:
+    from .model import ImplicitPRM
 
 # What says where a checkpoint is: needed for its configuration as for its weights
 _PLACE = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
@@ -75,3 +80,25 @@ def load_adapted_model(folder: str | os.PathLike, **kwargs: Any) -> PeftModel:
     config = PeftConfig.from_pretrained(str(folder))
     base = load_model(config.base_model_name_or_path, **{**kwargs, "revision": config.revision})
     return load_adapter(base, folder)
+
+
+def load_prm(name_or_path: str, **kwargs: Any) -> ImplicitPRM:
+    """
+    A PRM that scores, on the GPUs if there are any: how all commands load one.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        **kwargs: As in [`~trl_prime.ImplicitPRM.from_pretrained`].
+
+    Returns:
+        [`~trl_prime.ImplicitPRM`]
+
+    Raises:
+        OSError: It could not be loaded.
+    """
+    from .model import ImplicitPRM
+
+    disable_progress_bar()
+    if torch.cuda.is_available():
+        kwargs["device_map"] = "auto"
+    return ImplicitPRM.from_pretrained(name_or_path, **kwargs)

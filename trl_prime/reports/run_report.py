@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..hub import SETTINGS
-from ..prime_config import SETTINGS_NAME, TABLE_PREFIX
+from ..implicit_prm.files import is_saved_prm
+from ..implicit_prm.loading import load_prm
 from ..texts import can_be_scored, is_text_or_messages
 from .heat_map import finite
 from .page import render_page
-from .score_page import Completion, card_data, make_cards, step_scale, token_scale
-from .scoring import load_prm, score_completions
+from .run_files import PRM_FOLDER, RESULTS_NAME, SETTINGS_NAME, TABLE_PREFIX, checkpoints
+from .score_page import Completion, card_data, make_cards, score_completions, step_scale, token_scale
 
 MAX_POINTS = 2000
 # Of the metrics that few readers open
@@ -139,12 +141,6 @@ class Run:
 # --- Reading ---
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the last one first."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)]
-
-
 def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     """
     Read the folder of a run. Pickles are not opened.
@@ -164,13 +160,14 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
         raise ValueError(f"'{folder}' is no folder. Give the output_dir of a run.")
     run = Run(name or folder.resolve().name, folder)
     places = [folder, *checkpoints(folder)]
-    state = _first_json(run, [place / "trainer_state.json" for place in places], "metrics")
+    state = _first_json(run, [place / TRAINER_STATE_NAME for place in places], "metrics")
     history = state.get("log_history")
     run.history = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
-    run.results = _first_json(run, [folder / "results.json"], "results on held-out problems")
+    run.results = _first_json(run, [folder / RESULTS_NAME], "results on held-out problems")
     run.settings = _first_json(run, [folder / SETTINGS_NAME], "settings")
     run.completions = _read_completions(run)
-    run.prm_folder = next((place / "prm" for place in places if (place / "prm" / "implicit_prm.json").is_file()), None)
+    prm_folders = [place / PRM_FOLDER for place in places]
+    run.prm_folder = next((folder for folder in prm_folders if is_saved_prm(str(folder))), None)
     return run
 
 

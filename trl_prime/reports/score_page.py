@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_wins
 from ..texts import completion_text
@@ -27,7 +29,7 @@ from .heat_map import (
 from .page import render_page
 
 if TYPE_CHECKING:
-    from ..implicit_prm import ScoredCompletion
+    from ..implicit_prm import ImplicitPRM, ScoredCompletion
 
 CURVE_WIDTH, CURVE_HEIGHT = 300.0, 48.0
 
@@ -52,6 +54,27 @@ class Completion:
     truncated: bool = dataclasses.field(default=False, kw_only=True)
     scored: ScoredCompletion | None = None
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def score_completions(prm: ImplicitPRM, completions: Sequence[Completion]) -> list[Completion]:
+    """
+    Completions with what a PRM thinks of them; a progress bar is shown in a terminal.
+
+    Args:
+        prm ([`~trl_prime.ImplicitPRM`]): The PRM.
+        completions (`list[Completion]`): Completions, scored or not.
+
+    Returns:
+        `list[Completion]`: the same, scored.
+    """
+    # Large enough that rows of like length meet in a forward pass, small enough that the bar moves
+    size = 4 * prm.micro_batch_size
+    scored = []
+    starts = range(0, len(completions), size)
+    for start in track(starts, "scoring", transient=True, disable=not Console().is_terminal):
+        chunk = completions[start : start + size]
+        scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk], [c.truncated for c in chunk])
+    return [dataclasses.replace(c, scored=result) for c, result in zip(completions, scored, strict=True)]
 
 
 def by_prompt(completions: Iterable[Completion]) -> list[list[Completion]]:
