@@ -8,7 +8,7 @@ import warnings
 
 from .specs import nearest
 
-# Name of the command: its module, and what it is for
+# Each command has a module and a summary
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
     "prm": ("prm", "Train an implicit PRM offline, on labelled completions or preference pairs."),
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         `int`: the exit code. Errors that were foreseen are a sentence on stderr.
 
     Raises:
-        Exception: What was not foreseen, with its traceback: the process ends with exit code 1.
+        Exception: An error that was not foreseen keeps its traceback, and the process ends with exit code 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-prime: {argv[0]!r} is no command. {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    # What the libraries below will change in their next major version is no concern of who runs a recipe
+    # Hide deprecation warnings of dependencies
     warnings.filterwarnings("ignore", category=FutureWarning)
     job = None
     try:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """As PyTorch asks for, and after the group's threads have finished, see `process_exit.py`."""
+    """Destroy the process group, as PyTorch asks for, after its threads have finished, see `process_exit.py`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         from .process_exit import let_threads_finish
@@ -88,7 +88,7 @@ def _exit_code(error: Exception, is_prepared: bool) -> int | None:
 
     from .sandbox.limits import SandboxUnavailable
 
-    # One that the import system raised has a name, one with a sentence of what to install has none
+    # An ImportError of the import system has a name; one with a sentence about what to install has none
     is_not_installed = isinstance(error, ImportError) and error.name is None
     is_refusal = is_not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
     if is_refusal and not is_prepared:
@@ -112,7 +112,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # Whoever raises it has imported torch
+    # Code that raises it has imported torch
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from ..texts import TextFormat
 
 WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
-# How many of the bad rows are named
+# So many of the bad rows are named
 _NAMED = 10
-# No gold answer: a verifier that understands the gold answer can say that this is wrong
+# This is nobody's gold answer: a verifier that understands the gold answer can say that it is wrong
 _WRONG = r"\boxed{-987654321}"
 
 
 @dataclass
 class DataArguments:
     """
-    Which data set, and what to do with it.
+    The data set, and what is done with it.
 
     Parameters:
         dataset_name (`str`): Name on the Hub, or a local file or folder.
@@ -173,8 +173,8 @@ def check_rows(
 
     Args:
         dataset (`Dataset`): Adapted rows, without malformed ones.
-        numbers (`list[int]`): What row of the source each of them is.
-        malformed (`dict[int, str]`): Of other rows the reason.
+        numbers (`list[int]`): Number of each of these rows in the source.
+        malformed (`dict[int, str]`): The malformed rows of the source: number and reason.
         tokenizer (*optional*): Counts the tokens of the prompts.
         max_prompt_length (`int`, *optional*): Longer prompts are too long.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How a run has rendered the prompts.
@@ -212,7 +212,7 @@ def check_rows(
 
 def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int, str]]:
     """
-    Rows whose verifier would have nothing to go by.
+    Rows that a verifier could not judge by.
 
     A gold answer has to be judged equal to itself, and another answer to be judged at all; tests have to be of a form that the
     code reward reads. Whether they are right is not checked.

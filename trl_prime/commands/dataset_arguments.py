@@ -69,10 +69,10 @@ def load_split(
     A split of the recipe's data set, in the form that the trainer reads.
 
     Args:
-        arguments ([`DatasetArguments`]): What the recipe says.
+        arguments ([`DatasetArguments`]): Fields of the recipe.
         split (`str`): Its name.
         tokenizer_name (`str`): Model whose tokens `max_prompt_length` counts.
-        chat_template_kwargs (`dict`, *optional*): What the run renders prompts with.
+        chat_template_kwargs (`dict`, *optional*): Arguments that the run renders prompts with.
 
     Returns:
         `Dataset` or `IterableDataset`: the rows.

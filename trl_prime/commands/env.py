@@ -38,7 +38,7 @@ def print_environment() -> int:
 
 
 def sandbox() -> str:
-    """Which sandbox the code reward would take on this machine, or why none. Runs a program in it."""
+    """The sandbox that the code reward would take on this machine, or why there is none. Runs a program in it."""
     from ..sandbox import SandboxUnavailable, open_sandbox
 
     try:

@@ -20,13 +20,13 @@ from .arguments import parse_arguments
 @dataclass
 class EvalArguments:
     """
-    What to evaluate, on what, and how.
+    The models to evaluate, the problems, and how it is done.
 
     Parameters:
         model_name_or_path (`str`, *optional*): The policy, or a LoRA adapter of it. Not needed for ProcessBench.
         model_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
-        dtype (`str`): Of the weights of policy and PRM.
-        attn_implementation (`str`, *optional*): Of the policy and the PRM.
+        dtype (`str`): Data type of the weights of policy and PRM.
+        attn_implementation (`str`, *optional*): Attention of policy and PRM.
         device_map (`str`, *optional*): `"auto"` spreads a policy that does not fit on one GPU over several.
         benchmark (`str`, *optional*): A key of [`~trl_prime.evaluation.benchmarks.BENCHMARKS`], or `"processbench"`.
         dataset_name (`str`, *optional*): Data set on the Hub, local file or folder, in the place of the benchmark's.
@@ -42,11 +42,11 @@ class EvalArguments:
         num_samples (`int`): Samples of each problem.
         greedy (`bool`): A greedy completion of each problem too.
         k (`list[int]`, *optional*): For pass@k. Defaults to 1, 2, 4, ... up to `num_samples`.
-        temperature, top_p, top_k, max_new_tokens: Of the sampling.
-        seed (`int`): Of the sampling, the bootstrap and random subsets.
+        temperature, top_p, top_k, max_new_tokens: Settings of the sampling.
+        seed (`int`): Seed of the samples, the bootstrap and random subsets.
         batch_size (`int`, *optional*): Completions at a time; 32, with vLLM 1024.
         use_vllm (`bool`): Sample with vLLM.
-        vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Of the vLLM engine.
+        vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Settings of the vLLM engine.
         prm_name_or_path (`str`, *optional*): A trained PRM.
         prm_revision, prm_reference (`str`, *optional*): Its revision; its reference model, where it does not name its own.
         step_separator (`str`): ProcessBench: what joins the steps.
@@ -65,7 +65,7 @@ class EvalArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Of the weights of policy and PRM.",
+            "help": "Data type of the weights of policy and PRM.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -426,7 +426,7 @@ def _prm_settings(args: EvalArguments) -> dict[str, Any]:
 
 
 def _equal_answers() -> Callable[[list[tuple[str, str]]], list[bool]]:
-    """Tells whether the answers of each pair are the same by the math verifier; what it cannot tell is not."""
+    """A function that asks the math verifier which pairs of answers are the same; those that it cannot tell are not."""
 
     def equal(pairs: list[tuple[str, str]]) -> list[bool]:
         nonlocal reward

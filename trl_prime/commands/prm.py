@@ -21,7 +21,7 @@ from .train import check_model_name, model_init_kwargs, resume_point
 @dataclass
 class OfflinePRMScriptArguments(ScriptArguments):
     """
-    What a recipe says beside [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
+    The fields of a recipe beside those of [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
         dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of

@@ -17,7 +17,7 @@ from .arguments import parse_arguments
 if TYPE_CHECKING:
     from ..reports.score_page import Completion
 
-# In a row of the input; the first one that is there counts
+# The first of these fields that a row has is its outcome
 OUTCOME_FIELDS = ("outcome", "label", "reward")
 
 
@@ -38,7 +38,7 @@ class ScoreArguments:
         show (`int`): Completions to print in the terminal.
         reference (`str`, *optional*): The PRM's reference model, where the PRM does not name its own.
         beta (`float`, *optional*): Reward scale; that of the PRM if not given.
-        step_delimiter (`str`, *optional*): What ends a step; that of the PRM if not given.
+        step_delimiter (`str`, *optional*): Text that ends a step; that of the PRM if not given.
         batch_size (`int`): Completions of one forward pass.
     """
 
@@ -62,7 +62,7 @@ class ScoreArguments:
     )
     beta: float | None = field(default=None, metadata={"help": "Reward scale. Defaults to that of the PRM."})
     step_delimiter: str | None = field(
-        default=None, metadata={"help": "What ends a step. Defaults to that of the PRM."}
+        default=None, metadata={"help": "Text that ends a step. Defaults to that of the PRM."}
     )
     batch_size: int = field(default=8, metadata={"help": "Completions of one forward pass."})
 

@@ -28,14 +28,14 @@ TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
 }
-# Tell a process that it is one of several
+# These variables tell a process that it is one of several
 _GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
 class PRIMEScriptArguments(DatasetArguments):
     """
-    What a recipe says beside [`PRIMEConfig`] and [`~trl.ModelConfig`].
+    The fields of a recipe beside those of [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
@@ -146,7 +146,7 @@ def check_model_name(option: str, name: str | None) -> None:
 
 
 def model_init_kwargs(args: Any, model_args: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: what `ModelConfig` says, and `model_init_kwargs`, which wins."""
+    """Keyword arguments of `from_pretrained`: fields of `ModelConfig`, and `model_init_kwargs`, which win."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

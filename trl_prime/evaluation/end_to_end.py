@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Samples with this reward count as right; code that passes a part of its tests does not
 FULL_REWARD = 1.0
-# What the math verifier logs for a completion without an answer
+# The math verifier logs this for a completion without an answer
 NO_ANSWER = "[none]"
 
 
@@ -105,7 +105,7 @@ def sample_problems(
 
 
 def is_correct(reward: float | None) -> bool:
-    """Whether a reward is full marks; what could not be judged counts as wrong."""
+    """Whether a reward is full marks; None, which says that it could not be judged, is not."""
     return reward is not None and reward >= FULL_REWARD
 
 
@@ -114,7 +114,7 @@ class SampleTable:
     The samples of an evaluation as arrays, greedy completions apart.
 
     Args:
-        rows (`list[dict]`): What [`sample_problems`] returns: P problems with n samples each.
+        rows (`list[dict]`): The rows of [`sample_problems`]: P problems with n samples each.
         equal (`Callable`): Whether two answers are the same, see [`~trl_prime.evaluation.statistics.group_answers`].
 
     Attributes:
@@ -158,9 +158,9 @@ def summarize_samples(samples: SampleTable, ks: Sequence[int], seed: int = 0) ->
     Accuracies of a policy, each with its 95 % bootstrap interval over problems.
 
     Args:
-        samples ([`SampleTable`]): Of P problems with n samples each.
+        samples ([`SampleTable`]): P problems with n samples each.
         ks (`list[int]`): For pass@k.
-        seed (`int`): Of the bootstrap.
+        seed (`int`): Seed of the bootstrap.
 
     Returns:
         `dict`: counts, and `metrics`: `greedy`, `pass@k`, `avg@n` (the mean reward, which differs from pass@1 only where
@@ -229,8 +229,8 @@ def summarize_best_of_n(samples: SampleTable, scores: Sequence[dict[str, Any]], 
 
     Args:
         samples ([`SampleTable`]): The samples.
-        scores (`list[dict]`): What [`score_samples`] returns.
-        seed (`int`): Of the bootstrap and of the subsets that votes are averaged over.
+        scores (`list[dict]`): The rows of [`score_samples`].
+        seed (`int`): Seed of the bootstrap and of the subsets that votes are averaged over.
 
     Returns:
         `list[dict]`: for each N: `n`; `random` (one sample blindly, pass@1); `ceiling` (pass@N); `prm_sum`, `prm_min`,
@@ -273,7 +273,7 @@ def score_process_bench(
         dataset ([`~datasets.Dataset`]): Solutions in the format `process_bench`.
         make_prm (`Callable`): Loads the PRM; called only if something is left to do.
         rows ([`~trl_prime.evaluation.resumable.ResumableRows`]): Where the step rewards go.
-        separator (`str`): What joins the steps.
+        separator (`str`): The text that joins the steps.
         batch_size (`int`): Solutions at a time.
 
     Returns:
@@ -312,7 +312,7 @@ def summarize_process_bench(
         threshold (`float`, *optional*): A step below it is called wrong. Not given, it is chosen on a random part of the
             solutions, which are then left out of what is reported.
         calibration_fraction (`float`): Size of that part.
-        seed (`int`): Of that part and of the bootstrap.
+        seed (`int`): Seed of that part and of the bootstrap.
 
     Returns:
         `dict`: `threshold`, `num_calibration`, `num_solutions`, `metrics` (`erroneous`, `correct`, `f1`, see
@@ -352,7 +352,7 @@ def calibration_split(labels: Sequence[int], fraction: float, seed: int = 0) -> 
 
 
 def _remaining_batches(rows: ResumableRows, total: int, batch_size: int) -> list[slice]:
-    """The batches that are not written yet. One that was written in part is done again, since other company rounds differently."""
+    """The batches that are not written yet. A batch that was written in part is done again: its numbers depend on all its rows."""
     if len(rows.rows) < total:
         rows.cut(len(rows.rows) // batch_size * batch_size)
     return [slice(start, min(start + batch_size, total)) for start in range(len(rows.rows), total, batch_size)]

@@ -1,4 +1,4 @@
-"""How good are policy and PRM on held-out problems?
+"""Measures of a policy and its PRM on the held-out problems of a task.
 
 Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
 wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`end_to_end.py`).
@@ -81,7 +81,7 @@ def measure_policy(
     Args:
         model, tokenizer, max_new_tokens, batch_size, seed: as in [`generate`].
         dataset ([`~datasets.Dataset`]): N problems with a `prompt` column and those that `reward_func` reads.
-        reward_func (`Callable`): Outcome reward; what it cannot judge counts as wrong.
+        reward_func (`Callable`): Outcome reward; a completion that it cannot judge counts as wrong.
         num_samples (`int`): Completions per problem at temperature 1.
 
     Returns:

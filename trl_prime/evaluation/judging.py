@@ -15,7 +15,7 @@ def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
 
     Args:
         prompts (`list`): N prompts, text or messages.
-        texts (`list[str]`): What was sampled for each.
+        texts (`list[str]`): The text that was sampled for each.
 
     Returns:
         `list[str]` or `list[list[dict]]`: a text for a text, one assistant message for messages.

@@ -42,7 +42,7 @@ def process_bench_scores(predictions: Sequence[int], labels: Sequence[int], seed
     Args:
         predictions (`list[int]`): R predictions, see [`predict_first_error`].
         labels (`list[int]`): R indices of the first wrong step, or -1.
-        seed (`int`): Of the bootstrap.
+        seed (`int`): Seed of the bootstrap.
 
     Returns:
         `dict`: `erroneous`, `correct`, `f1`: each `{"value", "low", "high"}`, NaN without solutions of the kind.
@@ -142,7 +142,7 @@ def score_steps(
         prm ([`~trl_prime.ImplicitPRM`]): The PRM. Its tokenizer has to be a fast one, which knows where in the text a token is.
         prompts (`list`): R prompts, text or messages.
         steps (`list[list[str]]`): The steps of R solutions.
-        separator (`str`): What joins the steps: what stood between them when they were written.
+        separator (`str`): The text that joins the steps, the one that stood between them when they were written.
 
     Returns:
         `list[list[float]]`: R lists of rewards.

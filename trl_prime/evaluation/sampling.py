@@ -40,7 +40,7 @@ class SamplingSettings:
 
     Attributes:
         max_new_tokens: Longest completion in tokens.
-        temperature: Of the samples, positive. Greedy completions are asked for by a seed of None.
+        temperature: Temperature of the samples, positive. A seed of None asks for a greedy completion.
         top_p: Share of the probability that is kept.
         top_k: Number of tokens that are kept; 0 keeps all.
     """
@@ -67,7 +67,7 @@ class Sample:
     truncated: bool
 
 
-# Prompts (text or messages) and a seed for each, None for greedy -> samples in their order
+# A sampler takes prompts (text or messages) and a seed for each (None is greedy), and returns samples in their order
 Sampler = Callable[[Sequence[Any], Sequence[int | None]], list[Sample]]
 
 
@@ -89,7 +89,7 @@ class SeededSampling(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int | None] | torch.Generator, device: torch.device):
-        # Rows, and the random stream that they draw from
+        # Each entry holds rows and the random stream that they draw from
         self.streams: list[tuple[slice | int, torch.Generator]] = [(slice(None), seeds)]
         if not isinstance(seeds, torch.Generator):
             seeded = [(row, seed) for row, seed in enumerate(seeds) if seed is not None]
@@ -156,7 +156,7 @@ class TransformersSampler:
             processors.append(TopPLogitsWarper(self.settings.top_p))
         processors.append(SeededSampling(seeds, self.model.device))
         was_training, defaults = self.model.training, self.model.generation_config
-        # In the place of the model's own: `generate` would fill gaps of a configuration that it is given from those
+        # `generate` fills the gaps of a configuration that it is given from the model's own, so this one takes its place
         self.model.eval().generation_config = self.generation_config
         try:
             ids = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors)

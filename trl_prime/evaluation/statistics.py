@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-# Number of the group of samples without an answer
+# The number of the group that holds samples without an answer
 NO_ANSWER = -1
 STEP_AGGREGATIONS = {
     "sum": np.sum,
@@ -147,7 +147,7 @@ def best_of_n(scores: np.ndarray, correct: np.ndarray, size: int) -> np.ndarray:
     n = _check_size(scores.shape[1], size)
     order = np.argsort(-scores, axis=1, kind="stable")
     scores, correct = np.take_along_axis(scores, order, 1), np.take_along_axis(correct.astype(np.float64), order, 1)
-    # Number of the block of equal scores that a sample is in, different for each problem
+    # The block of equal scores that a sample is in has a number, different for each problem
     block = np.cumsum(np.diff(scores, axis=1, prepend=np.inf) != 0, axis=1)
     block = (block + (n + 1) * np.arange(len(scores))[:, None]).ravel()
     sums, counts = np.bincount(block, correct.ravel()), np.bincount(block)
@@ -164,7 +164,10 @@ def draws(n: int, size: int, max_subsets: int = 512, seed: int = 0) -> np.ndarra
     Subsets of N of n samples: all of them where there are at most `max_subsets`, else that many random ones.
 
     Args:
-        n, size, max_subsets, seed (`int`): As above.
+        n (`int`): Number of samples.
+        size (`int`): N.
+        max_subsets (`int`): How many subsets are drawn where there are more.
+        seed (`int`): Seed of the random subsets.
 
     Returns:
         `np.ndarray`: `(S, n)`, 1.0 where a sample is in the subset.
@@ -200,7 +203,7 @@ def vote(
     """
     accuracy = np.zeros(len(groups))
     weights = np.ones(groups.shape) if weights is None else weights
-    # A problem at a time: the number of its answers differs, and S x n x answers of all would not fit in memory
+    # Problems are taken one at a time: their numbers of answers differ, and S x n x answers of all would not fit in memory
     for problem, group in enumerate(groups):
         is_answer = (group[:, None] == np.arange(group.max(initial=NO_ANSWER) + 1)).astype(np.float64)
         if not is_answer.size:
@@ -208,7 +211,7 @@ def vote(
         verdicts = correct[problem] @ is_answer / np.maximum(is_answer.sum(0), 1)
         totals = subsets @ (is_answer * weights[problem][:, None])
         drawn = subsets @ is_answer > 0
-        # Sums in another order differ by rounding
+        # Sums in another order differ by rounding, which must not decide a tie
         wins = drawn & (totals >= totals.max(axis=1, keepdims=True) * (1 - 1e-9))
         accuracy[problem] = (wins @ verdicts / np.maximum(wins.sum(1), 1)).mean()
     return accuracy
@@ -289,8 +292,8 @@ def first_error_auc(step_rewards: Sequence[Any], step_labels: Sequence[Sequence[
                 break
     if not wrong or not right:
         return float("nan")
-    # The wrong steps below each right one, and those that tie with it, by binary search: memory grows with the steps, not
-    # with their pairs
+    # A binary search counts the wrong steps below each right one and those that tie with it: memory grows with the steps,
+    # not with their pairs
     wrong_rewards = np.sort(wrong)
     below = np.searchsorted(wrong_rewards, right)
     not_above = np.searchsorted(wrong_rewards, right, side="right")

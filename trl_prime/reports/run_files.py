@@ -16,7 +16,7 @@ RESULTS_NAME = "results.json"
 CURVE_NAME = "learning_curve.png"
 REPORT_NAME = "report.html"
 PRM_FOLDER = "prm"
-# Begins the names of PRIME's columns in the table of `log_completions`
+# The names of PRIME's columns in the table of `log_completions` begin with it
 TABLE_PREFIX = "prime/"
 
 

@@ -29,7 +29,7 @@ from .run_files import PRM_FOLDER, RESULTS_NAME, SETTINGS_NAME, TABLE_PREFIX, ch
 from .score_page import Completion, card_data, make_cards, score_completions, step_scale, token_scale
 
 MAX_POINTS = 2000
-# Of the metrics that few readers open
+# Few readers open the other charts, which get fewer points
 MAX_OTHER_POINTS = 500
 
 
@@ -39,9 +39,9 @@ class Panel:
     A chart.
 
     Attributes:
-        title (`str`): What it shows.
+        title (`str`): Its title.
         series (`dict[str, str]`): Metric to its label.
-        note (`str`): What to look for.
+        note (`str`): A sentence about how to read it.
         share (`bool`): Whether the values lie between 0 and 1.
     """
 
@@ -115,16 +115,16 @@ RESULT_LABELS = {
 @dataclasses.dataclass
 class Run:
     """
-    What the folder of a run holds.
+    The content of the folder of a run.
 
     Attributes:
         name (`str`): Short name.
         folder (`Path`): The folder.
         history (`list[dict]`): `log_history`, empty if there is none.
-        results (`dict`): Of `results.json`, empty if there is none.
-        settings (`dict`): Of `prime_config.json`, empty if there is none.
+        results (`dict`): Content of `results.json`, empty if there is none.
+        settings (`dict`): Content of `prime_config.json`, empty if there is none.
         completions (`list[dict]`): Rows of the last completions table.
-        prm_folder (`Path`, *optional*): Where the PRM is.
+        prm_folder (`Path`, *optional*): Folder of the PRM.
         missing (`list[str]`): Sentences about what was not found.
     """
 
@@ -212,7 +212,7 @@ def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
     # PRIME's columns lose their prefix and take the place of a user's column of that name
     ours = {name.removeprefix(TABLE_PREFIX): value for name, value in row.items() if name.startswith(TABLE_PREFIX)}
     row = {**row, **ours}
-    # Written as zero where the row was not trained on; a real sum of rewards is never exactly that
+    # Rows that were not trained on have a zero there; a real sum of rewards is never exactly that
     if not row.get("trained") and row.get("process_reward") == 0:
         row["process_reward"] = None
     for column in ("prompt", "completion"):
@@ -274,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def panel_data(runs: Sequence[Run], panel: Panel, max_points: int = MAX_POINTS) -> dict[str, Any] | None:
-    """What `curves.js` draws of a chart, the curves of all runs; `None` if no run has logged any of its metrics."""
+    """A chart with the curves of all runs, for `curves.js`; `None` if no run has logged any of its metrics."""
     series = []
     for line, (metric, label) in enumerate(panel.series.items()):
         for number, run in enumerate(runs):
@@ -387,7 +387,7 @@ def _setting_text(value: Any) -> str:
 
 # --- Completions ---
 
-# How the lists of completions are ordered: by these columns, the first ones first
+# Each list is ordered by the first of these columns, and among equals by the second
 LISTS = (
     ("Highest outcome", ("outcome", "process_reward"), True),
     ("Lowest outcome", ("outcome", "process_reward"), False),
@@ -534,7 +534,7 @@ def run_report(runs: Sequence[Run], num_completions: int) -> str:
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
-    """The numbers that stand at the top, each with what it is."""
+    """The numbers that stand at the top, each with its label."""
     tiles = []
     steps = [row["step"] for row in run.history if _is_number(row.get("step"))]
     if steps:

@@ -44,7 +44,7 @@ class Completion:
         completion (`str` or `list[dict]`): The completion.
         outcome (`float`, *optional*): Its outcome reward; `None` if not known.
         truncated (`bool`): Whether it was cut off, so that no token ends it.
-        scored ([`~trl_prime.implicit_prm.ScoredCompletion`], *optional*): What the PRM thinks of it.
+        scored ([`~trl_prime.implicit_prm.ScoredCompletion`], *optional*): The rewards that the PRM gives it.
         facts (`dict[str, str]`): More to show, by label.
     """
 
@@ -67,7 +67,7 @@ def score_completions(prm: ImplicitPRM, completions: Sequence[Completion]) -> li
     Returns:
         `list[Completion]`: the same, scored.
     """
-    # Large enough that rows of like length meet in a forward pass, small enough that the bar moves
+    # A chunk is large enough that rows of like length meet in a forward pass, and small enough that the bar moves
     size = 4 * prm.micro_batch_size
     scored = []
     starts = range(0, len(completions), size)
@@ -118,7 +118,7 @@ def visible_tokens(scored: ScoredCompletion) -> list[str]:
 
 def make_cards(completions: Sequence[Completion], full_token: float, full_step: float) -> list[dict[str, Any]]:
     """
-    What the template shows of completions that stand side by side; their curves of the cumulated reward share an axis.
+    The cards of completions that stand side by side; their curves of the cumulated reward share an axis.
 
     Args:
         completions (`list[Completion]`): N completions, scored or not.
@@ -273,7 +273,7 @@ def score_page(completions: Sequence[Completion], *, prm: str, beta: float) -> s
 
 
 def numbers(completions: Sequence[Completion], *, prm: str, beta: float, step_delimiter: str) -> dict[str, Any]:
-    """What `--json` writes: everything that the page shows, in full precision; a number that is not finite is `None`."""
+    """The content of the file of `--json`: all that the page shows, in full precision; a number that is not finite is `None`."""
 
     def listed(values: torch.Tensor) -> list[float | None]:
         return [finite(value, 9) for value in values.tolist()]

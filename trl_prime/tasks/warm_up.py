@@ -51,7 +51,7 @@ def warm_up(
 
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
-    # Before the trainer is made, because making it draws an adapter's weights
+    # The seed is set before the trainer is made, because making it draws an adapter's weights
     set_seed(seed)
     args = SFTConfig(
         output_dir=str(output_dir),

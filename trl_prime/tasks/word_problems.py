@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
-# Story and two lines of working. {n}, {m}: names; {o}: things; {a}, {b}, {c}: given; {x}, {y}: what the lines work out.
+# Each has a story and two lines of working. {n}, {m} are names, {o} things, {a}, {b}, {c} given numbers, {x}, {y} the results.
 STORIES = (
     (
         "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} does {n} have now?",
@@ -181,7 +181,7 @@ def prepare(
             learning_rate=learning_rate,
             seed=seed,
             peft_config=LoraConfig(**LORA),
-            # Autocast over float32 weights, so that the merge rounds nothing
+            # This is autocast over float32 weights, so the merge rounds nothing
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
         )
