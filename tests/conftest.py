@@ -222,3 +222,12 @@ def train(make_trainer):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models are trained faster by one thread, and two runs of them give the same weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -16,13 +16,7 @@ from trl_prime.tasks.running_sums import (
     step_labels,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_sums(prompt: str) -> list[int]:

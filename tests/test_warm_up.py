@@ -9,15 +9,9 @@ from trl_prime.tasks.running_sums import CHARACTERS, make_dataset, make_demonstr
 from trl_prime.tasks.tiny_model import build_model, build_tokenizer
 from trl_prime.tasks.warm_up import warm_up
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = {"steps": 20, "batch_size": 16, "learning_rate": 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def completion_loss(model, tokenizer, rows) -> float:
