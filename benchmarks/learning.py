@@ -221,8 +221,7 @@ def choose(prm, task, max_completion_length: int) -> dict[str, float]:
     """Accuracy on held-out problems of one sample of the base, of the vote of many, and of the one that the PRM prefers."""
     import numpy as np
 
-    from trl_prime.evaluation.best_of_n import best_of_n, draws, vote
-    from trl_prime.evaluation.majority import group_answers
+    from trl_prime.evaluation.statistics import best_of_n, draws, group_answers, vote
 
     rows, completions, rewards = base_samples(task, BEST_OF, task.eval_dataset, max_completion_length)
     correct = rewards.nan_to_num().view(-1, BEST_OF).numpy()
@@ -249,7 +248,7 @@ def scoring_prm(trainer):
 
 def step_auc(prm, task, problems, completions: list[str]) -> float:
     """AUC of the PRM's rewards for the first wrong step."""
-    from trl_prime.evaluation.held_out import first_error_auc
+    from trl_prime.evaluation.statistics import first_error_auc
 
     prompts = problems["prompt"][:]
     truth = [task.step_labels(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -268,7 +267,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
 
     from trl_prime import PRIMEConfig, PRIMETrainer
     from trl_prime.evaluation.held_out import measure_policy
-    from trl_prime.tasks.running_sums import build_model
+    from trl_prime.tasks.tiny_model import build_model
 
     torch.set_num_threads(1)
     task, max_completion_length = make_task(task_name, seed, folder)

@@ -11,19 +11,18 @@ Needs `pip install reasoning-gym`.
 
 from __future__ import annotations
 
-import json
 import random
 import string
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_prime.tasks.task import Task
+from trl_prime.tasks.task import Task, made_once
+from trl_prime.tasks.tiny_model import build_model, build_tokenizer
+from trl_prime.tasks.warm_up import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 NAME = "spell_backward"
 MIN_LETTERS, MAX_LETTERS = 7, 10
@@ -57,9 +56,9 @@ def load_problems(split: str, seed: int, count: int, taken: set[str]) -> Dataset
     return dataset.select(rows).remove_columns("prompt").add_column("prompt", prompts)
 
 
-def corrupt(answers: list[str], seed: int) -> tuple[list[str], dict[str, str]]:
+def corrupt(answers: list[str], seed: int) -> list[str]:
     """
-    Answers in which some letters are written as a fixed other one at `WRONG_RATE`, and which letters those are.
+    Answers in which some letters are written as a fixed other one at `WRONG_RATE`.
 
     Letters are drawn as long as together they make up no more than `WRONG_SHARE` of the text, so that common and rare
     ones give bases about equally good.
@@ -72,10 +71,7 @@ def corrupt(answers: list[str], seed: int) -> tuple[list[str], dict[str, str]]:
         if counts[letter] <= left:
             left -= counts[letter]
             wrong[letter] = rng.choice(string.ascii_lowercase.replace(letter, ""))
-    corrupted = [
-        "".join(wrong[c] if c in wrong and rng.random() < WRONG_RATE else c for c in answer) for answer in answers
-    ]
-    return corrupted, wrong
+    return ["".join(wrong[c] if c in wrong and rng.random() < WRONG_RATE else c for c in answer) for answer in answers]
 
 
 def letter_labels(prompt: str, completion: str) -> list[bool]:
@@ -83,46 +79,6 @@ def letter_labels(prompt: str, completion: str) -> list[bool]:
     answer = prompt.removesuffix("=")[::-1]
     letters = [i < len(answer) and letter == answer[i] for i, letter in enumerate(completion)]
     return [*letters, len(completion) == len(answer)]
-
-
-def warm_up(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, demonstrations: Dataset, seed: int, output_dir: Path
-) -> dict:
-    """Train on corrupted gold answers, in place; what was taught wrong and the seconds."""
-    from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
-
-    answers, wrong = corrupt([answer.lower() for answer in demonstrations["solution"]], seed)
-    config = SFTConfig(
-        output_dir=str(output_dir),
-        max_steps=WARM_UP_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        warmup_steps=20,
-        weight_decay=0.0,
-        completion_only_loss=True,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": demonstrations["prompt"][:], "completion": answers}),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    begin = time.perf_counter()
-    trainer.train()
-    model.eval()
-    return {"wrong_letters": wrong, "seconds": round(time.perf_counter() - begin, 1)}
 
 
 def prepare_reasoning_gym(folder: Path, seed: int) -> tuple[Task, int]:
@@ -139,13 +95,14 @@ def prepare_reasoning_gym(folder: Path, seed: int) -> tuple[Task, int]:
     Raises:
         ImportError: reasoning-gym is not installed.
     """
+    from datasets import Dataset
+
     from trl_prime.rewards.reasoning_gym_rewards import reasoning_gym_reward
-    from trl_prime.tasks.running_sums import SPECIAL_TOKENS, build_model, build_tokenizer
 
     taken: set[str] = set()
     held_out = load_problems("test", seed, NUM_HELD_OUT, taken)
     train = load_problems("train", seed, NUM_TRAIN, taken)
-    base, record = folder / "sft", folder / "sft.json"
+    base = folder / "sft"
     settings = {
         "format": 1,
         "seed": seed,
@@ -159,16 +116,25 @@ def prepare_reasoning_gym(folder: Path, seed: int) -> tuple[Task, int]:
         "warm_up_steps": WARM_UP_STEPS,
         "wrong": [WRONG_SHARE, WRONG_RATE],
     }
-    if not record.exists() or json.loads(record.read_text())["settings"] != settings:
-        # The record goes first and comes last, so that it never stands beside an unfinished base
-        record.unlink(missing_ok=True)
+
+    def make() -> None:
         demonstrations = load_problems("warm-up", seed, NUM_DEMONSTRATIONS, taken)
-        tokenizer = build_tokenizer([*SPECIAL_TOKENS, *string.ascii_lowercase, "="])
-        model = build_model(tokenizer, seed=seed)
-        made = warm_up(model, tokenizer, demonstrations, seed, base)
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-        record.write_text(json.dumps({"settings": settings, **made}, indent=2) + "\n")
+        answers = corrupt([answer.lower() for answer in demonstrations["solution"]], seed)
+        tokenizer = build_tokenizer(string.ascii_lowercase + "=")
+        warm_up(
+            build_model(tokenizer, seed=seed),
+            tokenizer,
+            Dataset.from_dict({"prompt": demonstrations["prompt"][:], "completion": answers}),
+            base,
+            steps=WARM_UP_STEPS,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=20,
+            use_cpu=True,
+            seed=seed,
+        )
+
+    made_once(base, settings, make)
     task = Task(
         name=NAME,
         model=str(base),

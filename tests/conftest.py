@@ -331,3 +331,12 @@ def updates(monkeypatch):
 
     monkeypatch.setattr(PRMUpdater, "update", recorded)
     return seen
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models are trained faster by one thread, and two runs of them give the same weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,14 +14,16 @@ from transformers import AutoModelForCausalLM
 from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
-from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, parse_train_arguments, save_settings
-from trl_prime.commands.work import work
+from trl_prime.commands.launching import parse_launched_arguments
+from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types
+from trl_prime.reports.run_files import save_settings
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def test_flags_win_over_the_recipe():
-    _, args, _ = parse_train_arguments(["--config", str(QUICKSTART), "--prm_beta", "0.125"])
+    flags = ["--config", str(QUICKSTART), "--prm_beta", "0.125"]
+    _, args, _ = parse_launched_arguments(_types(), flags, "trl-prime train")
     assert args.prm_beta == 0.125
     assert args.prm_replay_batches == 4
 
@@ -68,11 +70,10 @@ def test_exit_codes(error, before, on_the_way, monkeypatch, capsys):
         raise error()
 
     def fail_while_working(argv):
-        with work():
-            raise error()
+        return lambda: fail(argv)
 
-    for run, expected in ((fail, before), (fail_while_working, on_the_way)):
-        monkeypatch.setattr("trl_prime.commands.env.run", run)
+    for prepare, expected in ((fail, before), (fail_while_working, on_the_way)):
+        monkeypatch.setattr("trl_prime.commands.env.prepare", prepare)
         if expected is None:
             with pytest.raises(type(error())):
                 main(["env"])
@@ -97,7 +98,7 @@ def test_a_value_error_in_the_middle_of_training_is_not_blamed_on_the_recipe(tmp
         main(train_flags(tmp_path, model_path, data, reward_funcs=f"{__name__}.breaks_later"))
 
 
-@pytest.mark.parametrize("wanted, said", [("true", "has no checkpoint"), ("runs/nowhere", "no folder")])
+@pytest.mark.parametrize("wanted, said", [("true", "no whole checkpoint"), ("runs/nowhere", "it is no checkpoint")])
 def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsys, wanted, said):
     flags = train_flags(tmp_path, "no/model", "no/data", resume_from_checkpoint=wanted)
     assert main(flags) == 2

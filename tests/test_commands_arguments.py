@@ -147,7 +147,7 @@ def test_train_answers_with_exit_code_2(tmp_path, monkeypatch, capsys):
         assert said in printed.err and "Traceback" not in printed.err and not printed.out
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "data", "env"])
+@pytest.mark.parametrize("command", ["train", "data", "env"])
 def test_help_fits_a_screen(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

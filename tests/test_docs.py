@@ -96,7 +96,7 @@ def fields(command):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         main([command, "--help", "all"])
-    launching = {"accelerate_config", "num_processes"} if command in ("train", "sft", "prm") else set()
+    launching = {"accelerate_config", "num_processes"} if command in ("train", "prm") else set()
     return set(re.findall(r"--(\w+)", shown.getvalue())) | launching
 
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
 from trl_prime.evaluation.benchmarks import BENCHMARKS
+from trl_prime.evaluation.end_to_end import SampleTable, sample_problems, summarize_samples
 from trl_prime.evaluation.resumable import ResumableRows
-from trl_prime.evaluation.run import SampleTable, sample_problems, summarize_samples
 from trl_prime.evaluation.sampling import Sample, sample_seed
 
 SETTINGS = {"dtype": "float32", "max_new_tokens": 8, "num_samples": 4, "batch_size": 8}
@@ -177,7 +177,7 @@ def test_best_of_n_with_a_prm(evaluate, prm_path, tmp_path, capsys, model_path):
 
 def test_the_default_verifiers_judge_and_vote(tmp_path, problems, model_path, monkeypatch):
     """Mathematics and code in one data set; a stand-in writes the completions."""
-    from trl_prime.evaluation import run, sampling
+    from trl_prime.evaluation import end_to_end, sampling
 
     rows = [
         {"prompt": [{"role": "user", "content": "half"}], "solution": r"\frac12", "tests": None, "ability": "math"},
@@ -207,7 +207,7 @@ def test_the_default_verifiers_judge_and_vote(tmp_path, problems, model_path, mo
     metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
     # Votes are about answers, so only mathematics counts: 0.5 and 1/2 against 1
     assert metrics["maj@4"]["value"] == 1.0 and metrics["pass@1"]["value"] == 0.5
-    assert rows[3]["answer"] == run.NO_ANSWER
+    assert rows[3]["answer"] == end_to_end.NO_ANSWER
 
 
 def test_process_bench_from_the_command_line(tmp_path, prm_path, capsys, monkeypatch):
@@ -234,6 +234,15 @@ def test_process_bench_from_the_command_line(tmp_path, prm_path, capsys, monkeyp
     path.write_text(json.dumps({**rows[0], "label": 3}) + "\n")
     assert main(flags(**settings)) == 2
     assert "Row 0" in capsys.readouterr().err
+
+
+def test_right_solutions_alone_are_refused_before_they_are_scored(tmp_path, capsys):
+    path = tmp_path / "bench.jsonl"
+    row = {"problem": "1 plus 1", "steps": ["add", "it is 2"], "label": -1}
+    path.write_text("".join(json.dumps({**row, "id": f"row-{i}"}) + "\n" for i in range(20)))
+    settings = {"benchmark": "processbench", "prm_name_or_path": tmp_path, "dataset_name": path}
+    assert main(flags(**settings, output_dir=tmp_path / "out")) == 2
+    assert "Of 4 solutions 4 are right" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, capsys, monkeypatch):

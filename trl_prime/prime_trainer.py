@@ -62,7 +62,7 @@ from .implicit_prm.files import (
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
 from .policy_loss import loss_scales, sequence_advantages
-from .prime_config import TABLE_PREFIX, PRIMEConfig
+from .prime_config import PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
 from .process_rewards import (
     aggregate_process_rewards,
@@ -71,6 +71,7 @@ from .process_rewards import (
 )
 from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on, select_groups
+from .reports.run_files import TABLE_PREFIX
 from .rollouts import Rollouts, is_truncated, outcomes_and_labels, policy_mask, select_rows
 from .texts import TextFormat
 

@@ -87,6 +87,25 @@ class TextFormat:
         return tokenizer(after, add_special_tokens=False).input_ids if found else []
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], text_format: TextFormat) -> list[int]:
+    """
+    Token ids of a prompt, as the policy is given it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        prompt (`str` or `list[dict]`): Text, or messages, which the chat template renders with the beginning of the answer.
+        text_format ([`TextFormat`]): How messages are rendered.
+
+    Returns:
+        `list[int]`: the ids.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    # A chat template writes its own special tokens
+    rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False).input_ids
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[dict],
@@ -111,8 +130,6 @@ def tokenize(
     Raises:
         ValueError: The completion is no text and not one assistant message whose content is all of it.
     """
-    is_text = isinstance(prompt, str)
-    prompt_text = prompt if is_text else text_format.render(tokenizer, prompt, add_generation_prompt=True)
     if not isinstance(completion, str):
         if len(completion) != 1 or completion[0].get("role") != "assistant":
             raise ValueError(
@@ -126,10 +143,9 @@ def tokenize(
                 "wrote as text."
             )
         completion = completion[0]["content"]
-    # A chat template writes its own special tokens
-    prompt_ids = tokenizer(prompt_text, add_special_tokens=is_text).input_ids
+    prompt_ids = encode_prompt(tokenizer, prompt, text_format)
     completion_ids = tokenizer(completion, add_special_tokens=False).input_ids
-    end = None if is_text else text_format.turn_end_id
+    end = None if isinstance(prompt, str) else text_format.turn_end_id
     end = tokenizer.eos_token_id if end is None else end
     if truncated or end is None or completion_ids[-1:] == [end]:
         return prompt_ids, completion_ids
@@ -201,11 +217,3 @@ def can_be_scored(completion: Any) -> bool:
         and completion[0]["role"] == "assistant"
         and isinstance(completion[0]["content"], str)
     )
-
-
-def prompt_ids(prompt: str | list[dict[str, str]], tokenizer: Any, text_format: TextFormat) -> list[int]:
-    """The tokens of a prompt, of messages as the format renders them, with the beginning of the answer."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
-    return tokenizer(rendered, add_special_tokens=False).input_ids

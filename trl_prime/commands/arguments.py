@@ -40,7 +40,7 @@ def parse_arguments(
     The YAML file and the flags as dataclasses; prints the help and leaves if it is asked for.
 
     Args:
-        dataclass_types (`list[type]`): Whose fields may be given. None may be called `config`.
+        dataclass_types (`list[type]`): Dataclasses with the fields that may be given. None may be called `config`.
         argv (`list[str]`): The words after the command's name.
         prog (`str`): Name of the command, for its messages.
         positional (`str`, *optional*): The field, a list, that the words before the first flag are the values of.
@@ -126,7 +126,7 @@ class ArgumentReader(TrlParser):
         return self._converted(action, value)
 
     def _converted(self, action: argparse.Action, value: Any) -> Any:
-        # As the words of a flag are: YAML 1.1 reads 1e-6 as a text and 3 as a number, whatever the field needs
+        # Values are read as the words of a flag are: YAML 1.1 takes 1e-6 for a text and 3 for a number, whatever the field needs
         text = str(value).lower() if isinstance(value, bool) else str(value)
         try:
             value = self._get_value(action, text)
@@ -195,7 +195,7 @@ def help_text(dataclass_types: Sequence[type], prog: str, topic: str | None = No
     The help of a command.
 
     Args:
-        dataclass_types (`list[type]`): Whose fields it takes.
+        dataclass_types (`list[type]`): Dataclasses with the fields that it takes.
         prog (`str`): Its name.
         topic (`str`, *optional*): `"all"`, or a word: only fields with it in their name or in the title of their group. Not
             given, what fits a screen of 45 lines.
@@ -267,7 +267,7 @@ def _overview(
     usage: str,
     epilog: str,
 ) -> str:
-    """Names and defaults: all of a small class, of a large one what it adds to those that it extends."""
+    """Names and defaults: all fields of a small class; the fields that a large one adds to those that it extends."""
     own = set()
     for cls in dataclass_types:
         names = [field.name for field in dataclasses.fields(cls)]

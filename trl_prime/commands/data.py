@@ -8,15 +8,14 @@ was asked for is done in this order; nothing asked for shows three rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..texts import prompt_ids
+from ..texts import encode_prompt
 from .arguments import parse_arguments
 from .dataset_arguments import FORMAT_HELP
-from .work import work
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
     from ..texts import TextFormat
 
 WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
-# How many of the bad rows are named
+# So many of the bad rows are named
 _NAMED = 10
-# No gold answer: a verifier that understands the gold answer can say that this is wrong
+# This is nobody's gold answer: a verifier that understands the gold answer can say that it is wrong
 _WRONG = r"\boxed{-987654321}"
 
 
 @dataclass
 class DataArguments:
     """
-    Which data set, and what to do with it.
+    The data set, and what is done with it.
 
     Parameters:
         dataset_name (`str`): Name on the Hub, or a local file or folder.
@@ -93,8 +92,8 @@ class DataArguments:
             raise ValueError(f"output is {self.output!r}, which is there already. Remove it, or give another name.")
 
 
-def run(argv: list[str]) -> int:
-    """Show, check or convert a data set; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of showing, checking or converting a data set."""
     (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data")
 
     from transformers import AutoTokenizer
@@ -123,7 +122,7 @@ def run(argv: list[str]) -> int:
     numbers = [i for i in range(len(dataset)) if i not in malformed]
     dataset = dataset.select(numbers)
 
-    with work():
+    def job() -> int:
         if arguments.show:
             show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer, text_format)
         is_sound = True
@@ -132,7 +131,9 @@ def run(argv: list[str]) -> int:
         if arguments.output is not None:
             getattr(dataset, WRITERS[Path(arguments.output).suffix])(arguments.output)
             print(f"{len(dataset)} rows in {arguments.output}; {len(malformed)} malformed ones are left out.")
-    return 0 if is_sound else 2
+        return 0 if is_sound else 2
+
+    return job
 
 
 def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat | None = None) -> None:
@@ -172,8 +173,8 @@ def check_rows(
 
     Args:
         dataset (`Dataset`): Adapted rows, without malformed ones.
-        numbers (`list[int]`): What row of the source each of them is.
-        malformed (`dict[int, str]`): Of other rows the reason.
+        numbers (`list[int]`): Number of each of these rows in the source.
+        malformed (`dict[int, str]`): The malformed rows of the source: number and reason.
         tokenizer (*optional*): Counts the tokens of the prompts.
         max_prompt_length (`int`, *optional*): Longer prompts are too long.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How a run has rendered the prompts.
@@ -191,7 +192,7 @@ def check_rows(
         from ..texts import TextFormat
 
         form = text_format or TextFormat()
-        lengths = [len(prompt_ids(prompt, tokenizer, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
+        lengths = [len(encode_prompt(tokenizer, prompt, form)) for prompt in _tracked(dataset["prompt"], "tokens")]
         ordered = sorted(lengths)
         median, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.95))
         print(f"prompts of {ordered[0]} to {ordered[-1]} tokens, median {median}, 95 % up to {high}")
@@ -211,7 +212,7 @@ def check_rows(
 
 def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int, str]]:
     """
-    Rows whose verifier would have nothing to go by.
+    Rows that a verifier could not judge by.
 
     A gold answer has to be judged equal to itself, and another answer to be judged at all; tests have to be of a form that the
     code reward reads. Whether they are right is not checked.

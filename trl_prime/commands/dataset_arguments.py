@@ -1,4 +1,4 @@
-"""What the commands that train say about their data set, and how it is loaded."""
+"""The data set of a `trl-prime train` recipe: its fields, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ScriptArguments
 
-from ..texts import prompt_ids
+from ..texts import encode_prompt
 
 if TYPE_CHECKING:
     from ..texts import TextFormat
@@ -63,18 +63,16 @@ def load_split(
     arguments: DatasetArguments,
     split: str,
     tokenizer_name: str,
-    messages: str = "prompt",
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """
     A split of the recipe's data set, in the form that the trainer reads.
 
     Args:
-        arguments ([`DatasetArguments`]): What the recipe says.
+        arguments ([`DatasetArguments`]): Fields of the recipe.
         split (`str`): Its name.
         tokenizer_name (`str`): Model whose tokens `max_prompt_length` counts.
-        messages (`str`): `"prompt"`, or `"messages"` for finished conversations.
-        chat_template_kwargs (`dict`, *optional*): What the run renders prompts with.
+        chat_template_kwargs (`dict`, *optional*): Arguments that the run renders prompts with.
 
     Returns:
         `Dataset` or `IterableDataset`: the rows.
@@ -87,11 +85,11 @@ def load_split(
     from ..specs import parse_call
 
     name = parse_call(arguments.dataset_format or "")[0]
-    if name in DATASET_FORMATS and messages not in DATASET_FORMATS[name].features:
-        made, needed = "a prompt to answer", "finished conversations (eurus2_sft)"
-        if messages == "prompt":
-            made, needed = "finished conversations for supervised fine-tuning", "prompts"
-        raise ValueError(f"dataset_format is {name!r}, which makes {made}. Train on a format that makes {needed}.")
+    if name in DATASET_FORMATS and "prompt" not in DATASET_FORMATS[name].features:
+        raise ValueError(
+            f"dataset_format is {name!r}, which makes finished conversations for supervised fine-tuning. Train on a format "
+            "that makes prompts."
+        )
     dataset = load_prime_dataset(
         arguments.dataset_name,
         arguments.dataset_format,
@@ -126,4 +124,4 @@ def _has_ability(row: dict[str, Any], ability: str) -> bool:
 
 
 def _is_short(row: dict[str, Any], tokenizer: Any, text_format: TextFormat, max_length: int) -> bool:
-    return len(prompt_ids(row["prompt"], tokenizer, text_format)) <= max_length
+    return len(encode_prompt(tokenizer, row["prompt"], text_format)) <= max_length

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from .arguments import parse_arguments
 
 
-def run(argv: list[str]) -> int:
-    """Print the environment; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of printing the environment."""
     parse_arguments([], argv, prog="trl-prime env")
+    return print_environment
 
+
+def print_environment() -> int:
+    """Print the environment; returns the exit code."""
     from huggingface_hub import constants
     from trl.scripts.env import print_env
 
@@ -33,7 +38,7 @@ def run(argv: list[str]) -> int:
 
 
 def sandbox() -> str:
-    """Which sandbox the code reward would take on this machine, or why none. Runs a program in it."""
+    """The sandbox that the code reward would take on this machine, or why there is none. Runs a program in it."""
     from ..sandbox import SandboxUnavailable, open_sandbox
 
     try:

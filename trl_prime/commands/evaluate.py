@@ -15,19 +15,18 @@ from typing import Any
 
 from ..specs import nearest
 from .arguments import parse_arguments
-from .work import work
 
 
 @dataclass
 class EvalArguments:
     """
-    What to evaluate, on what, and how.
+    The models to evaluate, the problems, and how it is done.
 
     Parameters:
         model_name_or_path (`str`, *optional*): The policy, or a LoRA adapter of it. Not needed for ProcessBench.
         model_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
-        dtype (`str`): Of the weights of policy and PRM.
-        attn_implementation (`str`, *optional*): Of the policy and the PRM.
+        dtype (`str`): Data type of the weights of policy and PRM.
+        attn_implementation (`str`, *optional*): Attention of policy and PRM.
         device_map (`str`, *optional*): `"auto"` spreads a policy that does not fit on one GPU over several.
         benchmark (`str`, *optional*): A key of [`~trl_prime.evaluation.benchmarks.BENCHMARKS`], or `"processbench"`.
         dataset_name (`str`, *optional*): Data set on the Hub, local file or folder, in the place of the benchmark's.
@@ -43,11 +42,11 @@ class EvalArguments:
         num_samples (`int`): Samples of each problem.
         greedy (`bool`): A greedy completion of each problem too.
         k (`list[int]`, *optional*): For pass@k. Defaults to 1, 2, 4, ... up to `num_samples`.
-        temperature, top_p, top_k, max_new_tokens: Of the sampling.
-        seed (`int`): Of the sampling, the bootstrap and random subsets.
+        temperature, top_p, top_k, max_new_tokens: Settings of the sampling.
+        seed (`int`): Seed of the samples, the bootstrap and random subsets.
         batch_size (`int`, *optional*): Completions at a time; 32, with vLLM 1024.
         use_vllm (`bool`): Sample with vLLM.
-        vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Of the vLLM engine.
+        vllm_tensor_parallel_size, vllm_gpu_memory_utilization, vllm_max_model_length: Settings of the vLLM engine.
         prm_name_or_path (`str`, *optional*): A trained PRM.
         prm_revision, prm_reference (`str`, *optional*): Its revision; its reference model, where it does not name its own.
         step_separator (`str`): ProcessBench: what joins the steps.
@@ -66,7 +65,7 @@ class EvalArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Of the weights of policy and PRM.",
+            "help": "Data type of the weights of policy and PRM.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -205,26 +204,37 @@ class EvalArguments:
             )
 
 
-def run(argv: list[str]) -> int:
-    """Evaluate; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of evaluating."""
     (args,) = parse_arguments([EvalArguments], argv, prog="trl-prime eval")
-    summary = _judge_prm(args) if args.judges_prm else _judge_policy(args)
-    path = _output_dir(args) / "summary.json"
-    # JSON has no NaN: what cannot be told, such as the accuracy on wrong solutions where there are none, is null
-    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"Summary: {path}")
-    return 0
+    evaluate = _prepare_prm(args) if args.judges_prm else _prepare_policy(args)
+
+    def job() -> int:
+        path = _output_dir(args) / "summary.json"
+        # JSON has no NaN: a number that cannot be told, such as the accuracy on wrong solutions where there are none, is null
+        summary = json.loads(json.dumps({"settings": vars(args), **evaluate()}), parse_constant=lambda _: None)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"Summary: {path}")
+        return 0
+
+    return job
 
 
-def _judge_policy(args: EvalArguments) -> dict[str, Any]:
+def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
+    """Load the problems and check what can be checked; the returned function samples, judges and sums up."""
     dataset = _load_dataset(args)
     reward_func = _load_verifier(args.reward_func, dataset)
 
-    from ..evaluation.best_of_n import sizes_up_to
+    from ..evaluation.end_to_end import (
+        SampleTable,
+        sample_problems,
+        score_samples,
+        summarize_best_of_n,
+        summarize_samples,
+    )
     from ..evaluation.resumable import ResumableRows, digest, model_version
-    from ..evaluation.run import SampleTable, sample_problems, score_samples, summarize_best_of_n, summarize_samples
     from ..evaluation.sampling import load_tokenizer
+    from ..evaluation.statistics import sizes_up_to
     from ..evaluation.tables import print_best_of_n, print_samples
     from ..implicit_prm.files import saved_text_format
 
@@ -247,7 +257,8 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
         settings["chat_template_kwargs"] = text_format.chat_template_kwargs
     output_dir = _output_dir(args)
     written = ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite)
-    with work():
+
+    def evaluate() -> dict[str, Any]:
         rows = sample_problems(
             dataset,
             lambda: _load_sampler(args, tokenizer, text_format),
@@ -258,27 +269,30 @@ def _judge_policy(args: EvalArguments) -> dict[str, Any]:
             seed=args.seed,
             batch_size=args.batch_size or (1024 if args.use_vllm else 32),
         )
-    samples = SampleTable(rows, _equal_answers())
-    summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
-    title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
-    print_samples(summary, title)
-    if args.prm_name_or_path:
-        settings = {"samples": digest(rows), **_prm_settings(args)}
-        # Scores of several PRMs on the same samples stand side by side
-        scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
-        with work():
+        samples = SampleTable(rows, _equal_answers())
+        summary = summarize_samples(samples, args.k or sizes_up_to(args.num_samples), args.seed)
+        title = f"{args.benchmark or args.dataset_name}: {args.model_name_or_path}"
+        print_samples(summary, title)
+        if args.prm_name_or_path:
+            settings = {"samples": digest(rows), **_prm_settings(args)}
+            # Scores of several PRMs on the same samples stand side by side
+            scores = ResumableRows(output_dir / f"prm_scores-{digest(settings)}.jsonl", settings, args.overwrite)
             scored = score_samples(samples, lambda: _load_prm(args), scores, args.batch_size or 32)
-        summary["prm"] = args.prm_name_or_path
-        summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
-        print_best_of_n(summary["best_of_n"])
-    return {"settings": vars(args), **summary}
+            summary["prm"] = args.prm_name_or_path
+            summary["best_of_n"] = summarize_best_of_n(samples, scored, args.seed)
+            print_best_of_n(summary["best_of_n"])
+        return summary
+
+    return evaluate
 
 
-def _judge_prm(args: EvalArguments) -> dict[str, Any]:
+def _prepare_prm(args: EvalArguments) -> Callable[[], dict[str, Any]]:
+    """Load the solutions and check what can be checked; the returned function scores their steps and sums up."""
     dataset = _load_dataset(args)
 
+    from ..evaluation.end_to_end import calibration_split, score_process_bench, summarize_process_bench
+    from ..evaluation.process_bench import check_has_both_kinds
     from ..evaluation.resumable import ResumableRows, digest
-    from ..evaluation.run import score_process_bench, summarize_process_bench
     from ..evaluation.tables import print_process_bench
 
     settings = {
@@ -287,7 +301,12 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
         "problems": digest(dataset[:]),
     }
     rows = ResumableRows(_output_dir(args) / "step_rewards.jsonl", settings, args.overwrite)
-    with work():
+    labels = dataset["label"][:]
+    if args.threshold is None:
+        calibration, _ = calibration_split(labels, args.calibration_fraction, args.seed)
+        check_has_both_kinds([labels[i] for i in calibration])
+
+    def evaluate() -> dict[str, Any]:
         step_rewards = score_process_bench(
             dataset,
             lambda: _load_prm(args),
@@ -295,15 +314,17 @@ def _judge_prm(args: EvalArguments) -> dict[str, Any]:
             separator=args.step_separator,
             batch_size=args.batch_size or 32,
         )
-    summary = summarize_process_bench(
-        step_rewards,
-        dataset["label"][:],
-        threshold=args.threshold,
-        calibration_fraction=args.calibration_fraction,
-        seed=args.seed,
-    )
-    print_process_bench(summary, f"ProcessBench: {args.prm_name_or_path}")
-    return {"settings": vars(args), **summary}
+        summary = summarize_process_bench(
+            step_rewards,
+            labels,
+            threshold=args.threshold,
+            calibration_fraction=args.calibration_fraction,
+            seed=args.seed,
+        )
+        print_process_bench(summary, f"ProcessBench: {args.prm_name_or_path}")
+        return summary
+
+    return evaluate
 
 
 def _output_dir(args: EvalArguments) -> Path:
@@ -383,17 +404,14 @@ def _load_sampler(args: EvalArguments, tokenizer: Any, text_format: Any) -> Any:
 
 
 def _load_prm(args: EvalArguments) -> Any:
-    import torch
+    from ..implicit_prm.build import load_prm
 
-    from ..implicit_prm import ImplicitPRM
-
-    return ImplicitPRM.from_pretrained(
+    return load_prm(
         args.prm_name_or_path,
         revision=args.prm_revision,
         reference=args.prm_reference,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 
@@ -408,7 +426,7 @@ def _prm_settings(args: EvalArguments) -> dict[str, Any]:
 
 
 def _equal_answers() -> Callable[[list[tuple[str, str]]], list[bool]]:
-    """Tells whether the answers of each pair are the same by the math verifier; what it cannot tell is not."""
+    """A function that asks the math verifier which pairs of answers are the same; those that it cannot tell are not."""
 
     def equal(pairs: list[tuple[str, str]]) -> list[bool]:
         nonlocal reward

@@ -23,7 +23,7 @@ EPILOG = (
     f"{'|'.join(sorted(path.stem for path in CONFIGS.glob('*.yaml')))}|FILE.yaml --num_processes N,\n"
     "and every other flag of `accelerate launch`."
 )
-# Set in the processes that were launched, which find the launcher's fields in the same YAML file
+# It is set in the launched processes, which find the launcher's fields in the same YAML file and must not launch again
 _LAUNCHED = "TRL_PRIME_LAUNCHED"
 
 
@@ -32,7 +32,7 @@ def launch_if_asked(dataclass_types: Sequence[type], argv: Sequence[str], prog: 
     Start the command on several processes, if its file or flags ask for it, and wait for them.
 
     Args:
-        dataclass_types (`list[type]`): Whose fields the command takes.
+        dataclass_types (`list[type]`): Dataclasses with the fields that the command takes.
         argv (`list[str]`): The words after the command's name.
         prog (`str`): `trl-prime` and the command's name.
 
@@ -98,7 +98,7 @@ def check_launch(world_size: int, bf16: bool) -> None:
 
 
 def _was_launched() -> bool:
-    # The second is set by torchrun and by accelerate, for those who call them themselves
+    # The second is set by torchrun and by accelerate, where a user has called them
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
 
 
@@ -106,7 +106,7 @@ def _launcher() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
-    # The launcher's own name for it, `--config_file`, goes too; it has no short names that could be mistaken
+    # The launcher's own name for it, `--config_file`, is taken too
     parser.add_argument("--accelerate_config", "--accelerate-config", dest="config_file")
 
     def refuse(message: str) -> None:
@@ -117,7 +117,7 @@ def _launcher() -> argparse.ArgumentParser:
 
 
 def _flags_of(settings: dict[str, Any], launcher: argparse.ArgumentParser, reader: ArgumentReader) -> list[str]:
-    """What the YAML file sets for the launcher, as flags."""
+    """The settings of the YAML file for the launcher, as flags."""
     words = []
     for name, value in settings.items():
         action = launcher._option_string_actions.get(f"--{name}")

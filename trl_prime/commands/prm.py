@@ -7,6 +7,8 @@ accelerate's launcher start it on several processes.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +16,12 @@ from trl import ScriptArguments
 
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
 from .train import check_model_name, model_init_kwargs, resume_point
-from .work import work
 
 
 @dataclass
 class OfflinePRMScriptArguments(ScriptArguments):
     """
-    What a recipe says beside [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
+    The fields of a recipe beside those of [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
         dataset_format (`str`, *optional*): How the rows of `dataset_name` are adapted: a key of
@@ -64,22 +65,13 @@ def _types() -> list[type]:
     return [OfflinePRMScriptArguments, OfflinePRMConfig, ModelConfig]
 
 
-def parse_prm_arguments(argv: list[str]) -> tuple[OfflinePRMScriptArguments, Any, Any]:
-    """
-    The recipe and the flags as dataclasses: script arguments, [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
-
-    Raises:
-        ValueError: The recipe has a field that does not exist; the message names the nearest.
-    """
-    return parse_launched_arguments(_types(), argv, "trl-prime prm")
-
-
-def run(argv: list[str]) -> int:
-    """Train by a recipe; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of training by a recipe."""
     exit_code = launch_if_asked(_types(), argv, "trl-prime prm")
     if exit_code is not None:
-        return exit_code
-    script_args, args, model_args = parse_prm_arguments(argv)
+        # The launched processes have prepared and worked. This one could only refuse the launcher's flags.
+        return lambda: exit_code
+    script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime prm")
     check_launch(args.world_size, args.bf16)
     if not (script_args.dataset_name and model_args.model_name_or_path):
         raise ValueError("Give `model_name_or_path` and `dataset_name`.")
@@ -115,19 +107,24 @@ def run(argv: list[str]) -> int:
             "eval_pairwise_accuracy": "held out",
         }
         MetricsProgressCallback.replace_default(trainer, "PRM", shown)
-    with work():
-        trainer.train(resume_from_checkpoint=resume_from)
-        trainer.save_model(args.output_dir)
-        trainer.save_state()
-        if eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.save_metrics("eval", metrics)
-            if trainer.accelerator.is_main_process:
-                _print_metrics(metrics)
+    return functools.partial(_train, trainer, script_args, resume_from)
+
+
+def _train(trainer: Any, script_args: OfflinePRMScriptArguments, resume_from: str | None) -> int:
+    """Train, save, and measure on the held-out completions if there are any; returns the exit code."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
         if trainer.accelerator.is_main_process:
-            print(f"PRM: {args.output_dir}")
-        if args.push_to_hub:
-            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            _print_metrics(metrics)
+    if trainer.accelerator.is_main_process:
+        print(f"PRM: {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
 
 

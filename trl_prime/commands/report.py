@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,22 +46,27 @@ class ReportArguments:
                 raise ValueError(f"'{folder}' is no folder. Give the output_dir of a run.")
 
 
-def run(argv: list[str]) -> int:
-    """Write the page; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of writing the page."""
     (args,) = parse_arguments([ReportArguments], argv, prog="trl-prime report", positional="runs")
 
     from rich.console import Console
     from rich.markup import escape
 
     from ..reports.page import write_page
+    from ..reports.run_files import REPORT_NAME
     from ..reports.run_report import read_run, run_names, run_report
 
     names = run_names(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(args.runs, names, strict=True)]
-    output = write_page(run_report(runs, args.score), args.output or Path(args.runs[0]) / "report.html")
-    console = Console()
-    for one in runs:
-        for sentence in one.missing:
-            console.print(f"{one.name}: {sentence}", markup=False, soft_wrap=True)
-    console.print(f"page: [bold]{escape(str(output))}[/bold]", soft_wrap=True)
-    return 0
+
+    def job() -> int:
+        output = write_page(run_report(runs, args.score), args.output or Path(args.runs[0]) / REPORT_NAME)
+        console = Console()
+        for run in runs:
+            for sentence in run.missing:
+                console.print(f"{run.name}: {sentence}", markup=False, soft_wrap=True)
+        console.print(f"page: [bold]{escape(str(output))}[/bold]", soft_wrap=True)
+        return 0
+
+    return job

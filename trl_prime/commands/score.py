@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import parse_arguments
-from .work import work
 
 if TYPE_CHECKING:
     from ..reports.score_page import Completion
 
-# In a row of the input; the first one that is there counts
+# The first of these fields that a row has is its outcome
 OUTCOME_FIELDS = ("outcome", "label", "reward")
 
 
@@ -38,7 +38,7 @@ class ScoreArguments:
         show (`int`): Completions to print in the terminal.
         reference (`str`, *optional*): The PRM's reference model, where the PRM does not name its own.
         beta (`float`, *optional*): Reward scale; that of the PRM if not given.
-        step_delimiter (`str`, *optional*): What ends a step; that of the PRM if not given.
+        step_delimiter (`str`, *optional*): Text that ends a step; that of the PRM if not given.
         batch_size (`int`): Completions of one forward pass.
     """
 
@@ -62,7 +62,7 @@ class ScoreArguments:
     )
     beta: float | None = field(default=None, metadata={"help": "Reward scale. Defaults to that of the PRM."})
     step_delimiter: str | None = field(
-        default=None, metadata={"help": "What ends a step. Defaults to that of the PRM."}
+        default=None, metadata={"help": "Text that ends a step. Defaults to that of the PRM."}
     )
     batch_size: int = field(default=8, metadata={"help": "Completions of one forward pass."})
 
@@ -83,8 +83,8 @@ class ScoreArguments:
             raise ValueError("--step_delimiter is empty: give the text that ends a step, such as $'\\n'.")
 
 
-def run(argv: list[str]) -> int:
-    """Score completions; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of scoring completions."""
     (args,) = parse_arguments([ScoreArguments], argv, prog="trl-prime score")
     if args.input is not None:
         completions = read_rows(args.input)
@@ -94,32 +94,38 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from ..implicit_prm.build import load_prm
     from ..reports.page import write_page
-    from ..reports.score_page import numbers, score_page
-    from ..reports.scoring import load_prm, score_completions
+    from ..reports.score_page import numbers, score_completions, score_page
     from ..reports.terminal import print_completions
 
-    prm = load_prm(
-        args.prm_name_or_path,
-        reference=args.reference,
-        beta=args.beta,
-        step_delimiter=args.step_delimiter,
-        micro_batch_size=args.batch_size,
-    )
-    with work():
-        completions = score_completions(prm, completions)
+    try:
+        prm = load_prm(
+            args.prm_name_or_path,
+            reference=args.reference,
+            beta=args.beta,
+            step_delimiter=args.step_delimiter,
+            micro_batch_size=args.batch_size,
+        )
+    except OSError as error:
+        raise ValueError(f"The PRM '{args.prm_name_or_path}' could not be loaded: {error}") from error
+
+    def job() -> int:
+        scored = score_completions(prm, completions)
         console = Console()
-        print_completions(completions, console, args.show)
+        print_completions(scored, console, args.show)
         about = {"prm": args.prm_name_or_path, "beta": prm.beta}
         if args.html is not None:
-            write_page(score_page(completions, **about), args.html)
+            write_page(score_page(scored, **about), args.html)
             console.print(f"page: [bold]{escape(args.html)}[/bold]", soft_wrap=True)
         if args.json is not None:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            written = numbers(completions, **about, step_delimiter=prm.step_delimiter)
+            written = numbers(scored, **about, step_delimiter=prm.step_delimiter)
             Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
             console.print(f"numbers: [bold]{escape(args.json)}[/bold]", soft_wrap=True)
-    return 0
+        return 0
+
+    return job
 
 
 def read_rows(path: str) -> list[Completion]:

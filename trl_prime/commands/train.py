@@ -7,11 +7,12 @@ as a flag, which wins.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from ..specs import nearest
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, launch_if_asked, parse_launched_arguments
-from .work import work
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -28,14 +28,14 @@ TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
 }
-# Tell a process that it is one of several
+# These variables tell a process that it is one of several
 _GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
 class PRIMEScriptArguments(DatasetArguments):
     """
-    What a recipe says beside [`PRIMEConfig`] and [`~trl.ModelConfig`].
+    The fields of a recipe beside those of [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
@@ -97,56 +97,41 @@ class PRIMEScriptArguments(DatasetArguments):
                 raise ValueError(f"task_kwargs is {self.task_kwargs!r}, which is no JSON: {error}.") from error
 
 
-def parse_train_arguments(argv: list[str]) -> tuple[PRIMEScriptArguments, Any, Any]:
-    """
-    The recipe and the flags as dataclasses: script arguments, [`PRIMEConfig`] and [`~trl.ModelConfig`].
-
-    Raises:
-        ValueError: The recipe has a field that does not exist; the message names the nearest.
-    """
-    return parse_launched_arguments(_types(), argv, "trl-prime train")
-
-
-def run(argv: list[str]) -> int:
-    """Train by a recipe; the exit code."""
+def prepare(argv: list[str]) -> Callable[[], int]:
+    """The job of training by a recipe."""
     exit_code = launch_if_asked(_types(), argv, "trl-prime train")
     if exit_code is not None:
-        return exit_code
-    script_args, args, model_args = parse_train_arguments(argv)
+        # The launched processes have prepared and worked. This one could only refuse the launcher's flags.
+        return lambda: exit_code
+    script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime train")
     check_launch(args.world_size, args.bf16)
     resume_from = resume_point(args)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
-    trainer, task = _prepare(script_args, args, model_args)
-    with work():
-        if trainer.accelerator.is_main_process:
-            save_settings(Path(args.output_dir), script_args, model_args, args)
-        _train(trainer, task, script_args, resume_from)
-    return 0
+    trainer, task = _build(script_args, args, model_args)
+    return functools.partial(_train, trainer, task, script_args, model_args, resume_from)
 
 
-def resume_point(args: Any) -> str | bool | None:
+def resume_point(args: Any) -> str | None:
     """
-    `resume_from_checkpoint`: a folder, or true for the last checkpoint of `output_dir`.
+    The checkpoint that `resume_from_checkpoint` stands for, before anything is loaded.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Its field is a folder, or the word true for the last whole checkpoint of
+            `output_dir`.
+
+    Returns:
+        `str`, *optional*: the folder, or None to start from the beginning.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: It is not there, or was not saved to its end.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..implicit_prm.files import whole_checkpoint
 
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() == "true":
-        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
-            raise ValueError(
-                f"resume_from_checkpoint is true, but output_dir {args.output_dir!r} has no checkpoint. Leave it out to "
-                "start anew."
-            )
-        return True
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is no folder. Give a checkpoint, or true.")
-    return wanted
+    return whole_checkpoint(True if str(wanted).lower() == "true" else wanted, args.output_dir)
 
 
 def check_model_name(option: str, name: str | None) -> None:
@@ -161,7 +146,7 @@ def check_model_name(option: str, name: str | None) -> None:
 
 
 def model_init_kwargs(args: Any, model_args: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: what `ModelConfig` says, and `model_init_kwargs`, which wins."""
+    """Keyword arguments of `from_pretrained`: fields of `ModelConfig`, and `model_init_kwargs`, which win."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -178,7 +163,7 @@ def _types() -> list[type]:
     return [PRIMEScriptArguments, PRIMEConfig, ModelConfig]
 
 
-def _prepare(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
+def _build(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
     """The trainer, and the task if the recipe has one."""
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
@@ -264,11 +249,20 @@ def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]
     load_object(path)(Path(output_dir), seed=seed, **kwargs)
 
 
-def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, resume_from: str | bool | None) -> None:
-    """Train, save, and, of a task, measure before and after."""
+def _train(
+    trainer: Any,
+    task: Task | None,
+    script_args: PRIMEScriptArguments,
+    model_args: Any,
+    resume_from: str | None,
+) -> int:
+    """Train and save; on a task, measure before and after. Returns the exit code."""
     from ..reports.progress import plot_learning_curve, print_summary
+    from ..reports.run_files import CURVE_NAME, PRM_FOLDER, RESULTS_NAME, save_settings
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if trainer.accelerator.is_main_process:
+        save_settings(output_dir, script_args, model_args, args)
     measures = task is not None and trainer.accelerator.is_main_process
     if measures:
         before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
@@ -276,45 +270,19 @@ def _train(trainer: Any, task: Task | None, script_args: PRIMEScriptArguments, r
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(args.output_dir)
     trainer.save_state()
-    saved = {"policy": output_dir, "PRM": output_dir / "prm"}
+    saved = {"policy": output_dir, "PRM": output_dir / PRM_FOLDER}
     if trainer.accelerator.is_main_process:
-        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png")
-        saved["learning curve"] = output_dir / "learning_curve.png"
+        plot_learning_curve(trainer.state.log_history, output_dir / CURVE_NAME)
+        saved["learning curve"] = output_dir / CURVE_NAME
     if measures:
         after, prm = _measure(trainer, task, script_args.eval_samples)
         results = {"before": before, "after": after, "prm": prm}
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        saved["results"] = output_dir / "results.json"
+        (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+        saved["results"] = output_dir / RESULTS_NAME
         print_summary(before, after, prm, saved)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def save_settings(output_dir: Path, *arguments: Any) -> None:
-    """
-    Write all settings of a run as one JSON object, which `trl-prime report` shows. It may be pushed along with the run:
-    what is secret by its name is masked.
-
-    Args:
-        output_dir (`Path`): Folder of the run, made if needed.
-        *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
-    """
-    from ..prime_config import SETTINGS_NAME
-
-    settings: dict[str, Any] = {}
-    for part in arguments:
-        settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / SETTINGS_NAME).write_text(
-        json.dumps(_masked(settings), indent=2, sort_keys=True, default=str) + "\n"
-    )
-
-
-def _masked(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _masked(item, str(key)) for key, item in value.items()}
-    secret = isinstance(value, str) and re.search(r"(token|key|password|secret)$", name, re.IGNORECASE)
-    return f"<{name.upper()}>" if secret else value
+    return 0
 
 
 def _measure(

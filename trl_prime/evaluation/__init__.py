@@ -1,4 +1,4 @@
-"""Measuring a policy and its PRM, and showing how a run went."""
+"""How good a policy and its PRM are: the held-out measure of a task, benchmarks, best of N, ProcessBench."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Benchmark:
         dataset: Name on the Hub.
         split: Its split.
         format: How rows are adapted, see [`~trl_prime.data.formats.DATASET_FORMATS`].
-        prompt_suffix: What is appended to the prompts: `"math"` or `"code"`, as in the paper's training data.
+        prompt_suffix: Text that is appended to the prompts: `"math"` or `"code"`, as in the paper's training data.
         config: Configuration on the Hub.
     """
 
@@ -36,18 +36,18 @@ def _question_answer(data_source: str) -> str:
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k", "test", "gsm8k", config="main"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "math500"),
-    # Their column `solution` is the worked one; `answer` comes first where both are there
+    # In AIME 2024 the column `solution` is the worked one; `answer` comes first where both are there
     "aime2024": Benchmark("HuggingFaceH4/aime_2024", "train", _question_answer("aime2024")),
     "aime2025": Benchmark("math-ai/aime25", "test", _question_answer("aime2025")),
     "amc2023": Benchmark("math-ai/amc23", "test", _question_answer("amc2023")),
     "minerva_math": Benchmark("math-ai/minervamath", "test", _question_answer("minerva_math")),
-    # The text-only English problems with a final answer
+    # This data set has the text-only English problems with a final answer
     "olympiadbench": Benchmark(
         "math-ai/olympiadbench", "test", "question_answer(answer='final_answer', data_source='olympiadbench')"
     ),
     "humaneval": Benchmark("openai/openai_humaneval", "test", "humaneval", "code"),
-    # The contest problems of DeepSeek-Coder, which the paper evaluates on
+    # These are the contest problems of DeepSeek-Coder, which the paper evaluates on
     "leetcode": Benchmark("TechxGenus/LeetCode-Contest", "train", "leetcode", "code"),
 }
-# Judges a PRM, not a policy: see `process_bench.py`. Its splits are gsm8k, math, olympiadbench and omnimath.
+# It judges a PRM, not a policy: see `process_bench.py`. Its splits are gsm8k, math, olympiadbench and omnimath.
 PROCESS_BENCH = Benchmark("Qwen/ProcessBench", "gsm8k", "process_bench")

@@ -1,7 +1,7 @@
-"""How good are policy and PRM on held-out problems?
+"""Measures of a policy and its PRM on the held-out problems of a task.
 
 Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
-wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`run.py`).
+wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`end_to_end.py`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
-from ..texts import TextFormat
+from .judging import as_completions, judge
+from .sampling import SamplingSettings, TransformersSampler
+from .statistics import first_error_auc
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..implicit_prm import ImplicitPRM
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,105 +43,25 @@ def generate(
         max_new_tokens (`int`): Longest completion in tokens.
         temperature (`float`): 0 is greedy.
         batch_size (`int`): Prompts at a time.
-        seed (`int`): Seed of the sampling; the global random state is left as it was.
+        seed (`int`): Seed of the one random stream that all samples are drawn from.
 
     Returns:
         `list[str]` or `list[list[dict]]`: as `prompts`.
     """
-    was_training = model.training
-    model.eval()
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    sampler = TransformersSampler(model, tokenizer, SamplingSettings(max_new_tokens, temperature or 1.0))
+    stream = torch.Generator(model.device).manual_seed(seed)
     completions: list[Any] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            encoded = encode_prompts(tokenizer, batch).to(model.device)
-            ids = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-            is_text = isinstance(batch[0], str)
-            completions += texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]
-    model.train(was_training)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        samples = sampler(batch, stream if temperature else [None] * len(batch))
+        completions += as_completions(batch, [sample.text for sample in samples])
     return completions
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], text_format: TextFormat | None = None
-) -> BatchEncoding:
-    """
-    Prompts as the policy reads them, padded on the left.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's tokenizer.
-        prompts (`list[str]` or `list[list[dict]]`): B prompts, all text or all messages. A chat template writes its own
-            special tokens.
-        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How the policy's run has rendered messages;
-            by the bare chat template if not given.
-
-    Returns:
-        [`~transformers.BatchEncoding`]: `input_ids` and `attention_mask`, `(B, P)`.
-    """
-    prompts = list(prompts)
-    is_text = isinstance(prompts[0], str)
-    if not is_text:
-        text_format = text_format or TextFormat()
-        prompts = [text_format.render(tokenizer, messages, add_generation_prompt=True) for messages in prompts]
-    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=is_text)
 
 
 def outcomes(reward_func: Callable, dataset: Dataset, completions: Sequence[Any]) -> torch.Tensor:
     """`(N,)` rewards of one completion for each row of a data set; NaN where the function could not judge."""
-    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
-    rewards = reward_func(
-        prompts=dataset["prompt"][:],
-        completions=list(completions),
-        completion_ids=None,
-        trainer_state=None,
-        log_extra=lambda *_: None,
-        log_metric=lambda *_: None,
-        **columns,
-    )
+    rewards, _ = judge(reward_func, dataset, completions)
     return torch.tensor([float("nan") if reward is None else reward for reward in rewards])
-
-
-def first_error_auc(step_rewards: Sequence[torch.Tensor], step_labels: Sequence[Sequence[bool]]) -> float:
-    """
-    How well a low step reward tells the first wrong step from the right steps before it and elsewhere (area under the ROC).
-
-    Steps after the first wrong one are left out: whether they are wrong follows from it.
-
-    Args:
-        step_rewards (`list[torch.Tensor]`): For each completion the rewards of its steps, `(n_steps,)`.
-        step_labels (`list[list[bool]]`): For each completion whether each step is right.
-
-    Returns:
-        `float`: 1/2 is chance, 1 is perfect, ties count one half; NaN without both kinds of steps.
-    """
-    wrong, right = [], []
-    for rewards, labels in zip(step_rewards, step_labels, strict=True):
-        for reward, is_right in zip(rewards.tolist(), labels, strict=False):
-            (right if is_right else wrong).append(reward)
-            if not is_right:
-                break
-    if not wrong or not right:
-        return float("nan")
-    # The wrong steps below each right one, and those that tie with it, by binary search: memory grows with the steps, not
-    # with their pairs
-    right_rewards = torch.tensor(right, dtype=torch.float64)
-    wrong_rewards = torch.tensor(wrong, dtype=torch.float64).sort().values
-    below = torch.searchsorted(wrong_rewards, right_rewards)
-    not_above = torch.searchsorted(wrong_rewards, right_rewards, right=True)
-    return (below + not_above).double().mean().item() / (2 * len(wrong))
 
 
 def measure_policy(
@@ -160,7 +81,7 @@ def measure_policy(
     Args:
         model, tokenizer, max_new_tokens, batch_size, seed: as in [`generate`].
         dataset ([`~datasets.Dataset`]): N problems with a `prompt` column and those that `reward_func` reads.
-        reward_func (`Callable`): Outcome reward; what it cannot judge counts as wrong.
+        reward_func (`Callable`): Outcome reward; a completion that it cannot judge counts as wrong.
         num_samples (`int`): Completions per problem at temperature 1.
 
     Returns:

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from .held_out import first_error_auc
-from .pass_at_k import bootstrap_weights, interval
+from .statistics import bootstrap_weights, first_error_auc, interval
 
 if TYPE_CHECKING:
     from ..implicit_prm import ImplicitPRM
@@ -44,7 +42,7 @@ def process_bench_scores(predictions: Sequence[int], labels: Sequence[int], seed
     Args:
         predictions (`list[int]`): R predictions, see [`predict_first_error`].
         labels (`list[int]`): R indices of the first wrong step, or -1.
-        seed (`int`): Of the bootstrap.
+        seed (`int`): Seed of the bootstrap.
 
     Returns:
         `dict`: `erroneous`, `correct`, `f1`: each `{"value", "low", "high"}`, NaN without solutions of the kind.
@@ -82,13 +80,9 @@ def choose_threshold(step_rewards: Sequence[Sequence[float]], labels: Sequence[i
     Raises:
         ValueError: There are only right solutions, or only wrong ones: F1 needs both.
     """
+    check_has_both_kinds(labels)
     labels = np.asarray(labels)
     is_right = labels == ALL_RIGHT
-    if is_right.all() or not is_right.any():
-        raise ValueError(
-            f"Of {len(labels)} solutions {is_right.sum()} are right, but choosing a threshold needs right and wrong ones. Give "
-            "more rows, or give `threshold`."
-        )
     rewards = _padded(step_rewards)
     first = np.where(is_right, rewards.shape[1], labels)
     before = np.where(np.arange(rewards.shape[1]) < first[:, None], rewards, np.inf).min(axis=1)
@@ -108,16 +102,31 @@ def choose_threshold(step_rewards: Sequence[Sequence[float]], labels: Sequence[i
     return float((best + lower.max()) / 2) if lower.size else float(best)
 
 
+def check_has_both_kinds(labels: Sequence[int]) -> None:
+    """
+    Refuse labels that no threshold can be chosen on.
+
+    Raises:
+        ValueError: There are only right solutions, or only wrong ones.
+    """
+    is_right = np.asarray(labels) == ALL_RIGHT
+    if is_right.all() or not is_right.any():
+        raise ValueError(
+            f"Of {len(labels)} solutions {is_right.sum()} are right, but choosing a threshold needs right and wrong ones. Give "
+            "more rows, or give `threshold`."
+        )
+
+
 def step_auc(step_rewards: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
     """
     How well a low step reward tells the first wrong step from right steps, whatever the threshold: see
-    [`~trl_prime.evaluation.held_out.first_error_auc`].
+    [`~trl_prime.evaluation.statistics.first_error_auc`].
     """
     truth = [
         [True] * len(rewards) if label == ALL_RIGHT else [True] * label + [False]
         for rewards, label in zip(step_rewards, labels, strict=True)
     ]
-    return first_error_auc([torch.tensor(rewards, dtype=torch.float64) for rewards in step_rewards], truth)
+    return first_error_auc(step_rewards, truth)
 
 
 def score_steps(
@@ -133,7 +142,7 @@ def score_steps(
         prm ([`~trl_prime.ImplicitPRM`]): The PRM. Its tokenizer has to be a fast one, which knows where in the text a token is.
         prompts (`list`): R prompts, text or messages.
         steps (`list[list[str]]`): The steps of R solutions.
-        separator (`str`): What joins the steps: what stood between them when they were written.
+        separator (`str`): The text that joins the steps, the one that stood between them when they were written.
 
     Returns:
         `list[list[float]]`: R lists of rewards.

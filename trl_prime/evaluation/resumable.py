@@ -28,7 +28,7 @@ class ResumableRows:
 
     Args:
         path (`str`): The file; its folder is made if needed.
-        settings (`dict`): What the rows depend on, of types that JSON has.
+        settings (`dict`): All that the rows depend on, of types that JSON has.
         overwrite (`bool`): Start anew.
 
     Raises:
@@ -100,7 +100,7 @@ def digest(value: Any) -> str:
 
 def model_version(name_or_path: str, revision: str | None = None) -> str | None:
     """
-    What tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's weights and
+    A mark that tells apart two states of a model by one name: a hash of the names, sizes and times of a folder's weights and
     settings, or the commit on the Hub.
     """
     folder = Path(name_or_path)
@@ -110,13 +110,13 @@ def model_version(name_or_path: str, revision: str | None = None) -> str | None:
             for file in folder.rglob("*")
             if file.suffix in (".safetensors", ".bin", ".gguf") or file.name in _MODEL_SETTINGS
         )
-        # Not the checkpoints beside a run's last state
+        # The checkpoints beside a run's last state do not count
         files = [file for file in files if not file.relative_to(folder).parts[0].startswith("checkpoint-")]
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     from transformers.utils import cached_file
 
     for filename in ("config.json", "adapter_config.json", "implicit_prm.json"):
-        # Downloaded if need be: without it, a first run and its continuation would not know the same
+        # The file is downloaded if need be: without it, a first run and its continuation would not know the same
         found = cached_file(
             name_or_path,
             filename,

@@ -1,7 +1,8 @@
-"""Samples of a policy, each by a seed of its own: a run that was interrupted goes on to the very samples it would have had.
+"""Samples of a policy: the one sampler of `trl-prime eval` and of the held-out measure, and vLLM in its place.
 
-Covered: transformers and vLLM, greedy decoding and sampling in one batch. Not covered: several processes (vLLM brings its
-own), tools.
+In `trl-prime eval` each sample has a seed of its own, so that a run that was interrupted goes on to the very samples it would
+have had. Covered: transformers and vLLM, greedy decoding and sampling in one batch. Not covered: several processes (vLLM
+brings its own), tools.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.utils import cached_file
+from trl.trainer.utils import pad
 
 from ..implicit_prm.loading import load_adapted_model, load_model
-from ..texts import TextFormat
-from .held_out import encode_prompts
+from ..texts import TextFormat, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ class SamplingSettings:
 
     Attributes:
         max_new_tokens: Longest completion in tokens.
-        temperature: Of the samples, positive. Greedy completions are asked for by a seed of None.
+        temperature: Temperature of the samples, positive. A seed of None asks for a greedy completion.
         top_p: Share of the probability that is kept.
         top_k: Number of tokens that are kept; 0 keeps all.
     """
@@ -66,7 +67,7 @@ class Sample:
     truncated: bool
 
 
-# Prompts (text or messages) and a seed for each, None for greedy -> samples in their order
+# A sampler takes prompts (text or messages) and a seed for each (None is greedy), and returns samples in their order
 Sampler = Callable[[Sequence[Any], Sequence[int | None]], list[Sample]]
 
 
@@ -82,18 +83,22 @@ class SeededSampling(LogitsProcessor):
     `generate(do_sample=True)`.
 
     Args:
-        seeds (`list[int | None]`): A seed for each row; a row with None stays greedy.
+        seeds (`list[int | None]` or `torch.Generator`): A seed for each row; a row with None stays greedy. Or one random stream
+            for all rows, which then samples as `generate(do_sample=True)` does.
         device (`torch.device`): Where the logits are.
     """
 
-    def __init__(self, seeds: Sequence[int | None], device: torch.device):
-        self.streams = [seed if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int | None] | torch.Generator, device: torch.device):
+        # Each entry holds rows and the random stream that they draw from
+        self.streams: list[tuple[slice | int, torch.Generator]] = [(slice(None), seeds)]
+        if not isinstance(seeds, torch.Generator):
+            seeded = [(row, seed) for row, seed in enumerate(seeds) if seed is not None]
+            self.streams = [(row, torch.Generator(device).manual_seed(seed)) for row, seed in seeded]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.ones_like(scores)
-        for row, stream in zip(noise, self.streams, strict=True):
-            if stream is not None:
-                row.exponential_(generator=stream)
+        for rows, stream in self.streams:
+            noise[rows].exponential_(generator=stream)
         return scores - noise.log()
 
 
@@ -103,7 +108,7 @@ class TransformersSampler:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The policy. Its generation defaults (a repetition penalty, for instance)
-            are dropped, as in training; its end-of-sequence tokens are kept.
+            do not count, as in training; its end-of-sequence tokens do. It is left as it was.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         settings ([`SamplingSettings`]): How to sample.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How its run has rendered messages.
@@ -118,31 +123,47 @@ class TransformersSampler:
     ):
         ends = model.generation_config.eos_token_id
         self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-        model.generation_config = GenerationConfig(
+        self.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.ends or None,
             pad_token_id=_pad_token_id(tokenizer),
         )
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.text_format = text_format
+        self.text_format = text_format or TextFormat()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
-        encoded = encode_prompts(self.tokenizer, prompts, self.text_format).to(self.model.device)
+    def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None] | torch.Generator) -> list[Sample]:
+        """
+        A completion for each prompt.
+
+        Args:
+            prompts (`list`): N prompts, text or messages.
+            seeds (`list[int | None]` or `torch.Generator`): As in [`SeededSampling`].
+
+        Returns:
+            `list[Sample]`: N samples.
+        """
+        prompt_ids = [torch.tensor(encode_prompt(self.tokenizer, prompt, self.text_format)) for prompt in prompts]
+        input_ids = pad(prompt_ids, self.generation_config.pad_token_id, "left").to(self.model.device)
+        attention_mask = pad([torch.ones_like(ids) for ids in prompt_ids], 0, "left").to(self.model.device)
         processors = LogitsProcessorList([TemperatureLogitsWarper(self.settings.temperature)])
         if self.settings.top_k:
             processors.append(TopKLogitsWarper(self.settings.top_k))
         if self.settings.top_p < 1:
             processors.append(TopPLogitsWarper(self.settings.top_p))
         processors.append(SeededSampling(seeds, self.model.device))
-        ids = self.model.generate(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], logits_processor=processors
-        )
+        was_training, defaults = self.model.training, self.model.generation_config
+        # `generate` fills the gaps of a configuration that it is given from the model's own, so this one takes its place
+        self.model.eval().generation_config = self.generation_config
+        try:
+            ids = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors)
+        finally:
+            self.model.train(was_training).generation_config = defaults
         samples = []
-        for row in ids[:, encoded["input_ids"].shape[1] :].tolist():
+        for row in ids[:, input_ids.shape[1] :].tolist():
             length = next((i + 1 for i, token in enumerate(row) if token in self.ends), None)
             text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
             samples.append(Sample(text, length or len(row), truncated=length is None))
@@ -178,7 +199,7 @@ class VLLMSampler:
 
         self.tokenizer = tokenizer
         self.settings = settings
-        self.text_format = text_format
+        self.text_format = text_format or TextFormat()
         self.lora = None
         adapter = adapter_folder(model_name_or_path, revision)
         if adapter is not None:
@@ -194,10 +215,8 @@ class VLLMSampler:
     def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
         from vllm import SamplingParams
 
-        encoded = encode_prompts(self.tokenizer, prompts, self.text_format)
         requests = [
-            {"prompt_token_ids": ids[mask.bool()].tolist()}
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+            {"prompt_token_ids": encode_prompt(self.tokenizer, prompt, self.text_format)} for prompt in prompts
         ]
         params = [
             SamplingParams(

@@ -21,7 +21,7 @@ BEST_OF_N = {
 
 
 def print_samples(summary: Mapping[str, Any], title: str) -> None:
-    """Print what [`~trl_prime.evaluation.run.summarize_samples`] returns."""
+    """Print the summary of [`~trl_prime.evaluation.end_to_end.summarize_samples`]."""
     table = Table(caption="95 % bootstrap intervals")
     table.add_column("")
     table.add_column("accuracy", justify="right")
@@ -40,7 +40,7 @@ def print_samples(summary: Mapping[str, Any], title: str) -> None:
 
 
 def print_best_of_n(rows: list[Mapping[str, Any]]) -> None:
-    """Print what [`~trl_prime.evaluation.run.summarize_best_of_n`] returns."""
+    """Print the rows of [`~trl_prime.evaluation.end_to_end.summarize_best_of_n`]."""
     table = Table(title="Best of N", caption="intervals are in summary.json")
     table.add_column("accuracy, N =")
     for row in rows:
@@ -52,7 +52,7 @@ def print_best_of_n(rows: list[Mapping[str, Any]]) -> None:
 
 
 def print_process_bench(summary: Mapping[str, Any], title: str) -> None:
-    """Print what [`~trl_prime.evaluation.run.summarize_process_bench`] returns."""
+    """Print the summary of [`~trl_prime.evaluation.end_to_end.summarize_process_bench`]."""
     table = Table(caption="95 % bootstrap intervals")
     table.add_column("")
     table.add_column("", justify="right")

@@ -1,7 +1,7 @@
 """How a PRM starts, for both trainers: from a folder, the Hub, an instance or the policy, and under ZeRO-3.
 
 Covered: which models the PRM and its reference start from, that they fit the tokenizer, and what both are set up with
-before they are placed. Not covered: the pair itself (`model.py`), its distribution (`backends.py`).
+before they are placed; a PRM that only scores. Not covered: the pair itself (`model.py`), its distribution (`backends.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from ..hub import cached_commit
@@ -172,3 +173,23 @@ def fuse_lm_heads(prm: ImplicitPRM, wanted: bool | None, on_gpu: bool) -> None:
     if possible and (wanted or (wanted is None and on_gpu and prm.reference is not None)):
         for model in models:
             fuse_lm_head(model)
+
+
+def load_prm(name_or_path: str, **kwargs: Any) -> ImplicitPRM:
+    """
+    A PRM that scores, on the GPUs if there are any: how all commands load one.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        **kwargs: As in [`~trl_prime.ImplicitPRM.from_pretrained`].
+
+    Returns:
+        [`~trl_prime.ImplicitPRM`]
+
+    Raises:
+        OSError: It could not be loaded.
+    """
+    disable_progress_bar()
+    if torch.cuda.is_available():
+        kwargs["device_map"] = "auto"
+    return ImplicitPRM.from_pretrained(name_or_path, **kwargs)

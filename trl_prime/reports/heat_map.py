@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Log-odds. Rewards smaller than this are rounding, as of a PRM that still equals its reference, and stay pale.
+# Rewards below this many log-odds are rounding, as in a PRM that still equals its reference, and stay pale.
 MIN_SCALE = 1e-3
 NUM_BINS = 10
 
@@ -42,7 +42,7 @@ class Theme:
 THEMES = {
     "light": Theme(page=(255, 255, 255), text=(22, 24, 29), negative=(245, 146, 50), positive=(96, 165, 245)),
     "dark": Theme(page=(21, 24, 30), text=(236, 239, 244), negative=(158, 78, 0), positive=(22, 94, 178)),
-    # Brings its own background: a terminal's is not known
+    # This theme brings its own background: a terminal's is not known
     "terminal": Theme(page=(238, 238, 238), text=(0, 0, 0), negative=(245, 146, 50), positive=(96, 165, 245)),
 }
 
@@ -127,7 +127,7 @@ def curve_points(values: Sequence[float], low: float, high: float, width: float,
     Args:
         values (`list[float]`): The curve; what is not finite is left out.
         low, high (`float`): Values at the lower and upper edge.
-        width, height (`float`): Of the picture.
+        width, height (`float`): Size of the picture.
 
     Returns:
         `str`: `"x,y x,y ..."`
@@ -148,7 +148,7 @@ def finite(value: float | None, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}")
 
 
-# Characters that turn the direction of the text around them
+# These characters turn the direction of the text around them
 _TURNS = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
 

@@ -43,7 +43,7 @@ def render_page(template: str, scripts: Sequence[str], data: Any, **context: Any
     Args:
         template (`str`): Its template.
         scripts (`list[str]`): Names of the scripts that it runs, in order.
-        data: What the scripts read, as JSON; must hold finite numbers only.
+        data: The data that the scripts read, as JSON; must hold finite numbers only.
         **context: What the template reads.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the accuracy in the progress bar, the learning curve, and the table at the end."""
+"""The progress bar, the learning curve and the last table that a person sees of a run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def print_summary(
     Args:
         before, after (`dict[str, float]`): Accuracies of the policy, between 0 and 1, by the same names.
         prm (`dict[str, float]`): Accuracies of the PRM, between 0 and 1.
-        saved (`dict[str, Any]`): What was saved, and where.
+        saved (`dict[str, Any]`): Path of each thing that was saved, by its name.
     """
     from rich.console import Console
     from rich.table import Table

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..hub import SETTINGS
-from ..prime_config import SETTINGS_NAME, TABLE_PREFIX
+from ..implicit_prm.build import load_prm
+from ..implicit_prm.files import is_saved_prm
 from ..texts import can_be_scored, is_text_or_messages
 from .heat_map import finite
 from .page import render_page
-from .score_page import Completion, card_data, make_cards, step_scale, token_scale
-from .scoring import load_prm, score_completions
+from .run_files import PRM_FOLDER, RESULTS_NAME, SETTINGS_NAME, TABLE_PREFIX, checkpoints
+from .score_page import Completion, card_data, make_cards, score_completions, step_scale, token_scale
 
 MAX_POINTS = 2000
-# Of the metrics that few readers open
+# Few readers open the other charts, which get fewer points
 MAX_OTHER_POINTS = 500
 
 
@@ -37,9 +39,9 @@ class Panel:
     A chart.
 
     Attributes:
-        title (`str`): What it shows.
+        title (`str`): Its title.
         series (`dict[str, str]`): Metric to its label.
-        note (`str`): What to look for.
+        note (`str`): A sentence about how to read it.
         share (`bool`): Whether the values lie between 0 and 1.
     """
 
@@ -113,16 +115,16 @@ RESULT_LABELS = {
 @dataclasses.dataclass
 class Run:
     """
-    What the folder of a run holds.
+    The content of the folder of a run.
 
     Attributes:
         name (`str`): Short name.
         folder (`Path`): The folder.
         history (`list[dict]`): `log_history`, empty if there is none.
-        results (`dict`): Of `results.json`, empty if there is none.
-        settings (`dict`): Of `prime_config.json`, empty if there is none.
+        results (`dict`): Content of `results.json`, empty if there is none.
+        settings (`dict`): Content of `prime_config.json`, empty if there is none.
         completions (`list[dict]`): Rows of the last completions table.
-        prm_folder (`Path`, *optional*): Where the PRM is.
+        prm_folder (`Path`, *optional*): Folder of the PRM.
         missing (`list[str]`): Sentences about what was not found.
     """
 
@@ -137,12 +139,6 @@ class Run:
 
 
 # --- Reading ---
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the last one first."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)]
 
 
 def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
@@ -164,13 +160,14 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
         raise ValueError(f"'{folder}' is no folder. Give the output_dir of a run.")
     run = Run(name or folder.resolve().name, folder)
     places = [folder, *checkpoints(folder)]
-    state = _first_json(run, [place / "trainer_state.json" for place in places], "metrics")
+    state = _first_json(run, [place / TRAINER_STATE_NAME for place in places], "metrics")
     history = state.get("log_history")
     run.history = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
-    run.results = _first_json(run, [folder / "results.json"], "results on held-out problems")
+    run.results = _first_json(run, [folder / RESULTS_NAME], "results on held-out problems")
     run.settings = _first_json(run, [folder / SETTINGS_NAME], "settings")
     run.completions = _read_completions(run)
-    run.prm_folder = next((place / "prm" for place in places if (place / "prm" / "implicit_prm.json").is_file()), None)
+    prm_folders = [place / PRM_FOLDER for place in places]
+    run.prm_folder = next((folder for folder in prm_folders if is_saved_prm(str(folder))), None)
     return run
 
 
@@ -215,7 +212,7 @@ def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
     # PRIME's columns lose their prefix and take the place of a user's column of that name
     ours = {name.removeprefix(TABLE_PREFIX): value for name, value in row.items() if name.startswith(TABLE_PREFIX)}
     row = {**row, **ours}
-    # Written as zero where the row was not trained on; a real sum of rewards is never exactly that
+    # Rows that were not trained on have a zero there; a real sum of rewards is never exactly that
     if not row.get("trained") and row.get("process_reward") == 0:
         row["process_reward"] = None
     for column in ("prompt", "completion"):
@@ -277,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def panel_data(runs: Sequence[Run], panel: Panel, max_points: int = MAX_POINTS) -> dict[str, Any] | None:
-    """What `curves.js` draws of a chart, the curves of all runs; `None` if no run has logged any of its metrics."""
+    """A chart with the curves of all runs, for `curves.js`; `None` if no run has logged any of its metrics."""
     series = []
     for line, (metric, label) in enumerate(panel.series.items()):
         for number, run in enumerate(runs):
@@ -390,7 +387,7 @@ def _setting_text(value: Any) -> str:
 
 # --- Completions ---
 
-# How the lists of completions are ordered: by these columns, the first ones first
+# Each list is ordered by the first of these columns, and among equals by the second
 LISTS = (
     ("Highest outcome", ("outcome", "process_reward"), True),
     ("Lowest outcome", ("outcome", "process_reward"), False),
@@ -537,7 +534,7 @@ def run_report(runs: Sequence[Run], num_completions: int) -> str:
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
-    """The numbers that stand at the top, each with what it is."""
+    """The numbers that stand at the top, each with its label."""
     tiles = []
     steps = [row["step"] for row in run.history if _is_number(row.get("step"))]
     if steps:

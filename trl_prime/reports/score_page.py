@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_wins
 from ..texts import completion_text
@@ -27,7 +29,7 @@ from .heat_map import (
 from .page import render_page
 
 if TYPE_CHECKING:
-    from ..implicit_prm import ScoredCompletion
+    from ..implicit_prm import ImplicitPRM, ScoredCompletion
 
 CURVE_WIDTH, CURVE_HEIGHT = 300.0, 48.0
 
@@ -42,7 +44,7 @@ class Completion:
         completion (`str` or `list[dict]`): The completion.
         outcome (`float`, *optional*): Its outcome reward; `None` if not known.
         truncated (`bool`): Whether it was cut off, so that no token ends it.
-        scored ([`~trl_prime.implicit_prm.ScoredCompletion`], *optional*): What the PRM thinks of it.
+        scored ([`~trl_prime.implicit_prm.ScoredCompletion`], *optional*): The rewards that the PRM gives it.
         facts (`dict[str, str]`): More to show, by label.
     """
 
@@ -52,6 +54,27 @@ class Completion:
     truncated: bool = dataclasses.field(default=False, kw_only=True)
     scored: ScoredCompletion | None = None
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def score_completions(prm: ImplicitPRM, completions: Sequence[Completion]) -> list[Completion]:
+    """
+    Completions with what a PRM thinks of them; a progress bar is shown in a terminal.
+
+    Args:
+        prm ([`~trl_prime.ImplicitPRM`]): The PRM.
+        completions (`list[Completion]`): Completions, scored or not.
+
+    Returns:
+        `list[Completion]`: the same, scored.
+    """
+    # A chunk is large enough that rows of like length meet in a forward pass, and small enough that the bar moves
+    size = 4 * prm.micro_batch_size
+    scored = []
+    starts = range(0, len(completions), size)
+    for start in track(starts, "scoring", transient=True, disable=not Console().is_terminal):
+        chunk = completions[start : start + size]
+        scored += prm.score([c.prompt for c in chunk], [c.completion for c in chunk], [c.truncated for c in chunk])
+    return [dataclasses.replace(c, scored=result) for c, result in zip(completions, scored, strict=True)]
 
 
 def by_prompt(completions: Iterable[Completion]) -> list[list[Completion]]:
@@ -95,7 +118,7 @@ def visible_tokens(scored: ScoredCompletion) -> list[str]:
 
 def make_cards(completions: Sequence[Completion], full_token: float, full_step: float) -> list[dict[str, Any]]:
     """
-    What the template shows of completions that stand side by side; their curves of the cumulated reward share an axis.
+    The cards of completions that stand side by side; their curves of the cumulated reward share an axis.
 
     Args:
         completions (`list[Completion]`): N completions, scored or not.
@@ -250,7 +273,7 @@ def score_page(completions: Sequence[Completion], *, prm: str, beta: float) -> s
 
 
 def numbers(completions: Sequence[Completion], *, prm: str, beta: float, step_delimiter: str) -> dict[str, Any]:
-    """What `--json` writes: everything that the page shows, in full precision; a number that is not finite is `None`."""
+    """The content of the file of `--json`: all that the page shows, in full precision; a number that is not finite is `None`."""
 
     def listed(values: torch.Tensor) -> list[float | None]:
         return [finite(value, 9) for value in values.tolist()]

@@ -53,8 +53,8 @@ def print_completions(completions: Sequence[Completion], console: Console, num_s
 
     Args:
         completions (`list[Completion]`): Scored completions; all share one scale, also those that are not shown.
-        console ([`~rich.console.Console`]): Where to.
-        num_shown (`int`): How many, from the first on; how many are left out is said.
+        console ([`~rich.console.Console`]): The terminal to print to.
+        num_shown (`int`): How many are printed, from the first on; a last line says how many are left out.
     """
     full_token, full_step = token_scale(completions), step_scale(completions)
     shown = completions[:num_shown]

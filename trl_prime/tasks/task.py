@@ -1,10 +1,12 @@
-"""What a PRIME run needs to know about a task."""
+"""A task as a PRIME run takes it, and folders that are made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,3 +32,20 @@ class Task:
     eval_dataset: Dataset
     reward_funcs: list[Callable[..., list[float]]]
     step_labels: Callable[[str, str], list[bool]] | None = None
+
+
+def made_once(folder: Path, settings: Mapping[str, Any], make: Callable[[], None]) -> None:
+    """Make a folder, unless it was made by the same settings before. Call it from one process only.
+
+    Args:
+        folder: The folder that `make` fills. The settings are recorded beside it, in `<folder>.json`.
+        settings: All that the content depends on, of types that JSON has.
+        make: Makes the content; may find that of other settings.
+    """
+    record = folder.with_name(f"{folder.name}.json")
+    if record.exists() and json.loads(record.read_text()) == settings:
+        return
+    # The record is removed first and written last, so that an interrupted run leaves no record of a folder that it did not finish
+    record.unlink(missing_ok=True)
+    make()
+    record.write_text(json.dumps(settings, indent=2) + "\n")

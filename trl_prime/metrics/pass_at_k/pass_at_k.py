@@ -1,9 +1,9 @@
-"""pass@k as a module of the library `evaluate`: see `trl_prime.evaluation.pass_at_k`."""
+"""pass@k as a module of the library `evaluate`: see `trl_prime.evaluation.statistics.pass_at_k`."""
 
 import datasets
 import evaluate
 
-import trl_prime.evaluation.pass_at_k as pass_at_k
+import trl_prime.evaluation.statistics as statistics
 
 _CITATION = """
 @article{chen2021evaluating,
@@ -37,4 +37,4 @@ class PassAtK(evaluate.Metric):
     def _compute(self, predictions, k=(1,)):
         num_correct = [sum(reward >= 1 for reward in rewards) for rewards in predictions]
         num_samples = [len(rewards) for rewards in predictions]
-        return {f"pass@{size}": float(pass_at_k.pass_at_k(num_samples, num_correct, size).mean()) for size in k}
+        return {f"pass@{size}": float(statistics.pass_at_k(num_samples, num_correct, size).mean()) for size in k}

@@ -15,11 +15,20 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..texts import completion_text
-from .best_of_n import STEP_AGGREGATIONS, aggregate_step_rewards, best_of_n, draws, sizes_up_to, vote
-from .majority import group_answers
-from .pass_at_k import mean_with_interval, pass_at_k
+from .judging import as_completions, judge
 from .process_bench import choose_threshold, predict_first_error, process_bench_scores, score_steps, step_auc
 from .sampling import sample_seed
+from .statistics import (
+    STEP_AGGREGATIONS,
+    aggregate_step_rewards,
+    best_of_n,
+    draws,
+    group_answers,
+    mean_with_interval,
+    pass_at_k,
+    sizes_up_to,
+    vote,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
 # Samples with this reward count as right; code that passes a part of its tests does not
 FULL_REWARD = 1.0
-# What the math verifier logs for a completion without an answer
+# The math verifier logs this for a completion without an answer
 NO_ANSWER = "[none]"
 
 
@@ -74,8 +83,8 @@ def sample_problems(
             prompts = problems["prompt"][:]
             seeds = [None if s is None else sample_seed(seed, p, s) for p, s in batch]
             samples = sampler(prompts, seeds)
-            texts = [sample.text for sample in samples]
-            rewards, logged = _judge(reward_func, problems, prompts, texts)
+            completions = as_completions(prompts, [sample.text for sample in samples])
+            rewards, logged = judge(reward_func, problems, completions)
             rows.append(
                 {
                     "problem": batch[i][0],
@@ -96,7 +105,7 @@ def sample_problems(
 
 
 def is_correct(reward: float | None) -> bool:
-    """Whether a reward is full marks; what could not be judged counts as wrong."""
+    """Whether a reward is full marks; None, which says that it could not be judged, is not."""
     return reward is not None and reward >= FULL_REWARD
 
 
@@ -105,8 +114,8 @@ class SampleTable:
     The samples of an evaluation as arrays, greedy completions apart.
 
     Args:
-        rows (`list[dict]`): What [`sample_problems`] returns: P problems with n samples each.
-        equal (`Callable`): Whether two answers are the same, see [`~trl_prime.evaluation.majority.group_answers`].
+        rows (`list[dict]`): The rows of [`sample_problems`]: P problems with n samples each.
+        equal (`Callable`): Whether two answers are the same, see [`~trl_prime.evaluation.statistics.group_answers`].
 
     Attributes:
         n (`int`): Samples of a problem.
@@ -149,9 +158,9 @@ def summarize_samples(samples: SampleTable, ks: Sequence[int], seed: int = 0) ->
     Accuracies of a policy, each with its 95 % bootstrap interval over problems.
 
     Args:
-        samples ([`SampleTable`]): Of P problems with n samples each.
+        samples ([`SampleTable`]): P problems with n samples each.
         ks (`list[int]`): For pass@k.
-        seed (`int`): Of the bootstrap.
+        seed (`int`): Seed of the bootstrap.
 
     Returns:
         `dict`: counts, and `metrics`: `greedy`, `pass@k`, `avg@n` (the mean reward, which differs from pass@1 only where
@@ -220,8 +229,8 @@ def summarize_best_of_n(samples: SampleTable, scores: Sequence[dict[str, Any]], 
 
     Args:
         samples ([`SampleTable`]): The samples.
-        scores (`list[dict]`): What [`score_samples`] returns.
-        seed (`int`): Of the bootstrap and of the subsets that votes are averaged over.
+        scores (`list[dict]`): The rows of [`score_samples`].
+        seed (`int`): Seed of the bootstrap and of the subsets that votes are averaged over.
 
     Returns:
         `list[dict]`: for each N: `n`; `random` (one sample blindly, pass@1); `ceiling` (pass@N); `prm_sum`, `prm_min`,
@@ -264,7 +273,7 @@ def score_process_bench(
         dataset ([`~datasets.Dataset`]): Solutions in the format `process_bench`.
         make_prm (`Callable`): Loads the PRM; called only if something is left to do.
         rows ([`~trl_prime.evaluation.resumable.ResumableRows`]): Where the step rewards go.
-        separator (`str`): What joins the steps.
+        separator (`str`): The text that joins the steps.
         batch_size (`int`): Solutions at a time.
 
     Returns:
@@ -303,7 +312,7 @@ def summarize_process_bench(
         threshold (`float`, *optional*): A step below it is called wrong. Not given, it is chosen on a random part of the
             solutions, which are then left out of what is reported.
         calibration_fraction (`float`): Size of that part.
-        seed (`int`): Of that part and of the bootstrap.
+        seed (`int`): Seed of that part and of the bootstrap.
 
     Returns:
         `dict`: `threshold`, `num_calibration`, `num_solutions`, `metrics` (`erroneous`, `correct`, `f1`, see
@@ -312,41 +321,38 @@ def summarize_process_bench(
     Raises:
         ValueError: There are too few solutions to choose a threshold on.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    num_calibration = 0 if threshold is not None else round(calibration_fraction * len(labels))
-    calibration, reported = order[:num_calibration], order[num_calibration:]
+    calibration, reported = calibration_split(labels, calibration_fraction if threshold is None else 0.0, seed)
     if threshold is None:
         threshold = choose_threshold([step_rewards[i] for i in calibration], [labels[i] for i in calibration])
     rewards, truth = [step_rewards[i] for i in reported], [labels[i] for i in reported]
     return {
         "threshold": threshold,
-        "num_calibration": num_calibration,
+        "num_calibration": len(calibration),
         "num_solutions": len(truth),
         "metrics": process_bench_scores(predict_first_error(rewards, threshold), truth, seed),
         "auc": step_auc(rewards, truth),
     }
 
 
+def calibration_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The solutions that a threshold is chosen on, drawn at random, and the others.
+
+    Args:
+        labels (`list[int]`): R indices of the first wrong step, or -1.
+        fraction (`float`): Share of the former.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the rows of either.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    size = round(fraction * len(labels))
+    return order[:size], order[size:]
+
+
 def _remaining_batches(rows: ResumableRows, total: int, batch_size: int) -> list[slice]:
-    """The batches that are not written yet. One that was written in part is done again, since other company rounds differently."""
+    """The batches that are not written yet. A batch that was written in part is done again: its numbers depend on all its rows."""
     if len(rows.rows) < total:
         rows.cut(len(rows.rows) // batch_size * batch_size)
     return [slice(start, min(start + batch_size, total)) for start in range(len(rows.rows), total, batch_size)]
-
-
-def _judge(
-    reward_func: Callable, problems: Dataset, prompts: Sequence[Any], texts: Sequence[str]
-) -> tuple[list[float | None], dict[str, list]]:
-    """Rewards of completions, one for each row of `problems`, and the columns that the function logs."""
-    logged: dict[str, list] = {}
-    is_text = isinstance(prompts[0], str)
-    rewards = reward_func(
-        prompts=prompts,
-        completions=list(texts) if is_text else [[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=None,
-        trainer_state=None,
-        log_extra=logged.__setitem__,
-        log_metric=lambda *_: None,
-        **{name: problems[name][:] for name in problems.column_names if name not in ("prompt", "completion")},
-    )
-    return [None if reward is None else float(reward) for reward in rewards], logged

@@ -1,14 +1,27 @@
-"""Choosing one of N samples, against enumerating every subset of N and choosing by hand."""
+"""Statistics of repeated sampling, against enumerating subsets, choosing by hand and counting pairs."""
 
 import itertools
+import math
+import random
 from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 
-from trl_prime.evaluation.best_of_n import aggregate_step_rewards, best_of_n, draws, sizes_up_to, vote
-from trl_prime.evaluation.majority import group_answers
-from trl_prime.evaluation.pass_at_k import pass_at_k
+from trl_prime.evaluation.statistics import (
+    aggregate_step_rewards,
+    best_of_n,
+    bootstrap_weights,
+    draws,
+    first_error_auc,
+    group_answers,
+    interval,
+    mean_with_interval,
+    pass_at_k,
+    sizes_up_to,
+    vote,
+)
 
 
 def brute_best(scores, correct, size):
@@ -129,3 +142,97 @@ def test_answers_are_grouped_by_the_math_verifier():
     ]
     groups = group_answers(answers, _equal_answers())
     assert groups.tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 1, 0, -1, 2]]
+
+
+# --- pass@k and the bootstrap ---
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        right = [i < c for i in range(n)]
+        hits = [any(subset) for subset in itertools.combinations(right, k)]
+        assert pass_at_k(n, np.array([c]), k)[0] == pytest.approx(sum(hits) / len(hits), abs=1e-15)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow_and_numbers_of_samples_may_differ():
+    n, c = np.array([10_000, 1000, 64]), np.array([1, 10, 64])
+    expected = [
+        float(1 - math.comb(a - b, 50) / math.comb(a, 50)) for a, b in zip(n.tolist(), c.tolist(), strict=True)
+    ]
+    assert pass_at_k(n, c, 50) == pytest.approx(expected, rel=1e-9)
+
+
+def test_pass_at_k_refuses_what_it_cannot_tell():
+    with pytest.raises(ValueError, match="k is 5"):
+        pass_at_k(np.array([8, 4]), np.array([1, 1]), 5)
+    with pytest.raises(ValueError, match="num_correct"):
+        pass_at_k(4, np.array([5]), 1)
+
+
+def test_bootstrap_interval_has_the_width_of_the_normal_approximation():
+    values = (np.arange(400) < 120).astype(float)
+    result = mean_with_interval(values, num_resamples=4000)
+    error = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert result["value"] == 0.3
+    assert result["low"] == pytest.approx(0.3 - error, abs=0.006)
+    assert result["high"] == pytest.approx(0.3 + error, abs=0.006)
+    assert result == mean_with_interval(values, num_resamples=4000), "the same seed gives the same interval"
+    assert result != mean_with_interval(values, num_resamples=4000, seed=1)
+
+
+def test_bootstrap_weights_draw_as_many_problems_as_there_are():
+    weights = bootstrap_weights(7, num_resamples=50)
+    assert weights.shape == (50, 7) and (weights.sum(axis=1) == 7).all() and weights.max() > 1
+
+
+def test_interval_leaves_out_resamples_without_a_value():
+    assert interval(np.array([np.nan, 1.0, 2.0, 3.0]), level=0.0) == (2.0, 2.0)
+    assert all(math.isnan(end) for end in interval(np.array([np.nan])))
+    assert math.isnan(mean_with_interval(np.array([]))["value"])
+
+
+# --- The first wrong step ---
+
+
+def slow_auc(step_rewards, step_labels):
+    wins = pairs = 0.0
+    right, wrong = [], []
+    for rewards, labels in zip(step_rewards, step_labels, strict=True):
+        for i in range(min(len(labels), len(rewards))):
+            if all(labels[: i + 1]):
+                right.append(rewards[i].item())
+            elif all(labels[:i]):
+                wrong.append(rewards[i].item())
+    for r in right:
+        for w in wrong:
+            pairs += 1
+            wins += 1.0 if r > w else 0.5 if r == w else 0.0
+    return wins / pairs
+
+
+def test_first_error_auc_agrees_with_counting_pairs():
+    rng = random.Random(0)
+    for _ in range(20):
+        labels = [[rng.random() < 0.8 for _ in range(rng.randint(1, 6))] for _ in range(8)]
+        rewards = [torch.tensor([float(rng.randint(-2, 2)) for _ in row]) for row in labels]
+        if not any(False in row for row in labels):
+            continue
+        assert first_error_auc(rewards, labels) == pytest.approx(slow_auc(rewards, labels))
+
+
+def test_first_error_auc_of_more_steps_than_could_be_paired_in_memory():
+    # 100,000 right steps with rewards 0, 1, 2, ... and 100,000 wrong ones half a point below: 80 GB of pairs
+    count = 100_000
+    rewards = [torch.tensor([float(i), i - 0.5]) for i in range(count)]
+    # The right step i beats the wrong steps 0 to i
+    expected = sum(i + 1 for i in range(count)) / count**2
+    assert first_error_auc(rewards, [[True, False]] * count) == pytest.approx(expected)
+
+
+def test_first_error_auc_of_a_perfect_and_of_a_reversed_prm():
+    labels = [[True, True, False, True], [True, True]]
+    perfect = [torch.tensor([1.0, 1.0, -1.0, -9.0]), torch.tensor([1.0, 1.0])]
+    assert first_error_auc(perfect, labels) == 1.0
+    assert first_error_auc([-rewards for rewards in perfect], labels) == 0.0
+    assert first_error_auc([torch.ones(2)], [[True, True]]) != first_error_auc([torch.ones(2)], [[True, True]])  # NaN
