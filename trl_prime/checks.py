@@ -285,6 +285,16 @@ def check_text_only(output: dict[str, Any]) -> None:
 # --- While a step is made ---
 
 
+def warn_of_idle_batch(passed: torch.Tensor, num_groups: int, args: PRIMEConfig) -> None:
+    """Warn once where none of the `(G,)` groups of a generation batch has passed the prompt filter."""
+    if not passed.any():
+        logger.warning_once(
+            f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and "
+            f"{args.accuracy_high}), but a generation batch needs {num_groups}. Nothing is learnt from such batches "
+            "(filter/pass_rate is 0)."
+        )
+
+
 def check_advantages(advantages: torch.Tensor, mask: torch.Tensor, importance_sampling_level: str, step: int) -> None:
     """
     Refuse advantages that would ruin the policy, or that TRL would average.

@@ -10,10 +10,11 @@ import os
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from .prime_config import PRIMEConfig
+
+logger = logging.get_logger(__name__)
 
 PAPER = {
     "title": "Process Reinforcement through Implicit Rewards",
@@ -208,6 +211,36 @@ def with_section(card: str, section: str) -> str:
     return card.replace("[None](https://huggingface.co/None)", "a model that is not on the Hub")
 
 
+def add_policy_section(
+    path: Path,
+    args: PRIMEConfig,
+    repo_id: str,
+    *,
+    is_adapter: bool,
+    prm_needs_reference: bool = False,
+    messages: bool | None = None,
+) -> None:
+    """
+    Put PRIME's section into the card that TRL has written for a policy.
+
+    Args:
+        path (`Path`): The card.
+        args ([`PRIMEConfig`]): The run's configuration.
+        repo_id (`str`): Repo of the policy.
+        is_adapter (`bool`): Whether the policy is an adapter.
+        prm_needs_reference, messages: As in [`policy_section`].
+    """
+    section = policy_section(
+        args,
+        repo_id,
+        revision=args.hub_revision,
+        bare_base=is_adapter and ModelCard.load(path).data.base_model is None,
+        prm_needs_reference=prm_needs_reference,
+        messages=messages,
+    )
+    path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
+
+
 def prm_card(
     repo_id: str,
     *,
@@ -356,3 +389,12 @@ def upload(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def warn_of_failed_pushes(push: Any) -> None:
+    """Warn of uploads in the background that have failed: Trainer does not look at their results."""
+    for job in getattr(push, "jobs", []):
+        if job.exception() is not None:
+            logger.warning(
+                f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}"
+            )

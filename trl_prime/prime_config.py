@@ -25,10 +25,6 @@ UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
 # TRL checks these only after the models are loaded and the first batch is generated
 TRL_CHOICES = ("loss_type", "importance_sampling_level", "vllm_importance_sampling_mode")
-# In the folder of a run: its settings, as `trl-prime train` writes and `trl-prime report` reads them
-SETTINGS_NAME = "prime_config.json"
-# PRIME's columns of the completions table begin with this, because reward functions and `log_extra` name columns as well
-TABLE_PREFIX = "prime/"
 
 
 @functools.cache
@@ -391,6 +387,11 @@ class PRIMEConfig(GRPOConfig):
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch over all processes, those generated on top by `oversample_factor` included."""
         return int(self.generation_batch_size * self.oversample_factor) // self.num_generations
+
+    def num_generation_batches(self, max_steps: int) -> int:
+        """Generation batches of a run of so many steps of the policy; the last one may be used in part."""
+        micro_batches = max_steps * self.gradient_accumulation_steps
+        return -(-micro_batches // (self.steps_per_generation * self.num_iterations))
 
     def combination_settings(self, trust: float) -> dict[str, Any]:
         """The keyword arguments of [`~trl_prime.advantages.combine_rewards`], process rewards weighted by the trust in the PRM."""

@@ -1,11 +1,11 @@
 """`PRIMETrainer`: Algorithm 1 of PRIME (arXiv 2502.01456) inside TRL's GRPO step. The only file that touches TRL's private API.
 
-What of `GRPOTrainer` is overridden: `_calculate_rewards` (keeps the rewards of each function),
-`_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has generated and verified),
-`get_train_dataloader` (oversampling), `training_step` (builds the PRM's optimizer late), `_compute_loss` (rows that were left
-out change neither the scale of the loss nor its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by
-completion), `_get_grad_norm` (as in `_compute_loss`, nothing that is not finite reaches the optimizer), and saving and loading.
-All else, generation and the policy loss above all, is TRL's.
+These methods are overridden. The step: `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has
+generated and judged), `_calculate_rewards` (keeps the rewards of each function), `training_step` (starts the PRM). The batch:
+`get_train_dataloader` (oversampling). The policy loss: `_compute_loss` (rows that were left out change neither its scale nor
+its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by completion), `_get_grad_norm` (nothing that is not
+finite reaches the optimizer). The PRM beside the policy in files and on the Hub: `train` and ten methods that save, load and
+push. All else, generation and the policy loss above all, is TRL's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -43,32 +42,18 @@ from .checks import (
     checked_combination,
     checked_reward_func,
     checked_rollout_func,
+    warn_of_idle_batch,
     warn_of_uneven_saving,
 )
-from .hub import (
-    PAPER,
-    POLICY_TAGS,
-    hub_dataset,
-    policy_section,
-    with_section,
-)
+from .hub import PAPER, POLICY_TAGS, add_policy_section, hub_dataset, warn_of_failed_pushes
 from .implicit_prm.build import build_prm, fuse_lm_heads, warn_of_rounding
-from .implicit_prm.files import (
-    check_loaded_policy,
-    check_prm_state,
-    downloaded_prm,
-    whole_checkpoint,
-)
+from .implicit_prm.files import check_loaded_policy, check_prm_state, downloaded_prm, whole_checkpoint
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
 from .policy_loss import loss_scales, sequence_advantages
 from .prime_config import PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
-from .process_rewards import (
-    aggregate_process_rewards,
-    normalize_process_rewards,
-    reward_positions,
-)
+from .process_rewards import aggregate_process_rewards, normalize_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on, select_groups
 from .reports.run_files import TABLE_PREFIX
@@ -158,7 +143,6 @@ class PRIMETrainer(GRPOTrainer):
 
         super().__init__(**grpo)
         let_threads_finish_at_exit()
-
         check_prm_label(args.prm_label, self.reward_func_names)
         self.reward_funcs = [
             func if isinstance(func, torch.nn.Module) else checked_reward_func(func, name)
@@ -248,9 +232,7 @@ class PRIMETrainer(GRPOTrainer):
     def _start_prm(self) -> None:
         # Not in __init__: the policy is distributed first, and Trainer frees what was there before when training starts
         if not self._prm_is_started:
-            args = self.args
-            micro_batches = self.state.max_steps * args.gradient_accumulation_steps
-            num_rollout_batches = -(-micro_batches // (args.steps_per_generation * args.num_iterations))
+            num_rollout_batches = self.args.num_generation_batches(self.state.max_steps)
             self.prm_learner.start(num_rollout_batches, measure_every=max(int(self.state.logging_steps), 1))
             self._prm_is_started = True
 
@@ -276,7 +258,8 @@ class PRIMETrainer(GRPOTrainer):
             rollouts.output, rollouts.labels, rollouts.trains, self.num_generations, policy
         )
         prm = self.prm_learner.score_and_learn(batch, rollouts.labels, self.state.global_step)
-        self._log_prm(prm.metrics)
+        for name, value in prm.metrics.items():
+            self._log(f"prm/{name}", value)
         # Outcome and process rewards become one advantage per token
         rewards = self._rollout_rewards(rollouts, batch, prm)
         advantages = self._advantages(rollouts, rewards)
@@ -311,12 +294,7 @@ class PRIMETrainer(GRPOTrainer):
             labels, num_generations, low=args.accuracy_low, high=args.accuracy_high, truncated=truncated
         )
         num_groups = args.generation_batch_size // num_generations
-        if not passed.any():
-            logger.warning_once(
-                f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and "
-                f"{args.accuracy_high}), but a generation batch needs {num_groups}. Nothing is learnt from such batches "
-                "(filter/pass_rate is 0)."
-            )
+        warn_of_idle_batch(passed, num_groups, args)
         rows = rows_to_train_on(passed, num_groups, num_generations)
         trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
         self._log("filter/pass_rate", passed.float().mean())
@@ -401,7 +379,8 @@ class PRIMETrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         batch = self.prm_learner.make_batch(output, labels, judged, num_generations, policy)
         prm = self.prm_learner.score(batch, labels, num_generations, self.state.global_step)
-        self._log_prm(prm.metrics)
+        for name, value in prm.metrics.items():
+            self._log(f"prm/{name}", value)
         if self.log_completions:
             sums = self.accelerator.gather(prm.token_rewards.sum(1))
             self._log_rows({"outcome": outcomes, "process_reward": sums, "trained": torch.zeros_like(judged)})
@@ -409,10 +388,6 @@ class PRIMETrainer(GRPOTrainer):
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
-
-    def _log_prm(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._log(f"prm/{name}", value)
 
     def _log_rows(self, columns: dict[str, torch.Tensor], advantages: torch.Tensor | None = None) -> None:
         """Complete the rows of TRL's completions table that this batch has added, by columns of `(N,)` values."""
@@ -459,16 +434,14 @@ class PRIMETrainer(GRPOTrainer):
     @staticmethod
     def get_off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
         advantages = sequence_advantages(advantages, mask)
-        return GRPOTrainer.get_off_policy_mask(
-            advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold
-        )
+        rest = (per_token_logps, sampling_per_token_logps, mask, off_policy_threshold)
+        return GRPOTrainer.get_off_policy_mask(advantages, *rest)
 
     @staticmethod
     def get_gamma_weights(advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters):
         advantages = sequence_advantages(advantages, mask)
-        return GRPOTrainer.get_gamma_weights(
-            advantages, log_ratio_per_token, mask, importance_sampling_ratio, **parameters
-        )
+        rest = (log_ratio_per_token, mask, importance_sampling_ratio)
+        return GRPOTrainer.get_gamma_weights(advantages, *rest, **parameters)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The last thing that Trainer calls before the optimizer's step; the norm is the same on all processes
@@ -536,16 +509,14 @@ class PRIMETrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         prm, path = self.implicit_prm, Path(self.args.output_dir, "README.md")
-        policy = self.accelerator.unwrap_model(self.model)
-        section = policy_section(
+        add_policy_section(
+            path,
             self.args,
             self.hub_model_id or model_name or path.parent.name,
-            revision=self.args.hub_revision,
-            bare_base=isinstance(policy, PeftModel) and ModelCard.load(path).data.base_model is None,
+            is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             prm_needs_reference=prm.reference is None and prm.reference_name is None,
             messages=prm.text_format.messages,
         )
-        path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
@@ -575,10 +546,5 @@ class PRIMETrainer(GRPOTrainer):
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        # Trainer looks at no result of an upload in the background
-        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
-            if job.exception() is not None:
-                logger.warning(
-                    f"A push to the Hub failed; training goes on, and the checkpoint is on disk. {job.exception()}"
-                )
+        warn_of_failed_pushes(getattr(self, "push_in_progress", None))
         self.push_in_progress = None
