@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, and the quality of the PRM's steps."""
+"""Accuracy on held-out problems."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """Models and adapters from files, as the class that a checkpoint names and without a weight left out.
 
 Covered: the architecture of a checkpoint, which need not be the one that `AutoModelForCausalLM` takes (Gemma 3 and Qwen3.5
-come as `...ForConditionalGeneration`); adapters, all of whose weights have to find their place; a PRM that scores, for
-commands. Not covered: which data type and which model (`model.py`).
+come as `...ForConditionalGeneration`); adapters, all of whose weights have to find their place. Not covered: which data
+type and which model (`model.py`).
 """
 
 from __future__ import annotations
