@@ -131,7 +131,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def picture(self):
-        """What is seen now, as PNG."""
+        """The present view, as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
 

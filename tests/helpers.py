@@ -134,7 +134,7 @@ def launch(num_processes, runs, folder, exit_code=0):
 
 
 def results(folder, num_processes):
-    """What each process of `distributed_run.py` wrote: {part: {name: weights}}."""
+    """Read what each process of `distributed_run.py` wrote: {part: {name: weights}}."""
     return [torch.load(folder / f"result_{rank}.pt") for rank in range(num_processes)]
 
 

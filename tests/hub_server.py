@@ -66,7 +66,7 @@ def is_lfs(path):
 
 
 def blob_id(path, content):
-    """What the Hub calls a file: the sha256 of its content for LFS, else Git's hash."""
+    """The Hub's name of a file: the sha256 of its content for LFS, else Git's hash."""
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

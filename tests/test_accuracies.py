@@ -51,7 +51,7 @@ def test_point_13_ties_count_one_half_whatever_the_order(k):
 def test_rounding_between_equal_models_ranks_nothing():
     labels, rounding = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1e-6, -2e-6, -3e-6, 4e-6])
     assert pairwise_accuracy(rounding, labels, 4) == absolute_accuracy(rounding, labels) == 0.5
-    # What a model has learnt, little as it may be, is told from that
+    # A score that a model has learnt, little as it may be, is told from rounding
     learnt = torch.tensor([1e-4, -2e-4, 4e-4, -3e-4])
     assert pairwise_accuracy(learnt, labels, 4) == absolute_accuracy(learnt, labels) == 1.0
 

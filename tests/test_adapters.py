@@ -34,7 +34,7 @@ MBPP = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """What `datasets` makes of the files of a test goes with them."""
+    """The caches that `datasets` makes of a test's files go with them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 

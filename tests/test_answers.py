@@ -173,7 +173,7 @@ def test_extraction_is_fast_on_two_megabytes_of_anything(piece):
         answer = extract_answer(text)
         extract_gold(text)
         assert time.perf_counter() - start < 2.0  # quadratic time would be minutes; twice 0.1 s is usual
-        # What is too long stays recognizable as such
+        # An answer that is too long stays recognizable as such
         if piece == "9":
             assert extract_answer(rf"\boxed{{{text}}}") is not None
             assert len(extract_answer(rf"\boxed{{{text}}}")) > MAX_ANSWER_LENGTH

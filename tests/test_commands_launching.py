@@ -16,7 +16,7 @@ from trl_prime.commands.train import _types
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What would have been launched."""
+    """The launches that would have been made."""
     calls = []
     monkeypatch.setattr(launching, "_launch", lambda args: calls.append(args) or 0)
     return calls

@@ -263,7 +263,7 @@ def test_the_base_of_an_adapter_has_the_original_modules(tokenizer):
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
     assert same(weights(bare_base(model)), weights(build_model(scale=4.0)))
-    # Of the policy the trained head is part of the start
+    # The trained head of the policy is part of the start
     prm = ImplicitPRM.from_policy(model, tokenizer)
     assert torch.equal(prm.reference.lm_head.weight, 2 * build_model(scale=4.0).lm_head.weight)
 

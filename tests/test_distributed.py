@@ -68,7 +68,7 @@ OFFLINE = {
 
 
 def log(folder):
-    """What was logged each step, without what depends on time."""
+    """The entries of the log, without what depends on time."""
     entries = [entry for entry in json.loads((folder / "result.json").read_text()) if "prm/loss" in entry]
     return [{key: value for key, value in entry.items() if not key.endswith("time")} for entry in entries]
 

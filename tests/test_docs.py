@@ -139,7 +139,7 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
 
 # --- Names in the text ---
 
-# What pages tell a reader to write, or name as an example
+# Pages tell a reader to write these, or name them as an example
 OF_THE_READER = {"my_module.py", "tasks/verify.py"}
 FOLDERS = ("trl_prime", "recipes", "benchmarks", "docs", "tests")
 OPTIONS_OF_BENCHMARKS = {
@@ -156,7 +156,7 @@ def prose(page):
 
 
 def code_spans(page):
-    """What stands between backticks in the text of a page."""
+    """The texts between backticks on a page."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
@@ -197,7 +197,7 @@ def has_member(cls, member):
 
 
 def missing_names(span):
-    """What a code span names and nobody defines: private names, files, members of classes, dotted names of the package."""
+    """Find the names in a code span that nobody defines: private names, files, members of classes, dotted names of the package."""
     missing = set(re.findall(r"(?<![\w.])_[a-z]\w*", span)) - definitions()[0]
     files = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     for file in re.findall(r"[\w./-]+\.py\b", span):

@@ -193,7 +193,7 @@ def test_the_implicit_prm_knows_no_trainer_and_nothing_else_above_it(graph):
 
 
 def modules_after(*statements: str) -> list[set[str]]:
-    """What is loaded after each of the statements, in one fresh interpreter."""
+    """The modules that are loaded after each of the statements, in one fresh interpreter."""
     code = "import sys\n" + "".join(f"{statement}\nprint(*sys.modules)\n" for statement in statements)
     lines = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What PRIME changes around TRL's policy loss: decisions by completion, and steps in which nothing is trained."""
+"""PRIME around TRL's policy loss: decisions by completion, and steps in which nothing is trained."""
 
 import math
 

@@ -408,7 +408,7 @@ def test_metrics_say_what_they_mean(record, random_prm, guess_rate):
 
 
 def test_accuracy_after_the_update_is_that_of_the_last_epoch(record, random_prm):
-    """Of its pass, in which all steps but the last one are made: what a run with an epoch less ends with."""
+    """The last pass sees the PRM after all steps but the last one: that of a run with an epoch less."""
     settings = {"prm_model": random_prm(), "prm_learning_rate": 1e-2, "max_steps": 1, "rollout_func": fixed_rollouts()}
     shorter = record(row_rewards(MIXED), prm_num_epochs=2, **settings)
     settings["prm_model"] = random_prm()

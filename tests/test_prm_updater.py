@@ -87,7 +87,7 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
         (None, 0.0, 3.25 / 7),
         ((0.0,) * 7 + (NAN,), 0.0, 3.25 / 14),
         ((0.0,) * 8, 0.0, 3.25 / 15),
-        # Of the wrong ones a tenth by luck: 3.25 / 7 = 0.1 + 0.9 * rate
+        # A tenth of the wrong ones is right by luck: 3.25 / 7 = 0.1 + 0.9 * rate
         (None, 0.1, (3.25 / 7 - 0.1) / 0.9),
     ],
 )

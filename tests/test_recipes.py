@@ -23,7 +23,7 @@ from trl_prime.tasks.task import Task
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
-# What a stand-in may change of a recipe; everything else is trained with as it is written
+# A stand-in may change these fields of a recipe; the others are trained with as they are written
 REPLACED = {
     "output_dir": None,
     "model_name_or_path": None,

@@ -173,7 +173,7 @@ def test_several_reward_functions(train, updates):
     seen = []
     correct = row_rewards((1.0, 0.0, None, 1.0, None, 0.0, 1.0, 0.0), "correct")
     style = row_rewards((None, 0.5, 1.0, 0.5, None, None, None, None), "style")
-    # Of the second prompt style judged nothing: it is for the first
+    # The reward "style" judged nothing of the second prompt: it is for the first
     outcomes = [NAN, 0.125 + 0.25, NAN, 0.5 + 0.125 + 0.25, NAN, 0.25, 0.5, 0.25]
     expected = {"reward": outcomes, "correct": [NAN, 0.0, NAN, 1.0, NAN, 0.0, 1.0, 0.0]}
     for label in ("reward", "correct"):

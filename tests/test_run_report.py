@@ -168,7 +168,7 @@ def test_the_table_of_the_last_step_is_read(tmp_path):
         write_completions(tmp_path, step, [row(messages, f"at {step}", 1.0, 0.0, trained=False)])
     (found,) = read_run(tmp_path).completions
     assert found["completion"] == "at 100000" and found["prompt"] == [{"role": "user", "content": "p"}]
-    # What was not trained on was not scored: zero is no process reward
+    # Completions that were not trained on were not scored: zero is no process reward
     assert found["process_reward"] is None and found["outcome"] == 1.0
 
 

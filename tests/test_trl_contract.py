@@ -1,4 +1,4 @@
-"""What PRIME relies on in TRL's policy loss, for every loss of the installed TRL: run this first with a new TRL.
+"""PRIME relies on this in TRL's policy loss, for every loss of the installed TRL: run this first with a new TRL.
 
 TRL documents advantages of shape (B,); those of PRIME are (B, T), which TRL's loss takes "to support subclasses". Each test
 calls the loss itself with made-up inputs, so that all losses and levels together take seconds.
@@ -36,7 +36,7 @@ def gradient(trainer, batches, steps=1, **settings):
 
 
 def rollouts(lengths, seed=0, **more):
-    """What TRL hands to its loss: rows of random tokens, by a policy that has moved since."""
+    """A batch as TRL hands it to its loss: rows of random tokens, by a policy that has moved since."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), 6)
     mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
