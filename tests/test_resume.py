@@ -15,7 +15,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_p
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_prime import ImplicitPRM
-from trl_prime.implicit_prm.backends import make_backend
+from trl_prime.implicit_prm.backends import DataParallel, make_backend
 from trl_prime.implicit_prm.files import saved_weights
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -153,6 +153,24 @@ def test_a_second_training_begins_the_schedule_of_the_prm_anew_and_keeps_its_wei
     assert logged(trainer, "prm/learning_rate") == pytest.approx(rates)
     assert trainer.prm_learner.updater.backend.optimizer is moments
     assert not same(before, weights(trainer.implicit_prm.model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"prm_update": "none"}], ids=str)
+def test_an_optimizer_that_an_earlier_run_left_in_the_folder_is_not_taken(train, tmp_path, monkeypatch, settings):
+    """Where each process saves its own part, the file of an optimizer that all hold alike is not of this run."""
+    monkeypatch.setattr(DataParallel, "optimizer_is_sharded", True)
+    whole = train(**STEPS, **settings)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "prm_optimizer.pt").write_text("of an earlier run")
+    resumed = train(str(checkpoint), **STEPS, **settings)
+    assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
+
+
+def test_a_checkpoint_that_lost_its_optimizer_is_refused_by_the_name_of_the_file(train, tmp_path):
+    train(**STEPS)
+    (tmp_path / "run" / "checkpoint-2" / "prm_optimizer.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"prm_optimizer\.pt"):
+        train(str(tmp_path / "run" / "checkpoint-2"), **STEPS)
 
 
 ADAPTERS = {

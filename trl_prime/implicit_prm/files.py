@@ -254,11 +254,24 @@ def save_prm_state(checkpoint: str, state: dict[str, Any], accelerator: Accelera
     torch.save(state, _state_path(checkpoint, accelerator))
 
 
-def load_prm_state(checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
-    """Load the state that [`save_prm_state`] saved of this process, on the CPU."""
+def load_prm_state(checkpoint: str, accelerator: Accelerator, with_optimizer: bool) -> dict[str, Any]:
+    """
+    Load the state that [`save_prm_state`] saved of this process, on the CPU.
+
+    Args:
+        checkpoint (`str`): Its folder.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        with_optimizer (`bool`): Whether the optimizer has a file by itself; what lies there otherwise is an earlier run's.
+
+    Returns:
+        `dict`: As it was saved, with `"optimizer"` if asked for.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
     state = torch.load(_state_path(checkpoint, accelerator), map_location="cpu", weights_only=True)
-    path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
-    if os.path.isfile(path):
+    if with_optimizer:
+        path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
         state["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 

@@ -263,9 +263,10 @@ class PRMLearner:
     def load(self, checkpoint: str) -> None:
         """Load weights, optimizer, schedule, replay and trust; the learner has been started."""
         self.load_weights(checkpoint)
-        state = load_prm_state(checkpoint, self.accelerator)
+        has_shared_optimizer = self.updater is not None and not self.backend.optimizer_is_sharded
+        state = load_prm_state(checkpoint, self.accelerator, has_shared_optimizer)
         self.trust = Trust(state["wins"], state["pairs"])
         if self.updater is not None:
-            if "optimizer" in state:
+            if has_shared_optimizer:
                 state["updater"]["optimizer"] = state["optimizer"]
             self.updater.load_state_dict(state["updater"])
