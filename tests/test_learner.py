@@ -155,6 +155,13 @@ def test_precision_is_measured_once_for_each_entry_of_the_log(train, random_prm,
     assert len(calls) == measured and {*logged(trainer, "prm/precision")} == {0.75}
 
 
+def test_precision_is_measured_again_in_a_second_training(train, random_prm):
+    trainer = train(prm_model=random_prm(), bf16=True, logging_steps=3, max_steps=3)
+    assert len(logged(trainer, "prm/precision")) == 1
+    trainer.train()
+    assert len(logged(trainer, "prm/precision")) == 1
+
+
 def test_precision_is_not_measured_where_it_says_nothing(train, random_prm):
     assert not logged(train(prm_model=random_prm(), bf16=False), "prm/precision")
     # A PRM that equals its reference has process rewards of 0 in float32

@@ -88,7 +88,7 @@ class PRMLearner:
             measure_every (`int`): Steps between two measurements of `prm/precision`.
         """
         self.place()
-        self.precision.every = measure_every
+        self.precision.start(measure_every)
         if self.updater is not None:
             self.updater.start_schedule(num_rollout_batches)
         elif self.args.prm_update != "none":

@@ -37,6 +37,10 @@ class PrecisionProbe:
         self.every = 1
         self.next_step = 0
 
+    def start(self, every: int) -> None:
+        """Begin a run, whose steps count from zero, with so many steps between two measurements."""
+        self.every, self.next_step = every, 0
+
     def _can_measure(self) -> bool:
         """Whether the run computes in bfloat16 with models that could compute in float32."""
         prm, accelerator = self.backend.prm, self.backend.accelerator
