@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import build_model, distance, logged, row_rewards, same, weights
 from helpers import MIXED, fixed_rollouts, lora, make_trained, storages
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_prime import ImplicitPRM
@@ -96,6 +97,20 @@ def test_the_policy_instance_as_prm_is_not_trained_twice(make_trainer):
         return
     trained = {parameter.data_ptr() for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert not trained & {p.data_ptr() for p in trainer.implicit_prm.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_an_adapter_that_was_loaded_to_be_read_is_trained(train, tmp_path, modules_to_save):
+    make_trained(get_peft_model(build_model(4), lora(modules_to_save=modules_to_save))).save_pretrained(
+        tmp_path / "old"
+    )
+    prm_model = PeftModel.from_pretrained(build_model(4), tmp_path / "old")
+    assert not any(parameter.requires_grad for parameter in prm_model.parameters())
+    before = weights(prm_model)
+    prm = train(prm_model=prm_model, max_steps=1).implicit_prm
+    moved = {name for name, value in weights(prm.model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_" in name or "modules_to_save" in name}
+    assert same(weights(prm.reference), weights(build_model(4)))
 
 
 @pytest.mark.parametrize("trainable", [False, True])
