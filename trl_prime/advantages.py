@@ -252,7 +252,7 @@ class RolloutRewards:
     Attributes:
         outcome_rewards (`torch.Tensor`): `(B,)`; NaN = could not be judged, or the prompt filter dropped the group.
         process_rewards (`torch.Tensor`): `(B, T)`, after granularity and normalisation.
-        completion_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token.
+        completion_mask (`torch.Tensor`): `(B, T)` bool, true where the policy wrote the token, in rows that are trained on.
         reward_mask (`torch.Tensor`): `(B, T)` bool, true where a process reward sits.
         num_generations (`int`): K; groups are contiguous.
         settings (`dict`): The keyword arguments of [`combine_rewards`] as configured, with `process_weight` already

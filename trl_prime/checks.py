@@ -1,8 +1,9 @@
 """Checks: what cannot work is refused before a model is loaded, and what a user's functions return is refused when they do.
 
-Covered: arguments of the trainer, columns of the data set, tokenizers; numbers of a step that are not finite; results of reward functions, plain and async, of
-rollout functions and of the reward-combination hook. Not covered: single settings (`prime_config.py`), and a function that
-never returns. It can do so for good reasons, so a limit of time is its own affair: the verifiers in `rewards/` have one.
+Covered: arguments of the trainer, columns of the data set, tokenizers; numbers of a step that are not finite; results of
+reward functions, plain and async, of rollout functions and of the reward-combination hook. Not covered: single settings
+(`prime_config.py`), and a function that never returns. It can do so for good reasons, so a limit of time is its own affair:
+the verifiers in `rewards/` have one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Hub: model cards of a policy trained by PRIME and of its implicit PRM, and how a folder gets there.
 
-The cards are pure functions of settings. What is pushed, and when, is decided in `prime_trainer.py` (the policy, by
+What a card says is a pure function of settings; [`add_policy_section`] alone writes a file. What is pushed, and when, is decided in `prime_trainer.py` (the policy, by
 Trainer, and the PRM along with it) and in `ImplicitPRM.push_to_hub`.
 """
 

@@ -1,8 +1,8 @@
 """The implicit PRM while it learns beside a policy: it scores each rollout batch and is trained on it.
 
 Covered: the order of scoring and learning (`prm_update`), trust, what is logged as `prm/...`, state and weights in a
-checkpoint. Not covered: one optimizer step (`updater.py`), where weights are (`backends.py`), process rewards and
-advantages.
+checkpoint. Not covered: one optimizer step (`updater.py`), where weights are (`backends.py`), and what the rewards of
+tokens become: steps, scale and advantages (`prime_trainer.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Log-probabilities of completions under a causal LM, in memory that grows with the micro-batch and not with the batch.
 
 Covered: micro-batches of rows of like length, each cut to its own longest prompt and completion; temperature 1; that a row's
-result does not depend on the rows beside it. Not covered: token ids of text (`text.py`), which model (`model.py`), gradient
+result does not depend on the rows beside it. Not covered: token ids of text (`texts.py`), which model (`model.py`), gradient
 accumulation (`updater.py`).
 """
 

@@ -1,7 +1,7 @@
 """Losses of the implicit PRM (PRIME, arXiv 2502.01456, Eq 4 and section 5; arXiv 2412.01981).
 
 Covered: cross-entropy, plain and calibrated to the base rate and to lucky guesses; the detached DPO loss and its two best-of-N
-weightings; DPO on pairs and KTO, for training offline. Not covered: where scores come from (`model.py`) and the optimizer
+weightings; DPO on pairs and KTO, for training offline. Not covered: where scores come from (`logps.py`) and training on them
 (`updater.py`, `offline_prm_trainer.py`). A score q is the process reward summed over a completion, that is the log-odds of a
 right outcome. B = completions, K = completions per prompt.
 """
@@ -139,8 +139,9 @@ def prm_loss(
         loss_type (`str`):
             `"ce"` (Eq 4): binary cross-entropy of `sigmoid(q)` against the label, on logits, so that it keeps its gradient
             where the PRM is sure and wrong. `"calibrated_ce"`: the same here, since intercept and guess rate come in before the
-            loss, by [`label_log_odds`]; see [`prm_row_losses`]. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower label)` for a label
-            above 1/2, `-log sigmoid(mean q of the peers with a higher label - q)` for others, the peers detached.
+            loss, by [`label_log_odds`]; see [`prm_row_losses`]. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower
+            label)` for a label above 1/2, `-log sigmoid(mean q of the peers with a higher label - q)` for others, the peers
+            detached.
             `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by K * P(a peer is not better)^(K-1), the density of
             being the best of K draws, by outcome or by score.
         num_generations (`int`, *optional*): K, when the rows are whole groups: peers are then taken from the batch itself.
