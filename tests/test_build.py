@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_prime import ImplicitPRM
+from trl_prime.implicit_prm.build import build_prm
 from trl_prime.implicit_prm.logps import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
 
 NAN = float("nan")
@@ -68,6 +69,20 @@ def test_prm_of_an_earlier_run_by_its_folder(make_trainer, tokenizer, tmp_path, 
     prm = make_trainer(prm_model=str(tmp_path / "prm")).implicit_prm
     assert same(weights(prm.model), weights(saved.model)) and same(weights(prm.reference), weights(build_model(4)))
     assert any(parameter.requires_grad for parameter in prm.model.parameters())
+
+
+def test_a_new_adapter_depends_on_its_seed_only_and_leaves_random_numbers_alone(tokenizer):
+    """Processes that are seeded differently start from the same PRM."""
+
+    def build(process, seed):
+        base = build_model()
+        torch.manual_seed(process)
+        return weights(build_prm(base, tokenizer, peft_config=lora(), seed=seed).model), torch.rand(1)
+
+    (first, drawn), (second, _), (other, _) = build(0, seed=3), build(1, seed=3), build(0, seed=4)
+    assert same(first, second) and not same(first, other)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1)
 
 
 def test_prm_from_a_path(make_trainer, model_path):
