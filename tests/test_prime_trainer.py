@@ -391,13 +391,18 @@ def test_metrics_are_in_range_and_averaged(train, random_prm):
 # With a guess rate, the chance of a right outcome is above 1/2 from lower scores on
 @pytest.mark.parametrize("guess_rate", [0.0, 0.2])
 def test_metrics_say_what_they_mean(record, random_prm, guess_rate):
-    recorder = record(row_rewards(MIXED), prm_model=random_prm(), max_steps=1, prm_guess_rate=guess_rate)
+    settings = {"prm_loss_type": "calibrated_ce", "prm_guess_rate": guess_rate} if guess_rate else {}
+    # So few right ones that the intercept changes what the PRM believes
+    outcomes = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    recorder = record(row_rewards(outcomes), prm_model=random_prm(), max_steps=1, **settings)
     entry, rewards = metrics(recorder.trainer)[0], recorder.rewards[0]
-    scores, labels = rewards.process_rewards.sum(1), torch.tensor(MIXED)
+    scores, labels = rewards.process_rewards.sum(1), torch.tensor(outcomes)
     assert entry["prm/process_reward"] == pytest.approx(
         rewards.process_rewards[rewards.completion_mask].mean().item(), rel=1e-4
     )
-    chances = guess_rate + (1 - guess_rate) * torch.sigmoid(scores)
+    base_rate = (labels.mean() - guess_rate) / (1 - guess_rate)
+    intercept = torch.logit(base_rate) if guess_rate else 0.0
+    chances = guess_rate + (1 - guess_rate) * torch.sigmoid(scores + intercept)
     assert entry["prm/accuracy"] == ((chances > 0.5) == (labels > 0.5)).float().mean()
     wins = [
         float(scores[i] > scores[j]) for i in range(8) for j in range(8) if i // 4 == j // 4 and labels[i] > labels[j]
