@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from conftest import build_model, build_tokenizer, logged, parity_reward, row_rewards, same, weights
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from helpers import MIXED, lora, rollouts_of
 from peft import get_peft_model
 from trl import GRPOConfig, GRPOTrainer
@@ -291,7 +291,8 @@ def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, stre
         with pytest.raises(ValueError, match=match):
             make_trainer(model="no/such-model", train_dataset=dataset, **kwargs)
 
-    refuse("no column 'prompt'.*question", [{"question": "1="}])
+    refuse("no column 'prompt'.*question.*load_prime_dataset", [{"question": "1="}])
+    refuse(r"'gsm8k': load it by `trl_prime.load_prime_dataset\(name, 'gsm8k'\)`", [{"question": "1=", "answer": "1"}])
     for func in (needs_solution, needs_solution_async, NeedsSolution()):
         refuse(
             "needs a column 'solution'.*Did you mean 'solutions'",
@@ -299,6 +300,17 @@ def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, stre
             reward_funcs=func,
         )
     refuse("'needs_solution'", [{"prompt": "1="}], reward_funcs=[parity_reward, needs_solution])
+
+
+@pytest.mark.parametrize("kind", [DatasetDict, IterableDatasetDict, dict])
+def test_all_splits_at_once_are_refused(make_trainer, kind):
+    splits = {name: Dataset.from_list([{"prompt": "1="}] * 4) for name in ("validation", "train")}
+    if kind is IterableDatasetDict:
+        splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
+    with pytest.raises(
+        ValueError, match=rf"is a {kind.__name__} with the splits validation, train: pass one.*'validation'"
+    ):
+        make_trainer(model="no/such-model", train_dataset=kind(splits))
 
 
 def test_other_bad_input(make_trainer, random_prm, tokenizer):

@@ -71,6 +71,11 @@ def stand_ins(tmp_path, monkeypatch, model_path):
     data.mkdir(parents=True)
     rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "solution": str(2 * i)} for i in range(8)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Path("openai/gsm8k")
+    data.mkdir(parents=True)
+    rows = [{"question": f"{i}+{i}=?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(8)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n")
 
     def short_config(*args, **kwargs):
         short = {"max_completion_length": 4, "max_steps": 1, "gradient_accumulation_steps": 1}

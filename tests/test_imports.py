@@ -207,6 +207,19 @@ def test_importing_the_package_loads_no_framework():
     assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "matplotlib"}
 
 
+def test_dir_shows_the_public_names():
+    assert set(dir(trl_prime)) == {
+        "ImplicitPRM",
+        "OfflinePRMConfig",
+        "OfflinePRMTrainer",
+        "PRIMEConfig",
+        "PRIMETrainer",
+        "__version__",
+        "load_prime_dataset",
+    }
+    assert all(getattr(trl_prime, name) is not None for name in dir(trl_prime))
+
+
 def test_importing_the_trainer_loads_little_more_than_trl_does():
     trls, ours = modules_after(
         "from trl import GRPOTrainer, GRPOConfig", "from trl_prime import PRIMETrainer, PRIMEConfig, ImplicitPRM"

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from .data.adapters import guess_format
 from .implicit_prm import ImplicitPRM
 from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
 from .implicit_prm.files import is_adapter, is_saved_prm
@@ -132,6 +133,11 @@ def _check_tokenizers(grpo: dict[str, Any], prm_model: Any) -> None:
 def _check_train_dataset(grpo: dict[str, Any]) -> None:
     """Refuse a training data set with too few prompts, or without the columns that the reward functions ask for."""
     train_dataset, reward_funcs = grpo.get("train_dataset"), grpo.get("reward_funcs")
+    if isinstance(train_dataset, dict):
+        raise ValueError(
+            f"train_dataset is a {type(train_dataset).__name__} with the splits {', '.join(map(str, train_dataset))}: pass one of "
+            f"them, train_dataset=dataset[{next(iter(train_dataset), 'train')!r}]."
+        )
     if isinstance(train_dataset, Dataset):
         _check_enough_prompts(len(train_dataset), grpo["args"])
     if train_dataset is None or grpo.get("environment_factory") is not None:
@@ -140,9 +146,12 @@ def _check_train_dataset(grpo: dict[str, Any]) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
+        guess = guess_format(columns)
+        remedy = "Load it by `trl_prime.load_prime_dataset(name, format)`, rename a column (`dataset.rename_column`), or map the rows"
+        if guess is not None:
+            remedy = f"They look like {guess!r}: load it by `trl_prime.load_prime_dataset(name, {guess!r})`, or map the rows"
         raise ValueError(
-            f"The training data set has no column 'prompt'; its columns are {sorted(columns)}. Rename one "
-            "(`dataset.rename_column`), or map the rows to TRL's prompt format."
+            f"The training data set has no column 'prompt'; its columns are {sorted(columns)}. {remedy} to TRL's prompt format."
         )
     if grpo.get("rollout_func") is not None:
         return  # it may add columns of its own

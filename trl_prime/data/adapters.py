@@ -22,6 +22,7 @@ import functools
 import inspect
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,13 +246,27 @@ def _check_trl_form(present: list[str]) -> None:
         logger.warning(f"The data set{guess}; without dataset_format its columns are passed on as they are.")
 
 
-def _guess(present: list[str]) -> str:
-    """Say, as part of a sentence, which format the columns look like."""
+def guess_format(columns: Iterable[str]) -> str | None:
+    """
+    The data format that rows with these columns look like.
+
+    Args:
+        columns (`list[str]`): Names of the columns.
+
+    Returns:
+        `str`, *optional*: Key of `DATASET_FORMATS`; None if no format has all its columns among them.
+    """
+    present = set(columns)
     for name, known in DATASET_FORMATS.items():
-        choices = [(column,) if isinstance(column, str) else column for column in known.columns.values()]
-        if known.generate is None and all(set(columns) & set(present) for columns in choices):
-            return f" (looks like {name!r})"
-    return ""
+        choices = [{column} if isinstance(column, str) else set(column) for column in known.columns.values()]
+        if known.generate is None and all(names & present for names in choices):
+            return name
+    return None
+
+
+def _guess(present: list[str]) -> str:
+    guess = guess_format(present)
+    return f" (looks like {guess!r})" if guess else ""
 
 
 def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
