@@ -531,3 +531,18 @@ def test_formats_are_complete():
         assert {*known.columns, *known.optional, *known.options} <= set(parameters), name
         required = {n for n, p in parameters.items() if p.default is p.empty}
         assert required <= set(known.columns), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("broken.jsonl", b'{"prompt": "1"}\n{"prompt": "2\n', "JSON parse error.*Mend the file"),
+        ("latin.csv", "prompt\nWie heißt er?\n".encode("latin-1"), "0xdf.*Save it as UTF-8"),
+        ("open.csv", b'prompt\n"1', "EOF inside string.*Mend the file"),
+        ("empty.jsonl", b"", "it holds no row"),
+    ],
+)
+def test_files_that_cannot_be_read_are_told_in_a_sentence(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}', which could not be read: .*{reason}"):
+        load_prime_dataset(str(tmp_path / name))

@@ -110,3 +110,12 @@ def test_env_tells_why_there_is_no_sandbox(monkeypatch):
 
     monkeypatch.setattr("trl_prime.sandbox.open_sandbox", none)
     assert env.sandbox() == "none. user namespaces are forbidden"
+
+
+def test_check_of_rows_that_no_verifier_can_judge(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1=", "gold": "2"}\n')
+    assert main(["data", "--dataset_name", str(path), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows without 'solution' and 'tests'" in said and "question_answer(answer='...')" in said
+    assert "cannot be judged" not in said

@@ -10,7 +10,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from trl_prime.cli import main
 from trl_prime.commands import launching
-from trl_prime.commands.launching import CONFIGS, check_launch, launch_if_asked, parse_launched_arguments
+from trl_prime.commands.launching import (
+    CONFIGS,
+    check_launch,
+    check_report_to,
+    launch_if_asked,
+    parse_launched_arguments,
+)
 from trl_prime.commands.train import _types
 
 
@@ -155,3 +161,13 @@ def test_a_command_leaves_the_process_group(tmp_path, capsys):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     assert main(["env"]) == 0
     assert not torch.distributed.is_initialized()
+
+
+def test_trackers_that_are_not_there_are_told_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):
+    installed = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(installed, lambda: ["tensorboard"])
+    check_report_to(["tensorboard"])
+    for name, message in (("wandb", "'wandb', which is not installed"), ("wnadb", "Did you mean 'wandb'")):
+        flags = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--output_dir", str(tmp_path)]
+        assert main(["train", *flags, "--use_cpu", "--bf16", "false", "--report_to", name]) == 2
+        assert message in capsys.readouterr().err

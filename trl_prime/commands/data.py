@@ -204,9 +204,16 @@ def check_rows(
             ]
             print(f"{len(too_long)} prompts with more than {max_prompt_length} tokens")
             _name(too_long)
-    unjudged = [f"row {numbers[i]}: {reason}" for i, reason in unjudged_rows(dataset)]
-    print(f"{len(unjudged)} rows whose gold answer or tests cannot be judged")
-    _name(unjudged)
+    unjudged: list[str] = []
+    if "prompt" in dataset.column_names and not {"solution", "tests"} & set(dataset.column_names):
+        print(
+            f"{len(dataset)} rows without 'solution' and 'tests', which the verifiers read: name the column of the gold answer "
+            "(dataset_format: question_answer(answer='...')), or judge them by a reward function of your own"
+        )
+    else:
+        unjudged = [f"row {numbers[i]}: {reason}" for i, reason in unjudged_rows(dataset)]
+        print(f"{len(unjudged)} rows whose gold answer or tests cannot be judged")
+        _name(unjudged)
     return not (malformed or too_long or unjudged)
 
 
@@ -230,7 +237,7 @@ def unjudged_rows(dataset: Dataset, batch_size: int = 256) -> Iterator[tuple[int
 
     columns = {name: dataset[name] for name in ("solution", "tests", "ability") if name in dataset.column_names}
     if not {"solution", "tests"} & set(columns):
-        return
+        return  # finished conversations
     abilities = columns.get("ability", [None] * len(dataset))
     solutions, tests = (columns.get(name, [None] * len(dataset)) for name in ("solution", "tests"))
     golds = []

@@ -97,6 +97,29 @@ def check_launch(world_size: int, bf16: bool) -> None:
         )
 
 
+def check_report_to(report_to: list[str]) -> None:
+    """
+    Refuse trackers that are not installed before a model is loaded.
+
+    Args:
+        report_to (`list[str]`): Names of trackers, as `TrainingArguments` has them.
+
+    Raises:
+        ValueError: One is not installed, or unknown.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    installed = get_available_reporting_integrations()
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to has {name!r}, which is unknown. {nearest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise ValueError(f"report_to has {name!r}, which is not installed. Install it, or set report_to: none.")
+
+
 def _was_launched() -> bool:
     # The second is set by torchrun and by accelerate, where a user has called them
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ

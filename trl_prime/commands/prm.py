@@ -14,7 +14,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from .launching import check_launch, launch_if_asked, parse_launched_arguments
+from .launching import check_launch, check_report_to, launch_if_asked, parse_launched_arguments
 from .train import check_model_name, model_init_kwargs, resume_point
 
 
@@ -73,6 +73,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         return lambda: exit_code
     script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime prm")
     check_launch(args.world_size, args.bf16)
+    check_report_to(args.report_to)
     if not (script_args.dataset_name and model_args.model_name_or_path):
         raise ValueError("Give `model_name_or_path` and `dataset_name`.")
     if script_args.dataset_streaming:

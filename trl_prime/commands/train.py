@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..specs import nearest
 from .dataset_arguments import DatasetArguments, load_split
-from .launching import check_launch, launch_if_asked, parse_launched_arguments
+from .launching import check_launch, check_report_to, launch_if_asked, parse_launched_arguments
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -105,6 +105,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         return lambda: exit_code
     script_args, args, model_args = parse_launched_arguments(_types(), argv, "trl-prime train")
     check_launch(args.world_size, args.bf16)
+    check_report_to(args.report_to)
     resume_from = resume_point(args)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)

@@ -18,15 +18,17 @@ A row that cannot be adapted is refused with its index and the reason, or left o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from ..specs import check_options, nearest, parse_call
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
@@ -273,10 +275,28 @@ def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
     if dataset.column_names is not None:
         return list(dataset.column_names)
     # A stream of JSON lines does not know its columns before the first row
-    first = next(iter(dataset), None)
+    with _readable("the data set"):
+        first = next(iter(dataset), None)
     if first is None:
         raise ValueError("The data set is empty.")
     return list(first)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Around reading of files: what is wrong with them is told in one sentence."""
+    try:
+        yield
+    # A file without a row ends in a StopIteration, which must not leave a generator
+    except (DatasetGenerationError, UnicodeDecodeError, StopIteration) as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).splitlines()[0] if str(cause) else "it holds no row"
+        remedy = "Save it as UTF-8." if isinstance(cause, UnicodeDecodeError) else "Mend the file."
+        raise ValueError(
+            f"dataset_name is {name!r}, which could not be read: {reason.rstrip('.')}. {remedy}"
+        ) from error
 
 
 def read_rows(
@@ -295,11 +315,13 @@ def read_rows(
                 f"{name_or_path!r} is one file, which has only the split 'train' and no {split!r}. Give a folder with a "
                 f"file for each split, train{suffix} and {split}{suffix}."
             )
-        return load_dataset(_READERS[suffix], data_files=str(path), split=split, streaming=streaming)
+        with _readable(name_or_path):
+            return load_dataset(_READERS[suffix], data_files=str(path), split=split, streaming=streaming)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _load_saved(path, split, streaming)
-        return load_dataset(str(path), name=config, split=split, streaming=streaming)
+        with _readable(name_or_path):
+            return load_dataset(str(path), name=config, split=split, streaming=streaming)
     if suffix in _READERS or path.is_absolute() or name_or_path.startswith((".", "~")):
         raise ValueError(f"dataset_name is {name_or_path!r}, but there is no such file or folder.")
     return load_dataset(name_or_path, name=config, split=split, streaming=streaming)
