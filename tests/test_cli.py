@@ -11,6 +11,7 @@ from helpers import train_flags
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM
 
+import trl_prime
 from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
@@ -220,3 +221,8 @@ def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):
     flags[position + 1] = "eurus2_sft(conversations='question')"
     assert main(flags) == 2
     assert "prompt" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trl-prime {trl_prime.__version__}\n"

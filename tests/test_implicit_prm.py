@@ -283,6 +283,16 @@ def test_score_uses_the_step_delimiter(random_prm):
     assert result.steps == ["aso", " bso", " c<eos>"]
 
 
+def test_one_prompt_is_that_of_all_completions(random_prm, tokenizer):
+    prm = random_prm()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    for prompt in ("1+1=", [{"role": "user", "content": "1+1="}]):
+        alone, together = prm.score(prompt, ["2", "3"]), prm.score([prompt] * 2, ["2", "3"])
+        assert [result.reward for result in alone] == [result.reward for result in together]
+    with pytest.raises(ValueError, match="`completions` is a text"):
+        prm.score("1+1=", "23")
+
+
 def test_score_wants_a_completion_for_each_prompt(random_prm):
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         random_prm().score(["1", "2"], ["1"])

@@ -1,16 +1,33 @@
 """Names in recipes: objects by dotted path, call forms and their options, and the nearest choice to a misspelt name."""
 
+import dataclasses
 import sys
 
 import pytest
 
-from trl_prime.specs import call_with_options, check_options, load_object, nearest, parse_call
+from trl_prime.prime_config import PRIMEConfig
+from trl_prime.specs import call_with_options, check_options, did_you_mean, load_object, nearest, parse_call
 from trl_prime.tasks.running_sums import running_sum_reward
 
 
 def test_a_misspelt_name_is_told_the_nearest_choice_and_all_of_them():
     assert nearest("rlo", ["grpo", "rloo"]) == "Did you mean 'rloo'? Choose one of: grpo, rloo."
     assert nearest("xyz", ["grpo", "rloo"]) == "Choose one of: grpo, rloo."
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("prm_lr", "prm_learning_rate"),
+        ("per_device_train_bs", "per_device_train_batch_size"),
+        ("max_completion_len", "max_completion_length"),
+        ("prm_wd", "prm_weight_decay"),
+        ("prm_btea", "prm_beta"),
+    ],
+)
+def test_abbreviations_are_understood(written, meant):
+    fields = [field.name for field in dataclasses.fields(PRIMEConfig)]
+    assert did_you_mean(written, fields) == f"Did you mean {meant!r}? "
 
 
 def test_objects_by_dotted_path():

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from .specs import nearest
+from .version import __version__
 
 # Each command has a module and a summary
 COMMANDS = {
@@ -18,6 +19,7 @@ COMMANDS = {
     "data": ("data", "Show, check or convert a data set as the trainer reads it."),
     "env": ("env", "Versions, devices and sandbox of this machine, for bug reports."),
 }
+HELP = "`trl-prime COMMAND --help` lists the fields of a command, `trl-prime --version` tells the version."
 EXIT_CODES = """
 exit codes:
   0   all went well
@@ -30,7 +32,7 @@ exit codes:
 def usage() -> str:
     lines = ["usage: trl-prime COMMAND [--config FILE.yaml] [--FIELD VALUE ...]", ""]
     lines += [f"  {name:<8}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`trl-prime COMMAND --help` lists the fields of a command.", EXIT_CODES.rstrip()])
+    return "\n".join([*lines, "", HELP, EXIT_CODES.rstrip()])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"trl-prime {__version__}")
+        return 0
     if argv[0] not in COMMANDS:
         print(f"trl-prime: {argv[0]!r} is no command. {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2

@@ -15,6 +15,17 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+# Words that people write for parts of names
+_ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "bsz": "batch_size",
+    "ga": "gradient_accumulation_steps",
+    "wd": "weight_decay",
+    "len": "length",
+    "temp": "temperature",
+}
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """
@@ -33,8 +44,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Write the first half of [`nearest`] with a space at its end, or nothing; it serves where choices are too many to list."""
-    matches = difflib.get_close_matches(str(name), list(choices), n=1)
-    return f"Did you mean {matches[0]!r}? " if matches else ""
+    choices = list(choices)
+    words = [_ABBREVIATIONS.get(word, word) for word in str(name).split("_")]
+    for meant in ("_".join(words), str(name)):
+        matches = difflib.get_close_matches(meant, choices, n=1)
+        if matches:
+            return f"Did you mean {matches[0]!r}? "
+    return ""
 
 
 def load_object(path: str) -> Any:

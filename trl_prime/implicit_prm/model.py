@@ -506,7 +506,8 @@ class ImplicitPRM:
 
         Args:
             prompts (`list[str]` or `list[list[dict]]`): Prompts, text or messages, which the chat template renders as in the
-                PRM's training. A PRM that was trained on messages is given messages.
+                PRM's training. A PRM that was trained on messages is given messages. A single prompt, by itself, is that of
+                all completions.
             completions (`list[str]` or `list[list[dict]]`): A completion for each prompt. The token that ends a turn is
                 appended, as the policy writes it.
             truncated (`list[bool]`, *optional*): Which completions were cut off at their longest length and have no such
@@ -518,6 +519,10 @@ class ImplicitPRM:
         Raises:
             ValueError: The arguments are of different lengths, or a completion is no text and not one assistant message.
         """
+        if isinstance(completions, str):
+            raise ValueError("`completions` is a text: give a list, [completion].")
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], dict)):
+            prompts = [prompts] * len(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"Got {len(prompts)} prompts and {len(completions)} completions; one for each is needed.")
         truncated = [False] * len(prompts) if truncated is None else truncated
