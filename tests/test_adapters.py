@@ -533,6 +533,22 @@ def test_formats_are_complete():
         assert required <= set(known.columns), name
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_prompts_are_the_contents_of_the_messages(tmp_path, streaming):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1=?", "answer": "2"}\n{"question": "2+2=?", "answer": "4"}\n')
+    settings = {"system_prompt": "Be brief.", "prompt_suffix": "Think first.", "plain_prompts": True}
+    dataset = load_prime_dataset(str(path), "question_answer", streaming=streaming, **settings)
+    first = next(iter(dataset))
+    assert first["prompt"] == "Be brief.\n\n1+1=?\n\nThink first." and first["solution"] == "2"
+    path.write_text('{"prompt": [{"role": "user", "content": "1+1=?"}], "solution": "2"}\n')
+    (row,) = load_prime_dataset(str(path), plain_prompts=True, streaming=streaming)
+    assert row == {"prompt": "1+1=?", "solution": "2"}
+    path.write_text('{"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}\n')
+    with pytest.raises(ValueError, match="plain_prompts is given, but dataset_format 'eurus2_sft'"):
+        load_prime_dataset(str(path), "eurus2_sft", plain_prompts=True)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -302,6 +302,17 @@ def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, stre
     refuse("'needs_solution'", [{"prompt": "1="}], reward_funcs=[parity_reward, needs_solution])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_messages_for_a_tokenizer_without_chat_template_are_refused(make_trainer, tokenizer, streaming, monkeypatch):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "1="}]}] * 4)
+    rows = rows.to_iterable_dataset() if streaming else rows
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="no chat template, but the prompts are messages.*plain_prompts: true"):
+        make_trainer(model="no/such-model", processing_class=tokenizer, train_dataset=rows)
+    make_trainer(chat_template_kwargs={"chat_template": "{{ messages[0].content }}"}, train_dataset=rows)
+    make_trainer(train_dataset=Dataset.from_list([{"prompt": "1="}] * 4))
+
+
 @pytest.mark.parametrize("kind", [DatasetDict, IterableDatasetDict, dict])
 def test_all_splits_at_once_are_refused(make_trainer, kind):
     splits = {name: Dataset.from_list([{"prompt": "1="}] * 4) for name in ("validation", "train")}

@@ -283,9 +283,9 @@ def test_score_uses_the_step_delimiter(random_prm):
     assert result.steps == ["aso", " bso", " c<eos>"]
 
 
-def test_one_prompt_is_that_of_all_completions(random_prm, tokenizer):
+def test_one_prompt_is_that_of_all_completions(random_prm, tokenizer, monkeypatch):
     prm = random_prm()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     for prompt in ("1+1=", [{"role": "user", "content": "1+1="}]):
         alone, together = prm.score(prompt, ["2", "3"]), prm.score([prompt] * 2, ["2", "3"])
         assert [result.reward for result in alone] == [result.reward for result in together]

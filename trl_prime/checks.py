@@ -93,6 +93,7 @@ def check_before_loading(
     _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
     _check_tokenizers(grpo, prm_model)
     _check_train_dataset(grpo)
+    _check_chat_template(grpo)
 
 
 def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None) -> None:
@@ -158,6 +159,22 @@ def _check_train_dataset(grpo: dict[str, Any]) -> None:
     for func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if callable(func) and not isinstance(func, torch.nn.Module):
             _check_reward_columns(func, columns)
+
+
+def _check_chat_template(grpo: dict[str, Any]) -> None:
+    """Refuse prompts that are messages where the policy's tokenizer cannot render them, as those of base models."""
+    dataset, args = grpo.get("train_dataset"), grpo["args"]
+    if grpo.get("rollout_func") is not None or not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    prompt = next(iter(dataset), {}).get("prompt", "")
+    tokenizer = grpo.get("processing_class") or _tokenizer_of(grpo["model"], args.trust_remote_code)
+    if isinstance(prompt, str) or tokenizer is None or "chat_template" in (args.chat_template_kwargs or {}):
+        return
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The policy's tokenizer has no chat template, but the prompts are messages. Make them plain text, plain_prompts: "
+            "true in a recipe and load_prime_dataset(..., plain_prompts=True) in Python, or give the tokenizer a chat template."
+        )
 
 
 def _check_reward_columns(func: Callable, columns: set[str]) -> None:

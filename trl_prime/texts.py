@@ -198,6 +198,11 @@ def completion_text(completion: Any) -> str:
     return content or ""
 
 
+def prompt_text(prompt: str | list[dict]) -> str:
+    """The text of a prompt without a chat template: the contents of its messages with blank lines between them."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(completion_text([message]) for message in prompt)
+
+
 def is_text_or_messages(prompt: Any) -> bool:
     """Whether a prompt can be rendered: text, or messages."""
     return isinstance(prompt, str) or (

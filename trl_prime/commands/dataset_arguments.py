@@ -30,6 +30,7 @@ class DatasetArguments(ScriptArguments):
         dataset_ability (`str`, *optional*): Only the rows with this in their column `ability` are used: `"math"`, `"code"`.
         system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
         prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
+        plain_prompts (`bool`): Prompts are plain text, for base models without a chat template.
         on_malformed_row (`str`): `"raise"`, or `"skip"` to leave out rows that cannot be adapted.
         max_prompt_length (`int`, *optional*): Rows whose prompt has more tokens are left out.
     """
@@ -46,6 +47,9 @@ class DatasetArguments(ScriptArguments):
     )
     prompt_suffix: str | None = field(
         default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
+    )
+    plain_prompts: bool = field(
+        default=False, metadata={"help": "Prompts are plain text, for base models without a chat template."}
     )
     on_malformed_row: str = field(
         default="raise",
@@ -98,6 +102,7 @@ def load_split(
         streaming=arguments.dataset_streaming,
         system_prompt=arguments.system_prompt,
         prompt_suffix=arguments.prompt_suffix,
+        plain_prompts=arguments.plain_prompts,
         on_error=arguments.on_malformed_row,
     )
     if arguments.dataset_ability is not None:

@@ -240,9 +240,7 @@ def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     text_format = saved_text_format(args.model_name_or_path, revision=args.model_revision)
-    if args.plain_prompts:
-        dataset = dataset.map(_as_text)
-    elif tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
+    if tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
         raise ValueError(
             f"'{args.model_name_or_path}' has no chat template. Give plain_prompts: true to prompt it with plain text."
         )
@@ -350,6 +348,7 @@ def _load_dataset(args: EvalArguments) -> Any:
         config=args.dataset_config or (known.config if known and not args.dataset_name else None),
         system_prompt=args.system_prompt,
         prompt_suffix=None if suffix == "none" else suffix,
+        plain_prompts=args.plain_prompts,
         on_error=args.on_malformed_row,
     )
     if not len(dataset):
@@ -439,10 +438,3 @@ def _equal_answers() -> Callable[[list[tuple[str, str]]], list[bool]]:
 
     reward = None
     return equal
-
-
-def _as_text(row: dict[str, Any]) -> dict[str, Any]:
-    from ..texts import completion_text
-
-    prompt = row["prompt"]
-    return {"prompt": prompt if isinstance(prompt, str) else "\n\n".join(completion_text([m]) for m in prompt)}

@@ -31,6 +31,7 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset, lo
 from datasets.exceptions import DatasetGenerationError
 
 from ..specs import check_options, nearest, parse_call
+from ..texts import prompt_text
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
 from .rows import MalformedRow, with_system_prompt
 
@@ -54,6 +55,7 @@ def load_prime_dataset(
     streaming: bool = False,
     system_prompt: str | None = None,
     prompt_suffix: str | None = None,
+    plain_prompts: bool = False,
     on_error: str = "raise",
     **options: Any,
 ) -> Dataset | IterableDataset:
@@ -72,6 +74,8 @@ def load_prime_dataset(
         system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
         prompt_suffix (`str`, *optional*): Appended to every prompt that does not hold it: `"math"` or `"code"` for the two
             that the paper's data has, or a text of one's own. A prompt that holds either of the two gets neither.
+        plain_prompts (`bool`): Make prompts plain text, for base models without a chat template: the contents of the messages
+            with blank lines between them.
         on_error (`str`): What to do about a malformed row: `"raise"`; `"skip"`, which logs how many there were; or
             `"mark"`, which keeps it empty and adds the column `MALFORMED` with the reason, None for all other rows.
         options: Options of the format: names of columns, and what its row function takes.
@@ -103,6 +107,7 @@ def load_prime_dataset(
         format,
         system_prompt=system_prompt,
         prompt_suffix=prompt_suffix,
+        plain_prompts=plain_prompts,
         on_error=on_error,
         **options,
     )
@@ -114,6 +119,7 @@ def adapt_dataset(
     *,
     system_prompt: str | None = None,
     prompt_suffix: str | None = None,
+    plain_prompts: bool = False,
     on_error: str = "raise",
     **options: Any,
 ) -> Dataset | IterableDataset:
@@ -134,15 +140,14 @@ def adapt_dataset(
     suffix = _suffix_text(prompt_suffix)
     if format is None:
         _check_trl_form(present)
-        if not (system_prompt or suffix):
-            return dataset
-        # No features are given, so that columns that the adapter does not know keep their types
-        return dataset.map(_dress, fn_kwargs={"system_prompt": system_prompt, "suffix": suffix})
+        if system_prompt or suffix:
+            # No features are given, so that columns that the adapter does not know keep their types
+            dataset = dataset.map(_dress, fn_kwargs={"system_prompt": system_prompt, "suffix": suffix})
+        return dataset.map(_as_text) if plain_prompts else dataset
     known = DATASET_FORMATS[format]
-    if suffix and "prompt" not in known.features:
-        raise ValueError(
-            f"prompt_suffix is given, but dataset_format {format!r} has finished conversations. Leave it out."
-        )
+    if (suffix or plain_prompts) and "prompt" not in known.features:
+        option = "prompt_suffix" if suffix else "plain_prompts"
+        raise ValueError(f"{option} is given, but dataset_format {format!r} has finished conversations. Leave it out.")
     columns, settings = _resolve(format, options, present)
     # The cache of `map` tells functions apart by their name only, so the version is part of the arguments
     from ..version import __version__
@@ -159,7 +164,12 @@ def adapt_dataset(
     )
     features = Features({**known.features, **({MALFORMED: Value("string")} if on_error != "raise" else {})})
     adapted = dataset.map(adapt, with_indices=True, remove_columns=present, features=features)
+    adapted = adapted.map(_as_text) if plain_prompts else adapted
     return _without_malformed(adapted, format) if on_error == "skip" else adapted
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": None if row["prompt"] is None else prompt_text(row["prompt"])}
 
 
 def _adapt_row(
