@@ -101,13 +101,8 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         peft_config=get_peft_config(model_args),
     )
     if not args.disable_tqdm:
-        shown = {
-            "loss": "loss",
-            "accuracy": "right",
-            "pairwise_accuracy": "pairs",
-            "eval_pairwise_accuracy": "held out",
-        }
-        MetricsProgressCallback.replace_default(trainer, "PRM", shown)
+        columns = {"loss": "loss", "accuracy": "right", "pairwise_accuracy": "pairs", "grad_norm": "grad"}
+        MetricsProgressCallback.replace_default(trainer, "PRM", columns)
     return functools.partial(_train, trainer, script_args, resume_from)
 
 

@@ -7,10 +7,13 @@ as a flag, which wins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -110,7 +113,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
     trainer, task = _build(script_args, args, model_args)
-    return functools.partial(_train, trainer, task, script_args, model_args, resume_from)
+    return functools.partial(_train, trainer, task, script_args, model_args, resume_from, argv)
 
 
 def resume_point(args: Any) -> str | None:
@@ -256,9 +259,12 @@ def _train(
     script_args: PRIMEScriptArguments,
     model_args: Any,
     resume_from: str | None,
+    argv: list[str],
 ) -> int:
     """Train and save; on a task, measure before and after. Returns the exit code."""
-    from ..reports.progress import plot_learning_curve, print_summary
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from ..reports.progress import plot_learning_curve, print_saved, print_summary
     from ..reports.run_files import CURVE_NAME, PRM_FOLDER, RESULTS_NAME, save_settings
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
@@ -268,10 +274,11 @@ def _train(
     if measures:
         before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
         print(f"Held-out accuracy before: {before['greedy']:.1%} greedy, {before['sampled']:.1%} sampled", flush=True)
-    trainer.train(resume_from_checkpoint=resume_from)
+    with _resume_hint(trainer, argv):
+        trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(args.output_dir)
     trainer.save_state()
-    saved = {"policy": output_dir, "PRM": output_dir / PRM_FOLDER}
+    saved = {"policy": output_dir, "PRM": output_dir / PRM_FOLDER, "log": output_dir / TRAINER_STATE_NAME}
     if trainer.accelerator.is_main_process:
         plot_learning_curve(trainer.state.log_history, output_dir / CURVE_NAME)
         saved["learning curve"] = output_dir / CURVE_NAME
@@ -280,10 +287,59 @@ def _train(
         results = {"before": before, "after": after, "prm": prm}
         (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
         saved["results"] = output_dir / RESULTS_NAME
-        print_summary(before, after, prm, saved)
+        print_summary(before, after, prm)
+    if trainer.accelerator.is_main_process:
+        print_saved(saved, _next_commands(output_dir, output_dir / PRM_FOLDER))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
+
+
+def _next_commands(run: Path, prm: Path) -> list[str]:
+    """The commands that evaluate a run, score with its PRM and write a page about it."""
+    run, prm = shlex.quote(str(run)), shlex.quote(str(prm))
+    return [
+        f"trl-prime report {run}",
+        f"trl-prime eval --model_name_or_path {run} --prm_name_or_path {prm} --benchmark gsm8k",
+        f"trl-prime score --prm_name_or_path {prm} --prompt '...' --completion '...'",
+    ]
+
+
+@contextlib.contextmanager
+def _resume_hint(trainer: Any, argv: list[str]) -> Iterator[None]:
+    """Around training: who interrupts it is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if trainer.accelerator.is_main_process:
+            print(
+                f"\n{resume_command(argv, trainer.state.global_step, Path(trainer.args.output_dir))}", file=sys.stderr
+            )
+        raise
+
+
+def resume_command(argv: list[str], step: int, output_dir: Path) -> str:
+    """
+    Say how an interrupted run goes on.
+
+    Args:
+        argv (`list[str]`): Its words after `trl-prime train`.
+        step (`int`): The step that it had reached.
+        output_dir (`Path`): Its folder.
+
+    Returns:
+        `str`: The last checkpoint and the command that resumes from it, or that there is none.
+    """
+    from ..reports.run_files import checkpoints
+
+    found = checkpoints(output_dir) if output_dir.is_dir() else []
+    if not found:
+        return f"Stopped at step {step}, before the first checkpoint (save_steps): there is nothing to resume from."
+    words = [
+        word for i, word in enumerate(argv) if "--resume_from_checkpoint" not in (word.split("=")[0], *argv[i - 1 : i])
+    ]
+    command = shlex.join(["trl-prime", "train", *words, "--resume_from_checkpoint", "true"])
+    return f"Stopped at step {step}. Go on from {found[0].name} by:\n  {command}"
 
 
 def _measure(

@@ -12,24 +12,28 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 class MetricsProgressCallback(ProgressCallback):
     """
-    The usual progress bar with the latest metrics in it, in the place of a dictionary printed at every logging step.
+    The usual progress bar, with a table above it that grows by a line at every logging step and every evaluation.
 
     Args:
         description (`str`): Text before the bar.
-        shown (`dict[str, str]`): Metric to its label in the bar.
+        columns (`dict[str, str]`): Metric to the heading of its column.
     """
 
-    def __init__(self, description: str, shown: Mapping[str, str]):
+    # Lines of the table after which its head is printed again
+    _PAGE = 30
+
+    def __init__(self, description: str, columns: Mapping[str, str]):
         super().__init__()
         self.description = description
-        self.shown = shown
+        self.columns = columns
+        self.num_lines = 0
 
     @classmethod
-    def replace_default(cls, trainer: Trainer, description: str, shown: Mapping[str, str]) -> None:
-        """Show the bar instead of what `trainer` prints by default."""
+    def replace_default(cls, trainer: Trainer, description: str, columns: Mapping[str, str]) -> None:
+        """Show the bar and the table instead of what `trainer` prints by default."""
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(cls(description, shown))
+        trainer.add_callback(cls(description, columns))
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -37,17 +41,62 @@ class MetricsProgressCallback(ProgressCallback):
             self.training_bar.set_description(self.description)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {label: f"{logs[key]:.3g}" for key, label in self.shown.items() if logs.get(key) is not None}
-            if shown:
-                self.training_bar.set_postfix(shown, refresh=False)
+        if not state.is_world_process_zero or self.training_bar is None or "train_runtime" in logs:
+            return
+        # Lines are written above the bar, which is drawn again below them
+        if any(name.startswith("eval_") for name in logs):
+            self.training_bar.write(evaluation_line(logs, self.columns, state.global_step))
+            return
+        if self.num_lines % self._PAGE == 0:
+            self.training_bar.write(table_head(self.columns))
+        self.num_lines += 1
+        self.training_bar.write(table_line(logs, self.columns, state.global_step))
 
 
+def table_head(columns: Mapping[str, str]) -> str:
+    """The headings of the live table."""
+    return "  ".join(["   step", *(f"{heading:>8}" for heading in columns.values())])
+
+
+def table_line(logs: Mapping[str, float], columns: Mapping[str, str], step: int) -> str:
+    """
+    A line of the live table.
+
+    Args:
+        logs (`dict[str, float]`): An entry of the log.
+        columns (`dict[str, str]`): Metric to the heading of its column.
+        step (`int`): The step.
+
+    Returns:
+        `str`: The step and the metrics with three digits; a dash stands for one that the entry lacks, or that is NaN.
+    """
+    return "  ".join([f"{step:>7}", *(f"{_number(logs.get(name)):>8}" for name in columns)])
+
+
+def evaluation_line(logs: Mapping[str, float], columns: Mapping[str, str], step: int) -> str:
+    """The metrics of an evaluation in one line, those of the live table that it has; arguments as in [`table_line`]."""
+    found = [
+        f"{heading} {_number(logs[f'eval_{name}'])}" for name, heading in columns.items() if f"eval_{name}" in logs
+    ]
+    return f"evaluation at step {step}: {', '.join(found) or 'no metric of the table'}"
+
+
+def _number(value: float | str | None) -> str:
+    # Trainer hands numbers on as texts in some versions
+    number = float("nan") if value is None else float(value)
+    return "-" if number != number else f"{number:.3g}"
+
+
+# The columns of the live table of `trl-prime train`
 PRIME_METRICS = {
     "reward": "reward",
-    "prm/pairwise_accuracy": "prm",
     "filter/pass_rate": "pass",
+    "prm/pairwise_accuracy": "prm",
+    "prm/trust": "trust",
+    "advantage/process_share": "share",
+    "entropy": "entropy",
     "completions/mean_length": "length",
+    "step_time": "seconds",
 }
 
 
@@ -91,16 +140,13 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, Any]], path: str | Pa
     plt.close(figure)
 
 
-def print_summary(
-    before: Mapping[str, float], after: Mapping[str, float], prm: Mapping[str, float], saved: Mapping[str, Any]
-) -> None:
+def print_summary(before: Mapping[str, float], after: Mapping[str, float], prm: Mapping[str, float]) -> None:
     """
-    Print the table that ends a run.
+    Print the table of held-out problems that ends a run.
 
     Args:
         before, after (`dict[str, float]`): Accuracies of the policy, between 0 and 1, by the same names.
         prm (`dict[str, float]`): Accuracies of the PRM, between 0 and 1.
-        saved (`dict[str, Any]`): Path of each thing that was saved, by its name.
     """
     from rich.console import Console
     from rich.table import Table
@@ -118,7 +164,21 @@ def print_summary(
     }
     for name, value in prm.items():
         table.add_row(labels[name], "", f"{value:.1%}" if "auc" not in name else f"{value:.3f}")
+    Console().print(table)
+
+
+def print_saved(saved: Mapping[str, Any], commands: Sequence[str] = ()) -> None:
+    """
+    Print where a run has saved what, and the commands to go on with.
+
+    Args:
+        saved (`dict[str, Any]`): Path of each thing that was saved, by its name.
+        commands (`list[str]`): Command lines.
+    """
+    from rich.console import Console
+
     console = Console()
-    console.print(table)
     for name, path in saved.items():
-        console.print(f"{name}: [bold]{path}[/bold]", soft_wrap=True)
+        console.print(f"{name}: [bold]{path}[/bold]", soft_wrap=True, highlight=False)
+    for i, command in enumerate(commands):
+        console.print(f"{'go on by' if i == 0 else '':>8}  {command}", soft_wrap=True, highlight=False, markup=False)
