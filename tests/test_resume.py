@@ -314,8 +314,10 @@ def test_the_best_model_brings_its_prm(train, tmp_path):
         save_steps=1,
         max_steps=3,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_prm/process_reward",
+        metric_for_best_model="eval_num_tokens",  # the first checkpoint has fewest, so that the last is not the best
+        greater_is_better=False,
     )
     best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1")
     assert same(weights(trainer.implicit_prm.model), weights(AutoModelForCausalLM.from_pretrained(f"{best}/prm")))
     assert same(weights(trainer.model), weights(AutoModelForCausalLM.from_pretrained(best)))
