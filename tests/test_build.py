@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import build_model, distance, logged, row_rewards, same, weights
 from helpers import MIXED, fixed_rollouts, lora, make_trained, storages
 from peft import PeftModel, get_peft_model
@@ -145,3 +146,21 @@ def test_prm_of_an_earlier_run(train, tokenizer, tmp_path, is_lora, trainable):
     trainer.save_model(str(tmp_path / "run"))
     loaded = ImplicitPRM.from_pretrained(tmp_path / "run")
     assert same(weights(loaded.model), weights(prm.model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [({}, "model_init_kwargs"), ({"prm_model": "a path"}, "prm_model_init_kwargs")],
+)
+def test_weights_that_round_updates_away_are_told_with_the_option_that_loads_them(
+    make_trainer, model_path, caplog, settings, option
+):
+    transformers.utils.logging.enable_propagation()
+    settings = dict.fromkeys(settings, model_path)
+    kwargs = {"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True}
+    make_trainer(model=model_path, **settings, **kwargs)
+    assert f"rounded away. Load it in float32 ({option}={{'dtype': 'float32'}})" in caplog.text
+    caplog.clear()
+    make_trainer(model=model_path, prm_update="none", **settings, **kwargs)
+    transformers.utils.logging.disable_propagation()
+    assert "rounded away" not in caplog.text

@@ -329,6 +329,9 @@ def test_other_bad_input(make_trainer, random_prm, tokenizer):
         PRIMETrainer(build_model(), parity_reward, GRPOConfig("unused", use_cpu=True, bf16=False))
     with pytest.raises(TypeError, match="reward_combination"):
         make_trainer(reward_combination="not.loaded")
+    with pytest.raises(ValueError, match="PeftModel already: leave prm_peft_config out"):
+        adapted = get_peft_model(build_model(), lora())
+        make_trainer(model="no/such-model", prm_model=adapted, prm_peft_config=lora(), processing_class=tokenizer)
     with pytest.raises(ValueError, match="prm_peft_config"):
         make_trainer(prm_model=random_prm(), prm_peft_config=lora())
     with pytest.raises(ValueError, match="PeftModel already"):

@@ -215,6 +215,14 @@ def test_a_group_of_equal_partial_credit_fails_the_filter(train):
     assert not loss_mask(trainer.outputs[0])[:4].any() and loss_mask(trainer.outputs[0])[4:].any()
 
 
+def test_rows_that_are_left_out_are_told_to_the_policy_loss(train):
+    trainer = train(reward_funcs=row_rewards(FAILS + PASSES), **BAND)
+    output = trainer.outputs[0]
+    assert output["rows_per_trained_row"] == 2 and output["num_items_in_batch"] == loss_mask(output).sum()
+    trainer = train(reward_funcs=row_rewards(PASSES * 2), **BAND)
+    assert trainer.outputs[0]["rows_per_trained_row"] == 1
+
+
 @pytest.mark.parametrize(
     ("groups", "kept"),
     [((FAILS, PASSES, FAILS, PASSES), (1, 3)), ((PASSES,) * 4, (0, 1)), ((FAILS, FAILS, PASSES, FAILS), (0, 2))],

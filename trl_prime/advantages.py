@@ -206,7 +206,11 @@ def combine_rewards(
         process_gamma=process_gamma,
         reward_mask=reward_mask,
     )
-    return add_terms(*terms, whiten=whiten or estimator == "reinforce_plus_plus")
+    return add_terms(*terms, whiten=_whitens(whiten, estimator))
+
+
+def _whitens(whiten: bool, estimator: str) -> bool:
+    return whiten or estimator == "reinforce_plus_plus"
 
 
 def add_terms(
@@ -288,7 +292,7 @@ class RolloutRewards:
     def combine_with_share(self) -> tuple[torch.Tensor, float]:
         """`(B, T)` advantages as configured, and the share of process rewards in them, see [`process_variance_share`]."""
         arguments = self._arguments()
-        whiten = arguments.pop("whiten") or arguments["estimator"] == "reinforce_plus_plus"
+        whiten = _whitens(arguments.pop("whiten"), arguments["estimator"])
         terms = advantage_terms(**arguments)
         share = process_variance_share(*terms)
         return add_terms(*terms, whiten=whiten), share

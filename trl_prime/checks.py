@@ -102,6 +102,8 @@ def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftCon
         raise ValueError(
             "prm_model is an ImplicitPRM or the folder of one, which is full or LoRA already: leave prm_peft_config out."
         )
+    if isinstance(prm_model, PeftModel) and prm_peft_config is not None:
+        raise ValueError("prm_model is a PeftModel already: leave prm_peft_config out, or pass the bare base.")
     if isinstance(prm_model, ImplicitPRM) and prm_model.reference is None and grpo["args"].prm_reference == "frozen":
         raise ValueError(
             "prm_model is an ImplicitPRM without a reference, but prm_reference is 'frozen'. Pass one with a reference, or set "

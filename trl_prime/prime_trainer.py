@@ -187,9 +187,8 @@ class PRIMETrainer(GRPOTrainer):
         )
         prm.text_format = self._text_format()
         if args.prm_update != "none":
-            warn_of_rounding(
-                prm, "prm_learning_rate", args.prm_learning_rate, "prm_model_init_kwargs={'dtype': 'float32'}"
-            )
+            option = "model_init_kwargs" if start is None else "prm_model_init_kwargs"
+            warn_of_rounding(prm, "prm_learning_rate", args.prm_learning_rate, f"{option}={{'dtype': 'float32'}}")
         if args.push_to_hub:
             prm.reference_name = prm.portable_reference_name()
         fuse_lm_heads(prm, args.prm_fused_lm_head, self.accelerator.device.type == "cuda")

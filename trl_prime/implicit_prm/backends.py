@@ -29,6 +29,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from .logps import num_chunks, rope_boundary
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -84,6 +86,18 @@ class DataParallel:
         """Bring the reference alone to where it computes, for a PRM that a trainer places by itself."""
         if self.prm.reference is not None:
             self.prm.reference.to(self.accelerator.device)
+
+    def num_passes(self, rows: torch.Tensor) -> int:
+        """
+        Forward passes that all processes must make, where a pass is a joint act of all; 0 where each is free.
+
+        Args:
+            rows (`torch.Tensor`): `(B,)` bool, the rows that this process scores.
+        """
+        if not self.forward_is_collective:
+            return 0
+        num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
+        return num_chunks(num_rows, self.prm.micro_batch_size, rope_boundary(self.prm.model))
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         """

@@ -20,7 +20,7 @@ from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
 from .backends import make_backend
 from .batch import PRMBatch
 from .files import load_prm_state, save_prm, save_prm_state, saved_weights
-from .logps import batch_completion_logps, num_chunks, rope_boundary
+from .logps import batch_completion_logps
 from .losses import group_rows, label_log_odds, outcome_scores
 from .precision import PrecisionProbe
 from .trust import Trust
@@ -69,7 +69,7 @@ class PRMLearner:
         self.updater: PRMUpdater | None = None
         self.trust = Trust()
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
-        self._is_placed = False
+        self._is_placed = self._is_checked = False
 
     # --- Placing and starting ---
 
@@ -121,7 +121,7 @@ class PRMLearner:
         mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
         prm, rows = self.prm, mask.any(1)
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
-        chosen = {"rows": rows, "num_passes": self._num_passes(rows)}
+        chosen = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
         with self.accelerator.autocast():
             if prm.reference is not None:
                 ref_logps = prm.reference_log_probs(*inputs, **chosen)
@@ -171,9 +171,8 @@ class PRMLearner:
         args, updater, update = self.args, self.updater, None
         exact = self.precision.exact_log_ratios(batch, step)
         if updater is not None and updater.can_score:
-            # Single forward: the update's own passes give the log-probabilities of the PRM as it was before. No row is scored
-            # first, so that the model is checked as in every scoring pass, once a run.
-            self._logps(batch, torch.zeros_like(batch.labels, dtype=torch.bool))
+            # Single forward: the update's own passes give the log-probabilities of the PRM as it was before
+            self._check_scoring()
             update = updater.update(batch)
             logps = update.first_logps
             scores = self._scores(batch, logps, step)
@@ -212,11 +211,18 @@ class PRMLearner:
         intercept = self.updater.intercept if self.updater else 0.0
         return label_log_odds(scores, intercept, self.args.prm_guess_rate)
 
-    def _logps(self, batch: PRMBatch, among: torch.Tensor | None = None) -> torch.Tensor:
+    def _check_scoring(self) -> None:
+        """Check the PRM once, as every pass without gradient does; those of an update are not checked."""
+        if not self._is_checked:
+            with self.accelerator.autocast():
+                self.prm.check_scoring()
+            self._is_checked = True
+
+    def _logps(self, batch: PRMBatch) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
-        rows = batch.has_tokens if among is None else batch.has_tokens & among
+        rows = batch.has_tokens
         with self.accelerator.autocast():
-            return self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self._num_passes(rows))
+            return self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self.backend.num_passes(rows))
 
     def _scores(self, batch: PRMBatch, prm_logps: torch.Tensor, step: int) -> torch.Tensor:
         """`(B * processes,)` scores of the completions of all processes; NaN where there was nothing to score."""
@@ -230,13 +236,6 @@ class PRMLearner:
                 "resume from the last checkpoint."
             )
         return scores.masked_fill(scored == 0, torch.nan)
-
-    def _num_passes(self, rows: torch.Tensor) -> int:
-        """Forward passes for the rows of the process that has the most of them, where a pass is a joint act of all."""
-        if not self.backend.forward_is_collective:
-            return 0
-        num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
-        return num_chunks(num_rows, self.prm.micro_batch_size, rope_boundary(self.prm.model))
 
     # --- Saving and loading ---
 

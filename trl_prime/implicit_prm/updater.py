@@ -210,8 +210,9 @@ class PRMUpdater:
 
     def _group_scores(self, batch: PRMBatch) -> torch.Tensor:
         """`(B, K)` scores by the present PRM of the whole group of each row; a group may be split over processes."""
+        rows = batch.has_tokens
         with self.accelerator.autocast():
-            logps = self.prm.log_probs(*batch.inputs)
+            logps = self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self.backend.num_passes(rows))
         scores = outcome_scores(logps - batch.ref_logps, batch.policy_mask, self.prm.beta)
         return local_rows(group_rows(self.accelerator.gather(scores), self.args.num_generations), self.accelerator)
 
