@@ -263,6 +263,7 @@ def batch_completion_logps(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     micro_batch_size: int,
+    *,
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
 ) -> torch.Tensor:
