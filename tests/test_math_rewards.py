@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -139,6 +140,18 @@ def test_undecided_scores_answers_but_not_gold_answers():
     reward = MathReward(timeout=1.0, num_workers=2, undecided=0.0)
     completions = [boxed("9^{9^{9^9}}"), boxed("x+1"), boxed("1+x")]
     assert reward(completions, ["x+1", "9^{9^{9^9}}+x", "x+1"]) == [0.0, None, 1.0]
+    reward.close()
+
+
+def test_a_lost_worker_costs_no_verdict():
+    """With `undecided=0.0` a right answer must not score 0 because something outside killed a worker."""
+    reward, metrics = MathReward(num_workers=1, undecided=0.0), {}
+    assert reward([boxed("x+1")], ["1+x"]) == [1.0]
+    for pid in reward.pool.worker_pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert reward([boxed("x+2")], ["2+x"], log_metric=metrics.__setitem__) == [1.0]
+    assert metrics["math_reward/undecided"] == 0.0
     reward.close()
 
 

@@ -27,15 +27,15 @@ class MathReward:
     |---|---|
     | no answer in the completion, or one longer than 4096 characters | 0.0 |
     | the gold answer is None (a row of another task), empty, too long or not understood | None |
-    | the gold answer alone takes longer than `timeout` | None |
-    | the answer takes longer than `timeout`, or all memory | `undecided` |
+    | the gold answer alone takes longer than `timeout`, twice | None |
+    | the answer takes longer than `timeout`, or all memory, twice | `undecided` |
 
     Each distinct pair of answer and gold answer in a batch is judged once, in one of `num_workers` processes that start
     with the first call that needs one.
 
     Args:
         timeout (`float`, *optional*, defaults to `3.0`):
-            Seconds that judging one answer may take.
+            Seconds that judging one answer may take. An answer that takes longer is given to a second process.
         num_workers (`int`, *optional*):
             Largest number of processes. Defaults to the number of available cores, at most 8.
         undecided (`float` or `None`, *optional*):
