@@ -54,7 +54,10 @@ _CLEANING = [
             r"normalsize|[lL]arge|LARGE|[hH]uge|strut|mathstrut|boldmath|centering|bfseries)(?![a-zA-Z])|\\[vh]?phantom\{[^{}]*\}",
             "",
         ),
-        (r"\\(?:mathrm|mathit|operatorname|text(?:rm|it|up)?|mathbf|rm)\s?\{\s?([ei])\s?\}(?=\s?(?:\^|[-+*/=)}&,\\]|$))", r"\1"),
+        (
+            r"\\(?:mathrm|mathit|operatorname|text(?:rm|it|up)?|mathbf|rm)\s?\{\s?([ei])\s?\}(?=\s?(?:\^|[-+*/=)}&,\\]|$))",
+            r"\1",
+        ),
         (r"\\(?:mathbf|mathit|textbf|textit|emph|textup|mathrm|text)\s?\{([-+]?[\d.,]+)\}", r"\1"),
         (r"\\operatorname\s?\{\s?(lg|tg|ctg|arctg|arcctg|sh|ch|th)\s?\}", r"\\\1 "),
         (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),

@@ -25,13 +25,19 @@ _PLAIN_NUMBER = re.compile(
     r"|\\frac\{(-?\d{1,64})\}\{(-?\d{1,64})\}|(-?\d{1,64})/(\d{1,64}))"
     r"(?:(?:\\times|\\cdot|\*)10\^(?:(\d)|\{([-+]?\d{1,3})\}))?"
 )
+_SPACED_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:, \d{3})+")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d{1,64},(?!\d{3}$)\d{1,64}")
 _DEGREE_SIGN = re.compile(r"\^\s?(?:\{\s?\\circ\s?\}|\\circ)")
 _BASE = re.compile(r"(\d+)_(?:\{(\d+)\}|(\d+))")
-_NAME = re.compile(r"(?:[A-Za-z]+|\\(?!pi|gamma|frac|sqrt)[a-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?(?:\([a-z\d]\))?")
+_NAME = re.compile(
+    r"(?:[A-Za-z]+|\\(?!pi|gamma|frac|sqrt)[a-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?(?:\([a-z\d]\))?"
+)
 # Math-Verify reads these as numbers, but on the side of a relation they are variables: "e < 1" is of an eccentricity
 _RELATION = r"[<>=]|\\(?:leq?|geq?|lt|gt|neq?|in)(?![a-zA-Z])"
 _CONSTANT = re.compile(
-    r"(^|[<>,]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))(\s*)(e|I|\\pi|\\gamma|\\Gamma)(?:_(\w|\{[^{}]*\}))?(?=\s*(?:" + _RELATION + "))"
+    r"(^|[<>,]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))(\s*)(e|I|\\pi|\\gamma|\\Gamma)(?:_(\w|\{[^{}]*\}))?(?=\s*(?:"
+    + _RELATION
+    + "))"
 )
 _LAST_CONSTANT = re.compile(r"((?:\\[a-zA-Z]+|[^a-zA-Z\\])*(?:[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))\s*)(e|I)")
 _CONSTANT_NAMES = {"e": 1, "I": 2, r"\pi": 3, r"\gamma": 4, r"\Gamma": 5}
@@ -53,6 +59,8 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
     answer, gold = clean(answer), clean(gold)
     if without_spaces(answer) == without_spaces(gold) != "":
         return True
+    if _plain_number(gold) is not None:
+        answer = _one_number(answer)
     first, second = _plain_numbers(answer), _plain_numbers(gold)
     if first is None or second is None or first[0] != second[0]:
         return None
@@ -68,6 +76,13 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
         else number == gold_number
         for number, gold_number in zip(numbers, gold_numbers, strict=True)
     )
+
+
+def _one_number(text: str) -> str:
+    """Read "1, 320" as 1320 and "3,14" as 3.14, where one number is expected and no list."""
+    if _SPACED_THOUSANDS.fullmatch(text):
+        return text.replace(", ", "")
+    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
 
 
 def _plain_numbers(text: str) -> tuple[str, list[Fraction]] | None:

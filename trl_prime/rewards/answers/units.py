@@ -87,11 +87,70 @@ _CHINESE_NAME = re.compile("|".join(_CHINESE))
 _BARE_LETTERS, _LETTERS = set("mshglL"), set("mshglLNJWVAKCFTHΩÅ")
 # Only these take a prefix as a symbol, so that a "unit" is no micronit and "hats" are no hectoatmospheres
 _PREFIXED = set(
-    "meter gram second ampere kelvin mole candela hertz newton joule watt pascal volt coulomb farad ohm siemens tesla henry "
-    "weber liter electron_volt calorie bit byte bar watt_hour becquerel gray sievert lumen lux molar".split()
+    [
+        "meter",
+        "gram",
+        "second",
+        "ampere",
+        "kelvin",
+        "mole",
+        "candela",
+        "hertz",
+        "newton",
+        "joule",
+        "watt",
+        "pascal",
+        "volt",
+        "coulomb",
+        "farad",
+        "ohm",
+        "siemens",
+        "tesla",
+        "henry",
+        "weber",
+        "liter",
+        "electron_volt",
+        "calorie",
+        "bit",
+        "byte",
+        "bar",
+        "watt_hour",
+        "becquerel",
+        "gray",
+        "sievert",
+        "lumen",
+        "lux",
+        "molar",
+    ]
 )
 # Words that pint takes for units, but people hardly ever do
-_NO_UNITS = set("a an of at to are is as the e c pi point bag hand link pole perch dot count particle number unit".split())
+_NO_UNITS = set(
+    [
+        "a",
+        "an",
+        "of",
+        "at",
+        "to",
+        "are",
+        "is",
+        "as",
+        "the",
+        "e",
+        "c",
+        "pi",
+        "point",
+        "bag",
+        "hand",
+        "link",
+        "pole",
+        "perch",
+        "dot",
+        "count",
+        "particle",
+        "number",
+        "unit",
+    ]
+)
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _OFFSETS = {"degree_Celsius": Fraction(27315, 100), "degree_Fahrenheit": Fraction(45967, 180)}
 # pint's value of pi; an angle's size is a fraction of it
@@ -128,7 +187,11 @@ class Unit(NamedTuple):
         value = times(value, self.size / other.size)
         if self.pi != other.pi:
             value = rf"{value} \cdot \pi^{{{self.pi - other.pi}}}"
-        return f"{value} + {_fraction((self.offset - other.offset) / other.size)}" if self.offset != other.offset else value
+        return (
+            f"{value} + {_fraction((self.offset - other.offset) / other.size)}"
+            if self.offset != other.offset
+            else value
+        )
 
 
 RADIAN = Unit((("radian", 1),), Fraction(1))
@@ -165,7 +228,9 @@ def split_unit(text: str, glued: bool = False) -> tuple[str, Unit | None]:
     is_number = re.fullmatch(r"[-+\d.,/ ]+", value) is not None
     known = {word: _unit_of_name(word) for word in words if word != "in" or word == words[0]}
     if not is_wrapped and words[0].isascii():
-        if not (is_number and (space or glued)) and (len(words[0]) < 2 or not (known[words[0]] or known.get(words[-1]))):
+        if not (is_number and (space or glued)) and (
+            len(words[0]) < 2 or not (known[words[0]] or known.get(words[-1]))
+        ):
             return text, None
         if not known[words[0]] and (not space or len(words[0]) < 3) and words[0].lower() not in _POWERS:
             return text, None
@@ -256,7 +321,11 @@ def _unit_of_name(name: str) -> Unit | None:
         if form in _NO_UNITS or (len(form) < 2 and form not in _LETTERS) or (len(name) == 1 and form != name):
             continue
         for prefix, unit, _ in _registry().parse_unit_name(form):
-            if prefix and not form.lower().startswith(prefix) and (unit not in _PREFIXED or form.endswith("s") and unit != "second"):
+            if (
+                prefix
+                and not form.lower().startswith(prefix)
+                and (unit not in _PREFIXED or form.endswith("s") and unit != "second")
+            ):
                 continue
             return _make_unit(prefix + unit)
     return None
