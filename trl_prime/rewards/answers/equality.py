@@ -303,8 +303,10 @@ def _compare_values(first: Any, second: Any) -> bool | None:
     """
     import sympy
 
-    if isinstance(first, sympy.Eq) and isinstance(second, sympy.Eq) and first.lhs != second.lhs:
-        return None
+    if isinstance(first, sympy.Eq) and isinstance(second, sympy.Eq):
+        if first.lhs != second.lhs and not (_is_constant(first.lhs) and _is_constant(second.lhs)):
+            return None
+        first, second = first.rhs, second.rhs
     (first_kind, first), (second_kind, second) = _values(first), _values(second)
     if first_kind != second_kind or len(first) != len(second):
         return None
@@ -318,11 +320,11 @@ def _compare_values(first: Any, second: Any) -> bool | None:
             continue
         # Symbols are matched by name, because whether one is assumed to be real depends on the text it is in
         primes = dict(zip(sorted({str(symbol) for symbol in variables}), sympy.primerange(3, 200), strict=False))
-        places = {symbol: primes.get(str(symbol), 2) for symbol in variables}
+        places = {symbol: sympy.I if str(symbol) == "i" else primes.get(str(symbol), 2) for symbol in variables}
         verdict = _compare_numbers(*(value.subs(places) for value in pair))
         if verdict is False:
             return False
-        verdicts.append(None if variables else verdict)
+        verdicts.append(verdict if {str(symbol) for symbol in variables} <= {"i"} else None)
     return True if verdicts == [True] and first_kind == "value" else None
 
 
@@ -364,12 +366,27 @@ def _lazy_types() -> tuple[type, ...]:
     return sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit, sympy.MatrixBase
 
 
+def _is_constant(expression: Any) -> bool:
+    from sympy import Expr
+    from sympy.core.function import AppliedUndef
+
+    return isinstance(expression, Expr) and not expression.free_symbols and not expression.has(AppliedUndef)
+
+
 def _values(expression: Any) -> tuple[str, list]:
     """List the parts that have a value, in an order that is the same for equal expressions; empty if there is no such order."""
     import sympy
 
-    if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
+    if isinstance(expression, sympy.Eq) and (expression.lhs.is_Symbol or _is_constant(expression.lhs)):
         return _values(expression.rhs)
+    if isinstance(expression, sympy.Rel) and not isinstance(expression, sympy.Eq):
+        # Of one variable, or of none as "1 < 2"
+        side = [] if expression.lhs.is_Symbol else [expression.lhs] if _is_constant(expression.lhs) else None
+        return (
+            ("value", [])
+            if side is None
+            else (f"{expression.rel_op} {'' if side else expression.lhs}", [*side, expression.rhs])
+        )
     if isinstance(expression, sympy.FiniteSet):
         # Math-Verify lets "2, 1" be the pair (2, 1), so a set is only comparable with a set
         is_real = all(value.is_extended_real and value.is_number for value in expression.args)

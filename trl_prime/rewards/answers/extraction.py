@@ -35,7 +35,7 @@ _CLAUSE_END = re.compile(
 # As in pandoc, both dollars touch the formula and no digit follows; "$5 and $6" and "2 * $5 = $10" are money
 _TOUCHING = r"(?<![\\$])\$(?![\s$])[^$\n]+?(?<![\s\\=+*/-])\$(?![\d$])"
 # Else both have a space inside, and what is between is a number or has a mark of LaTeX
-_PADDED = r"(?<![\\$])\$ (?=[-+\d.,/ ]+ \$|[^$\n]{0,200}[\\^_=])[^$\n]{1,400} \$(?![\w$])"
+_PADDED = r"(?<![\\$])\$ (?=[-+\d.,/ ]+ \$|[^$\n]{0,200}[\\^_])[^$\n]{1,400} \$(?![\w$])"
 _INLINE = rf"(?:{_TOUCHING}|{_PADDED})"
 _FORMULA = rf"(?:\$\$[^$]+\$\$|\\\[.+?\\\]|\\\(.+?\\\)|{_INLINE})"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:\s?(?:,|,?\s?and|,?\s?or)\s?{_FORMULA})*", re.DOTALL)

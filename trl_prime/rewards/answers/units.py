@@ -86,70 +86,13 @@ _CHINESE_NAME = re.compile("|".join(_CHINESE))
 # Symbols of one letter: the first may also stand bare, "5 m", where other letters are variables
 _BARE_LETTERS, _LETTERS = set("mshglL"), set("mshglLNJWVAKCFTHΩÅ")
 # Only these take a prefix as a symbol, so that a "unit" is no micronit and "hats" are no hectoatmospheres
-_PREFIXED = set(
-    [
-        "meter",
-        "gram",
-        "second",
-        "ampere",
-        "kelvin",
-        "mole",
-        "candela",
-        "hertz",
-        "newton",
-        "joule",
-        "watt",
-        "pascal",
-        "volt",
-        "coulomb",
-        "farad",
-        "ohm",
-        "siemens",
-        "tesla",
-        "henry",
-        "weber",
-        "liter",
-        "electron_volt",
-        "calorie",
-        "bit",
-        "byte",
-        "bar",
-        "watt_hour",
-        "becquerel",
-        "gray",
-        "sievert",
-        "lumen",
-        "lux",
-        "molar",
-    ]
+_PREFIXED = re.compile(
+    "meter|gram|second|ampere|kelvin|mole|candela|hertz|newton|joule|watt|pascal|volt|coulomb|farad|ohm|siemens|tesla|henry|"
+    "weber|liter|electron_volt|calorie|bit|byte|bar|watt_hour|becquerel|gray|sievert|lumen|lux|molar"
 )
 # Words that pint takes for units, but people hardly ever do
-_NO_UNITS = set(
-    [
-        "a",
-        "an",
-        "of",
-        "at",
-        "to",
-        "are",
-        "is",
-        "as",
-        "the",
-        "e",
-        "c",
-        "pi",
-        "point",
-        "bag",
-        "hand",
-        "link",
-        "pole",
-        "perch",
-        "dot",
-        "count",
-        "particle",
-        "number",
-        "unit",
-    ]
+_NO_UNITS = re.compile(
+    "a|an|of|at|to|are|is|as|the|e|c|pi|point|bag|hand|link|pole|perch|dot|count|particle|number|unit"
 )
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _OFFSETS = {"degree_Celsius": Fraction(27315, 100), "degree_Fahrenheit": Fraction(45967, 180)}
@@ -158,6 +101,7 @@ _PI = Fraction(31415926535897932384626433832795028841971693993751, 10**49)
 
 _DEGREES = re.compile(r"(.*?)\s?\^\s?\{?\s?\\circ\s?\}?\s?(?:" + TEXT + r"\{)?\s?([CF]?)\s?\}?")
 _WRAPPER = re.compile(TEXT + r"\{([^{}]*)\}")
+_IS_TEXT = re.compile(TEXT + r"\{|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 _FRACTION = re.compile(rf"\\frac\s?\{{\s?({TEXT}\{{[^{{}}]*\}}[^{{}}]*)\}}\s?\{{\s?({TEXT}\{{[^{{}}]*\}}[^{{}}]*)\}}$")
 _VALUE_END = re.compile(r"[\d)}\]%]|\\pi(?![a-zA-Z])")
 _LONGEST = 100  # characters of a unit
@@ -252,7 +196,7 @@ def _split_names(text: str) -> tuple[str, str, list[tuple[str, int, int]], bool]
     for end in _VALUE_END.finditer(tail):
         rest = tail[end.end() :]
         space = rest[: len(rest) - len(rest.lstrip())]
-        is_wrapped = re.match(TEXT + r"\{", rest.lstrip()) is not None
+        is_wrapped = _IS_TEXT.match(rest.lstrip()) is not None
         rest = re.sub(r"\\mu(?![a-zA-Z])\s?", "\u00b5", rest.replace(r"\Omega", "\u03a9"))
         rest = re.sub(r"\^\s?\{(-?\d)\}", r"^\1", rest.replace(r"\cdot", " "))
         rest = _WRAPPER.sub(r"\1", rest).strip()
@@ -318,13 +262,13 @@ def _product(factors: list[tuple[Unit | None, int]]) -> Unit | None:
 def _unit_of_name(name: str) -> Unit | None:
     """Look a name up as it is written, without its plural s, and in lower case; a kilometre is not a "Km", but people write so."""
     for form in dict.fromkeys((name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s"))):
-        if form in _NO_UNITS or (len(form) < 2 and form not in _LETTERS) or (len(name) == 1 and form != name):
+        if _NO_UNITS.fullmatch(form) or (len(form) < 2 and form not in _LETTERS) or (len(name) == 1 and form != name):
             continue
         for prefix, unit, _ in _registry().parse_unit_name(form):
             if (
                 prefix
                 and not form.lower().startswith(prefix)
-                and (unit not in _PREFIXED or form.endswith("s") and unit != "second")
+                and (not _PREFIXED.fullmatch(unit) or form.endswith("s") and unit != "second")
             ):
                 continue
             return _make_unit(prefix + unit)
