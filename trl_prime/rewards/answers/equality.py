@@ -321,27 +321,36 @@ def _compare_values(first: Any, second: Any) -> bool | None:
         # Symbols are matched by name, because whether one is assumed to be real depends on the text it is in
         primes = dict(zip(sorted({str(symbol) for symbol in variables}), sympy.primerange(3, 200), strict=False))
         places = {symbol: sympy.I if str(symbol) == "i" else primes.get(str(symbol), 2) for symbol in variables}
-        verdict = _compare_numbers(*(value.subs(places) for value in pair))
+        # At a point, a decimal coefficient is off by more than the decimal itself
+        tolerance = sympy.oo if variables else sympy.Rational(_ABSOLUTE_TOLERANCE)
+        verdict = _compare_numbers(*(value.subs(places) for value in pair), tolerance)
         if verdict is False:
             return False
         verdicts.append(verdict if {str(symbol) for symbol in variables} <= {"i"} else None)
     return True if verdicts == [True] and first_kind == "value" else None
 
 
-def _compare_numbers(first: Any, second: Any) -> bool | None:
-    """Compare two constants: decimals within their tolerance, other numbers exactly, or to 30 digits where that is not possible."""
+def _compare_numbers(first: Any, second: Any, absolute_tolerance: Any) -> bool | None:
+    """
+    Compare two constants: decimals within the tolerances, other numbers exactly.
+
+    A difference that is 0 to 1000 digits and not found to be 0 by arithmetic counts as 0 (sums of radicals).
+    """
     import sympy
     from sympy.core.evalf import PrecisionExhausted
 
     if first == second:
         return True
-    is_decimal = any(value.has(sympy.Float) for value in (first, second))
+    decimals = first.atoms(sympy.Float) | second.atoms(sympy.Float)
+    if decimals:
+        # A decimal as it was written, 8.7 and not the binary fraction next to it
+        first, second = (value.xreplace({d: sympy.Rational(str(d)) for d in decimals}) for value in (first, second))
     a, b = (sympy.N(value, 30) for value in (first, second))
     if not all(number.is_number and number.is_finite for number in (a, b)):
         return None
     distance, scale = abs(a - b), max(abs(a), abs(b))
-    if is_decimal:
-        return bool(distance <= min(sympy.Rational(_ABSOLUTE_TOLERANCE), scale * sympy.Rational(_RELATIVE_TOLERANCE)))
+    if decimals:
+        return bool(distance <= min(absolute_tolerance, scale * sympy.Rational(_RELATIVE_TOLERANCE)))
     agree = distance <= scale * sympy.Rational(1, 10**12)
     if not agree and not _is_noise(min(a, b, key=abs)):
         return False

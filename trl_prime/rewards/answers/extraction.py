@@ -221,8 +221,8 @@ def _number_of_word(word: str) -> str | None:
     word = re.split("[=\u2248]", word.strip(_PUNCTUATION))[-1]
     word = re.sub(r"^[a-zA-Z]+:|^[-+]?\\?[$\u00a3\u20ac]", lambda sign: sign[0][0] if sign[0][0] in "-+" else "", word)
     for opening, closing in ("()", "[]", "{}"):
-        # Brackets around the word, or of a pair that stands around several words
-        if word.startswith(opening) and (word.endswith(closing) or closing not in word):
+        # Brackets around one number, and those of a pair that stands around several words
+        if word.startswith(opening) and (closing not in word or _SIMPLE.fullmatch(word[1:-1])):
             word = word[1:].removesuffix(closing)
         elif word.endswith(closing) and opening not in word:
             word = word[:-1]
