@@ -47,7 +47,7 @@ class MajorityReward:
             Whether only an answer in `\boxed{}` counts.
 
     Raises:
-        ImportError: Math-Verify is not installed.
+        ImportError: Math-Verify or pint is not installed.
         ValueError: An option is out of range.
 
     Example:
@@ -241,7 +241,7 @@ def majority_reward(
         `list[float | None]`: rewards in the order of the completions.
 
     Raises:
-        ImportError: Math-Verify is not installed.
+        ImportError: Math-Verify or pint is not installed.
 
     Example:
     ```python

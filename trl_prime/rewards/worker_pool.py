@@ -136,10 +136,10 @@ class WorkerPool:
             RuntimeError: Workers could not be started, three times in a row, or the pool was closed.
         """
         futures: list[Future] = []
-        bundles: dict[Hashable, list[tuple[Future, bytes]]] = {}
+        bundles: dict[Hashable, list[tuple[Future, bytes, bool]]] = {}
         for key, job in zip(range(len(jobs)) if keys is None else keys, jobs, strict=True):
             futures.append(Future())
-            bundles.setdefault(key, []).append((futures[-1], json.dumps(list(job)).encode()))
+            bundles.setdefault(key, []).append((futures[-1], json.dumps(list(job)).encode(), False))
         try:
             with self._lock:
                 if self._closed:
@@ -196,25 +196,33 @@ class WorkerPool:
     def _serve_queue(self, jobs: queue.SimpleQueue) -> None:
         """Serve one worker from a thread: start it, hand it one job at a time, and kill it when a job is overdue."""
         worker = None
-        for future, frame in itertools.chain.from_iterable(iter(jobs.get, None)):
-            if not future.set_running_or_notify_cancel():
+        for future, frame, is_retry in itertools.chain.from_iterable(iter(jobs.get, None)):
+            if not is_retry and not future.set_running_or_notify_cancel():
                 continue
             try:
-                for _ in range(2):
-                    worker = worker if worker and worker.is_alive() else self._replace_worker(worker)
-                    result = worker.run(frame, self.timeout)
-                    if self._closed:
-                        raise RuntimeError
-                    if result.failure not in ("timeout", "crash"):
-                        break
+                if not worker or not worker.is_alive():
+                    worker = self._replace_worker(worker)
+                result = worker.run(frame, self.timeout)
+                if self._closed:
+                    raise RuntimeError
+                is_lost = result.failure in ("timeout", "crash")
+                if is_lost or worker.jobs >= self.max_jobs_per_worker:
                     worker = self._stop_worker(worker)
-                if worker and worker.jobs >= self.max_jobs_per_worker:
-                    worker = self._stop_worker(worker)
-                future.set_result(result)
+                if is_lost and not is_retry:
+                    self._retry(future, frame)
+                else:
+                    future.set_result(result)
             except BaseException as error:
                 worker = self._stop_worker(worker)
                 future.set_exception(RuntimeError("The pool was closed during the call.") if self._closed else error)
         self._stop_worker(worker)
+
+    def _retry(self, future: Future, frame: bytes) -> None:
+        """Put a job behind the others, for any worker: those with its key may take as long as it did."""
+        with self._lock:
+            if self._closed:  # nobody would come for it
+                raise RuntimeError
+            self._queue.put([(future, frame, True)])
 
     def _replace_worker(self, worker: _Worker | None) -> _Worker:
         """Start a worker in the place of one that died; one that dies while it starts is replaced too."""

@@ -122,7 +122,7 @@ def judge(answer: str, gold: str) -> bool | None:
         `bool` or `None`: None if the gold answer cannot be understood and the answer is not the same text.
 
     Raises:
-        ImportError: Math-Verify is not installed.
+        ImportError: Math-Verify or pint is not installed.
     """
     verdict = quick_verdict(answer, gold)
     if verdict is not None:
