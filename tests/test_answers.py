@@ -546,6 +546,10 @@ def test_judge(answer, gold, right):
         ("1,5", "1.5", True),
         ("1.5", "1,5", False),
         ("1,234", "1.234", False),
+        ("0,125", r"\frac{1}{8}", True),
+        ("0,125", "125", False),
+        ("0{,}125", "0.125", True),
+        ("0{,}125", "125", False),
         ("1, 320", "1320", True),
         ("1, 320", "1, 320", True),
         ("(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
@@ -564,6 +568,37 @@ def test_judge(answer, gold, right):
 )
 def test_judge_kinds(answer, gold, right):
     assert judge(answer, extract_gold(gold)) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        (r"\text{5 cm}", "5", True),
+        (r"\mathrm{5\,cm}", r"\text{50 mm}", True),
+        (r"\text{5 months}", r"\text{5 years}", False),
+        (r"x=5\text{ km}", r"5000\text{ m}", True),
+        (r"x=5\text{ km}", r"x=5\text{ m}", False),
+        (r"v=60\text{ km/h}", r"v=60\text{ mph}", False),
+        (r"2\pi\text{ m}^2", r"20000\pi\text{ cm}^2", True),
+        ("1 1/2 hours", "90 minutes", True),
+        (r"(3,4)\text{ cm}", r"(3,4)\text{ m}", False),
+        (r"5 \text{m}/\text{s}", r"18 \frac{\text{km}}{\text{h}}", True),
+        (r"5 \text{ m}\cdot\text{s}^{-1}", r"18 \text{ km/h}", True),
+        (r"5 \text{ J/(kg K)}", r"5 \text{ J/kg/K}", True),
+        (r"5 \text{ J/(kg K)}", r"5 \text{ J/kg}", False),
+        (r"760 \text{ mmHg}", r"760 \text{ Pa}", False),
+        (r"3\,\mu\text{m}", r"3000 \text{ nm}", True),
+        (r"4\,\text{k}\Omega", r"4\,\Omega", False),
+        (r"5\text{ hats}", r"5\text{ cats}", True),  # no hectoatmospheres and centiatmospheres
+        (r"5\text{ units}", r"5\text{ cm}", True),
+        ("5 people in total", "5 feet", True),
+        ("5 miles per trip", "5 km per trip", False),
+        ("12 miles a day", "12 miles an hour", False),
+        ("5 km^9^9^9^9^9^9", "5 m", True),  # no unit, and no number without end
+    ],
+)
+def test_units(answer, gold, right):
+    assert judge(answer, gold) is right
 
 
 def test_gold_that_is_not_understood_is_undecided_unless_it_is_the_same_text():

@@ -59,7 +59,7 @@ _CLEANING = [
             r"\1",
         ),
         (r"\\(?:mathbf|mathit|textbf|textit|emph|textup|mathrm|text)\s?\{([-+]?[\d.,]+)\}", r"\1"),
-        (r"\\operatorname\s?\{\s?(lg|tg|ctg|arctg|arcctg|sh|ch|th)\s?\}", r"\\\1 "),
+        (r"\\operatorname\s?\{\s?(lg|tg|ctg|arctg|arcctg)\s?\}", r"\\\1 "),
         (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
         (r"\\(arc)?c(?:o)?tg(?![a-zA-Z])", r"\\\1cot "),
         (r"\\(arc)?tg(?![a-zA-Z])", r"\\\1tan "),
@@ -71,6 +71,7 @@ _CLEANING = [
         (r"\\leqslant(?![a-zA-Z])", r"\\le"),
         (r"\\geqslant(?![a-zA-Z])", r"\\ge"),
         (r"\\varnothing(?![a-zA-Z])|^\\?\{\s?\\?\}$", r"\\emptyset "),
+        (r"(?<![\d.,])0\{,\}(?=\d)", "0."),
         (r"(?<=\d)(?:\{,\}|,\\! ?|\\[,! ]|~| )(?=\d{3}(?!\d))", ","),  # thousands
         (r"\\(?:,|;|:|!|>|quad|qquad|hspace\{[^{}]*\})|~|(?<!\\)\\ ", " "),
         (r"\\?\$|[£€]|\*\*", ""),  # delimiters, and money
@@ -86,16 +87,21 @@ _CLEANING = [
         (r"\\(?:boldsymbol|bm|underline)\s?\{([^{}]*)\}", r"\1"),
         (r"^\\\{\s?[a-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
         (r"^\s?(?:\\approx(?![a-zA-Z])|=)", ""),
+        (
+            r"^\s?\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s?\{\s?([-+]?[\d.,]+)\s?([^\W\d][^{}\d]*)\}\s?$",
+            r"\1\\text{ \2}",  # a number and its unit
+        ),
         (r"\s+", " "),
     )
 ]
-_GROUPED_INTEGER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_GROUPED_INTEGER = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 
 
 def clean(text: str) -> str:
     r"""
-    Take away what carries no meaning: delimiters, spacing commands, currency signs, thousands separators, a full stop at the
-    end. Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` become LaTeX.
+    Take away what carries no meaning: delimiters, spacing, colours and sizes, currency signs, thousands separators, a full stop at
+    the end. Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` become LaTeX, `\mathrm{e}` becomes `e`, and names of
+    functions that Math-Verify does not know (`\lg`, `\tg`) those that it knows.
 
     Args:
         text (`str`): The answer as written, at most `MAX_ANSWER_LENGTH` long.

@@ -26,7 +26,7 @@ _PLAIN_NUMBER = re.compile(
     r"(?:(?:\\times|\\cdot|\*)10\^(?:(\d)|\{([-+]?\d{1,3})\}))?"
 )
 _SPACED_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:, \d{3})+")
-_DECIMAL_COMMA = re.compile(r"[-+]?\d{1,64},(?!\d{3}$)\d{1,64}")
+_DECIMAL_COMMA = re.compile(r"[-+]?(?:0|\d{1,64}(?!,\d{3}$)),\d{1,64}")
 _DEGREE_SIGN = re.compile(r"\^\s?(?:\{\s?\\circ\s?\}|\\circ)")
 _BASE = re.compile(r"(\d+)_(?:\{(\d+)\}|(\d+))")
 _NAME = re.compile(

@@ -88,7 +88,7 @@ _BARE_LETTERS, _LETTERS = set("mshglL"), set("mshglLNJWVAKCFTHΩÅ")
 # Only these take a prefix as a symbol, so that a "unit" is no micronit and "hats" are no hectoatmospheres
 _PREFIXED = re.compile(
     "meter|gram|second|ampere|kelvin|mole|candela|hertz|newton|joule|watt|pascal|volt|coulomb|farad|ohm|siemens|tesla|henry|"
-    "weber|liter|electron_volt|calorie|bit|byte|bar|watt_hour|becquerel|gray|sievert|lumen|lux|molar"
+    "weber|liter|electron_volt|calorie|bit|byte|bar|watt_hour|becquerel|gray|sievert|lumen|lux|molar|meter_Hg|meter_H2O"
 )
 # Words that pint takes for units, but people hardly ever do
 _NO_UNITS = re.compile(
@@ -128,14 +128,13 @@ class Unit(NamedTuple):
 
     def convert(self, value: str, other: Unit) -> str:
         """Write a number of this unit as LaTeX of the same quantity in another unit of the same dimension."""
-        value = times(value, self.size / other.size)
+        name, equals, number = value.rpartition("=")  # "x = 5" has a unit too
+        number = times(number, self.size / other.size)
         if self.pi != other.pi:
-            value = rf"{value} \cdot \pi^{{{self.pi - other.pi}}}"
-        return (
-            f"{value} + {_fraction((self.offset - other.offset) / other.size)}"
-            if self.offset != other.offset
-            else value
-        )
+            number = rf"{number} \cdot \pi^{{{self.pi - other.pi}}}"
+        if self.offset != other.offset:
+            number = f"{number} + {_fraction((self.offset - other.offset) / other.size)}"
+        return name + equals + number
 
 
 RADIAN = Unit((("radian", 1),), Fraction(1))
@@ -168,18 +167,9 @@ def split_unit(text: str, glued: bool = False) -> tuple[str, Unit | None]:
     half_of_day = _half_of_day(value, words)
     if half_of_day:
         return value, half_of_day
-    # `2i`, `2ab` and `2 x` are products; `2 m` is a length
-    is_number = re.fullmatch(r"[-+\d.,/ ]+", value) is not None
     known = {word: _unit_of_name(word) for word in words if word != "in" or word == words[0]}
-    if not is_wrapped and words[0].isascii():
-        if not (is_number and (space or glued)) and (
-            len(words[0]) < 2 or not (known[words[0]] or known.get(words[-1]))
-        ):
-            return text, None
-        if not known[words[0]] and (not space or len(words[0]) < 3) and words[0].lower() not in _POWERS:
-            return text, None
-        if any(first in _LETTERS and second in _LETTERS and sign > 0 for first, (second, _, sign) in _adjacent(names)):
-            return text, None
+    if not is_wrapped and words[0].isascii() and _is_product(value, names, known, is_apart=bool(space), glued=glued):
+        return text, None
     letters = _LETTERS if is_wrapped or len(words) > 1 else _BARE_LETTERS
     if any(len(word) < 2 and word.isascii() and word not in letters | {"a"} for word in words):
         return text, None
@@ -233,8 +223,19 @@ def _read_names(text: str) -> list[tuple[str, int, int]]:
     return [tuple(name) for name in names]
 
 
-def _adjacent(names: list) -> list[tuple[str, tuple[str, int, int]]]:
-    return [(first[0], second) for first, second in zip(names, names[1:], strict=False)]
+def _is_product(value: str, names: list, known: dict[str, Unit | None], is_apart: bool, glued: bool) -> bool:
+    """Tell whether bare letters after a value are factors of a product, as in `2i`, `2ab`, `2 x` and `2 m h`; `2 m` is a length."""
+    words = [word for word, _, _ in names]
+    is_number = re.fullmatch(r"[-+\d.,/ ]+", value) is not None
+    first_is_known = bool(known[words[0]])
+    if not (is_number and (is_apart or glued)) and (len(words[0]) < 2 or not (first_is_known or known.get(words[-1]))):
+        return True
+    if not first_is_known and (not is_apart or len(words[0]) < 3) and words[0].lower() not in _POWERS:
+        return True
+    return any(
+        first in _LETTERS and second in _LETTERS and sign > 0
+        for (first, _, _), (second, _, sign) in zip(names, names[1:], strict=False)
+    )
 
 
 def _half_of_day(value: str, words: list[str]) -> Unit | None:
@@ -246,6 +247,8 @@ def _half_of_day(value: str, words: list[str]) -> Unit | None:
 def _product(factors: list[tuple[Unit | None, int]]) -> Unit | None:
     """Multiply units; words that are none count as 1. None if all of them are none."""
     known = [(unit, exponent) for unit, exponent in factors if unit]
+    if any(abs(exponent) > 9 for _, exponent in known):  # it would be a number without end
+        return None
     if len(known) == 1 and known[0][1] == 1:
         return known[0][0]
     dimension: Counter[str] = Counter()
