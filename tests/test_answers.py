@@ -358,6 +358,13 @@ def test_judge(answer, gold, right):
         (r"\frac{1}{2}<e", r"\frac{1}{3}<e", False),
         ("2>e", "3>e", False),
         ("x=e", "x=e^2", False),
+        (r"\pi<x<2\pi", r"(\pi,2\pi)", True),
+        (r"\pi<x<2\pi", r"(1,2\pi)", False),
+        ("e<x<3", "(e,3)", True),
+        ("e<x<3", "e<x<4", False),
+        (r"e=\frac{c}{a}", r"\frac{c}{a}", True),
+        (r"e=\frac{c}{a}", r"e=\frac{a}{c}", False),
+        (r"e\ne 1", r"e\ne 2", False),
         ("x=e", "e", True),
         ("a=1,e=2", "a=1,e=3", False),
         ("e=2,a=1", "a=1,e=2", True),
@@ -696,5 +703,5 @@ def test_units_choices_and_words_of_any_text_come_back(text):
     units.split_unit(cleaned, glued=True)
     assert words.read_choices(cleaned) in (None, frozenset("AB"), frozenset("A"), frozenset("B"))
     words.read_words(cleaned)
-    for pattern in (equality._CONSTANT, equality._LAST_CONSTANT, equality._NAME):
+    for pattern in (equality._CONSTANT, equality._INEQUALITY, equality._NAME):
         pattern.fullmatch(cleaned)

@@ -32,14 +32,10 @@ _BASE = re.compile(r"(\d+)_(?:\{(\d+)\}|(\d+))")
 _NAME = re.compile(
     r"(?:[A-Za-z]+|\\(?!pi|gamma|frac|sqrt)[a-z]+|\\text\{[^{}]*\})(?:_(?:\w|\{[^{}]*\}))?(?:\([a-z\d]\))?"
 )
-# Math-Verify reads these as numbers, but on the side of a relation they are variables: "e < 1" is of an eccentricity
-_RELATION = r"[<>=]|\\(?:leq?|geq?|lt|gt|neq?|in)(?![a-zA-Z])"
-_CONSTANT = re.compile(
-    r"(^|[<>,]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))(\s*)(e|I|\\pi|\\gamma|\\Gamma)(?:_(\w|\{[^{}]*\}))?(?=\s*(?:"
-    + _RELATION
-    + "))"
-)
-_LAST_CONSTANT = re.compile(r"((?:\\[a-zA-Z]+|[^a-zA-Z\\])*(?:[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z]))\s*)(e|I)")
+# Math-Verify reads these as numbers. On the left of "=" they are variables, and the eccentricity in "0 < e < 1" is one, but not
+# the bounds of "e < x < 3"
+_CONSTANT = re.compile(r"(^\s*|,\s*)(e|I|\\pi|\\gamma|\\Gamma)(?:_(\w|\{[^{}]*\}))?(?=\s*(?:=|\\in(?![a-zA-Z])))")
+_INEQUALITY = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt|neq?)(?![a-zA-Z])")
 _CONSTANT_NAMES = {"e": 1, "I": 2, r"\pi": 3, r"\gamma": 4, r"\Gamma": 5}
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s?(?:\{(\d+)\}|(\d))")
 
@@ -252,8 +248,9 @@ def _parse(text: str) -> Any:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _CONSTANT.sub(_variable, text)
-    last = _LAST_CONSTANT.fullmatch(text)
-    text = f"{last[1]}x_{{90{_CONSTANT_NAMES[last[2]]}}}" if last else text
+    letters = re.sub(r"\\[a-zA-Z]+|[^a-zA-Z]", "", text) if _INEQUALITY.search(text) else ""
+    if letters in _CONSTANT_NAMES:
+        text = re.sub(rf"(?<![a-zA-Z\\]){letters}(?![a-zA-Z])", rf"x_{{90{_CONSTANT_NAMES[letters]}}}", text)
     if TRIGONOMETRIC.search(text):
         text = _DEGREE_SIGN.sub(r"\\cdot\\frac{\\pi}{180}", text)
     # Math-Verify's units are off because they take the variables of "5m" and "x + 3t" for units
@@ -282,8 +279,8 @@ def _union_of_inequalities(expression: Any) -> Any:
 
 def _variable(match: re.Match) -> str:
     """Write a constant's name as that of a variable, which has a number because such names are parsed."""
-    subscript = "".join(str(ord(letter)) for letter in match[4] or "" if letter.isalnum())
-    return f"{match[1]}{match[2]}x_{{90{_CONSTANT_NAMES[match[3]]}{subscript}}}"
+    subscript = "".join(str(ord(letter)) for letter in match[3] or "" if letter.isalnum())
+    return f"{match[1]}x_{{90{_CONSTANT_NAMES[match[2]]}{subscript}}}"
 
 
 def _repeating_fraction(match: re.Match) -> str:
