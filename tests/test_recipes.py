@@ -140,8 +140,13 @@ def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["step"] == 2 and sum("grad_norm" in row for row in history) == 2
     if command == "train":
-        # The reward could read every row that the format made
-        assert [row["filter/judged"] for row in history if "filter/judged" in row] == [1.0, 1.0]
+        judged = [row["filter/judged"] for row in history if "filter/judged" in row]
+        if given.get("reward_funcs") == ["majority"]:
+            # A tiny model's completions rarely agree
+            assert len(judged) == 2 and any("majority_reward/labelled" in row for row in history)
+        else:
+            # The reward could read every row that the format made
+            assert judged == [1.0, 1.0]
         assert ("tools/call_frequency" in history[0]) == ("tools" in given)
         assert isinstance(ImplicitPRM.from_pretrained(tmp_path / "run"), ImplicitPRM)
 

@@ -39,6 +39,7 @@ def verifiers(monkeypatch):
     for module, function, cls in (
         ("math_rewards", "math_reward", "MathReward"),
         ("code_rewards", "code_reward", "CodeReward"),
+        ("majority_rewards", "majority_reward", "MajorityReward"),
     ):
         stand_in = types.ModuleType(module)
         setattr(stand_in, function, plain)
@@ -47,7 +48,8 @@ def verifiers(monkeypatch):
 
 
 def test_verifiers_by_name_and_with_options(verifiers):
-    assert load_reward_func("math") is plain
+    assert load_reward_func("math") is load_reward_func("majority") is plain
+    assert load_reward_func("majority(timeout=2)").timeout == 2
     # An instance already, because making one finds out whether programs can be run at all
     assert isinstance(load_reward_func("code"), StandIn)
     reward = load_reward_func("code(scoring='fraction', timeout=10)")

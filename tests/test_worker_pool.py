@@ -31,6 +31,9 @@ def act(kind, value=None):
         while True: pass
     if kind == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if kind in ("die once", "hang once") and not os.path.exists(value):
+        open(value, "w").close()
+        act(kind.removesuffix(" once"))
     if kind == "exit":
         os._exit(0)
     if kind == "hog":
@@ -139,6 +142,60 @@ def test_a_crash_costs_its_own_job_only(pool, kind):
     results = pool.map([("echo", 1), (kind,), ("echo", 2), (kind,), ("echo", 3)])
     assert [result.value for result in results] == [1, None, 2, None, 3]
     assert [result.failure for result in results] == [None, "crash", None, "crash", None]
+
+
+@pytest.mark.parametrize("kind", ["die once", "hang once"])
+def test_a_job_is_given_to_a_second_worker(pool, tmp_path, kind):
+    jobs = [("echo", 1), (kind, str(tmp_path / "mark")), ("echo", 2)]
+    assert pool.map(jobs) == echoes(1, None, 2)
+    assert (tmp_path / "mark").exists()
+
+
+def kill(pid):
+    """Kill a process and wait for its end, without reaping it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_worker_that_is_killed_while_idle_costs_no_result(pool):
+    pids = [result.value for _ in range(3) for result in pool.map([("pid",)] * 2)]
+    for _ in range(3):
+        for pid in pool.worker_pids:
+            kill(pid)
+        # Not even the first of the two tries of a job that will lose one itself
+        results = pool.map([("echo", 1), ("echo", 2), ("die",)])
+        assert results == [*echoes(1, 2), JobResult(failure="crash")]
+    assert not set(pool.worker_pids) & set(pids)
+
+
+def test_a_worker_that_is_killed_while_idle_is_not_a_try_of_the_next_job(act, tmp_path):
+    with WorkerPool(act, num_workers=1) as pool:
+        pool.map([("pid",)])
+        kill(pool.worker_pids[0])
+        assert pool.map([("die once", str(tmp_path / "mark"))]) == echoes(None)
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_workers_that_are_killed_while_they_start(act, monkeypatch, deaths):
+    started = []
+    original = worker_pool._Worker.wait_until_ready
+
+    def killed(worker):
+        started.append(worker.process.pid)
+        if len(started) <= deaths:
+            kill(worker.process.pid)
+        original(worker)
+
+    monkeypatch.setattr(worker_pool._Worker, "wait_until_ready", killed)
+    with WorkerPool(act, num_workers=1) as pool:
+        if deaths < 3:
+            assert pool.map([("echo", 1), ("echo", 2)]) == echoes(1, 2)
+            assert pool.worker_pids == started[-1:]
+        else:
+            with pytest.raises(RuntimeError, match="3 times in a row.*lack of memory"):
+                pool.map([("echo", 1)])
+            assert pool.map([("echo", 2)]) == echoes(2)  # the pool is still of use
+    assert_gone(started)
 
 
 def test_exceptions_come_back_as_text_and_leave_the_worker_alive(pool):

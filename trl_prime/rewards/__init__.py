@@ -4,26 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .code_rewards import CodeReward, code_reward
+    from .majority_rewards import MajorityReward, majority_reward
     from .math_rewards import MathReward, math_reward
     from .registry import load_reward_func
     from .router import VerifierReward, verifier_reward
 
 __all__ = [
     "CodeReward",
+    "MajorityReward",
     "MathReward",
     "VerifierReward",
     "code_reward",
     "load_reward_func",
+    "majority_reward",
     "math_reward",
     "verifier_reward",
 ]
 
 _MODULES = {
     "CodeReward": ".code_rewards",
+    "MajorityReward": ".majority_rewards",
     "MathReward": ".math_rewards",
     "VerifierReward": ".router",
     "code_reward": ".code_rewards",
     "load_reward_func": ".registry",
+    "majority_reward": ".majority_rewards",
     "math_reward": ".math_rewards",
     "verifier_reward": ".router",
 }

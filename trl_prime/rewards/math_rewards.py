@@ -10,8 +10,8 @@ from ..texts import completion_text
 from .answers import MAX_ANSWER_LENGTH, extract_answer, extract_gold, judge, quick_verdict
 from .worker_pool import WorkerPool
 
-# A worker imports Math-Verify and learns most of the grammar by it, outside the time limit
-_WARM_UP = (r"[-\frac{\pi^2}{8}, 2\sqrt{x})", r"\{1, (x+1)^2\}")
+# A worker imports Math-Verify and pint and learns most of the grammar by it, outside the time limit
+_WARM_UP = (r"[-\frac{\pi^2}{8}, 2\sqrt{x})\text{ km}", r"\{1, (x+1)^2\}")
 
 
 class MathReward:
@@ -27,15 +27,15 @@ class MathReward:
     |---|---|
     | no answer in the completion, or one longer than 4096 characters | 0.0 |
     | the gold answer is None (a row of another task), empty, too long or not understood | None |
-    | the gold answer alone takes longer than `timeout` | None |
-    | the answer takes longer than `timeout`, or all memory | `undecided` |
+    | the gold answer alone takes longer than `timeout`, twice | None |
+    | the answer takes longer than `timeout`, or all memory, twice | `undecided` |
 
     Each distinct pair of answer and gold answer in a batch is judged once, in one of `num_workers` processes that start
     with the first call that needs one.
 
     Args:
         timeout (`float`, *optional*, defaults to `3.0`):
-            Seconds that judging one answer may take.
+            Seconds that judging one answer may take. An answer that takes longer is given to a second process.
         num_workers (`int`, *optional*):
             Largest number of processes. Defaults to the number of available cores, at most 8.
         undecided (`float` or `None`, *optional*):
@@ -45,7 +45,7 @@ class MathReward:
             Whether only an answer in `\boxed{}` counts.
 
     Raises:
-        ImportError: Math-Verify is not installed.
+        ImportError: Math-Verify or pint is not installed.
         ValueError: An option is out of range.
 
     Example:
@@ -63,8 +63,9 @@ class MathReward:
         undecided: float | None = None,
         boxed_only: bool = False,
     ):
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("Judging answers needs Math-Verify: pip install trl-prime[math]")
+        for module, name in (("math_verify", "Math-Verify"), ("pint", "pint")):
+            if importlib.util.find_spec(module) is None:
+                raise ImportError(f"Judging answers needs {name}: pip install trl-prime[math]")
         if undecided is not None and not isinstance(undecided, (int, float)):
             raise ValueError(f"undecided is {undecided!r}, but must be a number or None.")
         self.__name__ = "math_reward"  # TRL logs it by this name
@@ -186,7 +187,7 @@ def math_reward(
         `list[float | None]`: rewards in the order of the completions.
 
     Raises:
-        ImportError: Math-Verify is not installed.
+        ImportError: Math-Verify or pint is not installed.
 
     Example:
     ```python

@@ -16,6 +16,7 @@ from ..specs import call_with_options, check_options, load_object, nearest, pars
 # Each name maps to (module, function for the plain name, class for the call form), imported when asked for
 VERIFIERS = {
     "math": ("math_rewards", "math_reward", "MathReward"),
+    "majority": ("majority_rewards", "majority_reward", "MajorityReward"),
     "code": ("code_rewards", "code_reward", "CodeReward"),
     "verifier": ("router", "verifier_reward", "VerifierReward"),
     "reasoning_gym": ("reasoning_gym_rewards", "reasoning_gym_reward", None),
@@ -42,7 +43,8 @@ def load_reward_func(spec: str) -> Callable:
     """
     Load a reward function by name, with or without options.
 
-    - `math`, `code`, `verifier` (math or code, by the row), `reasoning_gym`: this package's.
+    - `math`, `code`, `verifier` (math or code, by the row), `reasoning_gym`, `majority` (agreement in place of a gold answer):
+      this package's.
     - TRL's names, `accuracy_reward`; its factories without the `get_`,
       `soft_overlong_punishment(max_completion_len=3072, soft_punish_cache=512)`.
     - Dotted paths: `my_module.my_reward`, or of a function or class that makes one, `my_module.make_reward(a=1)`.

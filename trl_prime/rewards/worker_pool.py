@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 _HEADER = struct.Struct("!I")
 _START_UP_SECONDS = 120.0
+# How often a worker is started for one job before something is taken to be wrong with all of them
+_START_UP_ATTEMPTS = 3
 
 
 class JobResult(NamedTuple):
@@ -38,7 +40,7 @@ class JobResult(NamedTuple):
 
     Args:
         value (`Any`): What the function returned; None if it did not return.
-        failure (`str` or `None`): None if the function returned, else `"timeout"`, `"crash"` (the process died, for
+        failure (`str` or `None`): None if the function returned, else `"timeout"`, `"crash"` (the process died twice, for
             instance of a lack of memory) or the exception that it raised, as text.
     """
 
@@ -49,6 +51,9 @@ class JobResult(NamedTuple):
 class WorkerPool:
     """
     Runs a function in persistent processes, which are killed and replaced when a call takes too long.
+
+    A worker that something else kills, while it starts, idles or works, costs time and no result: its job is given to a
+    new worker. A job fails only if it has cost two workers, by taking too long or by their death.
 
     Processes start with the first call and are new interpreters: nothing of the parent is inherited, not torch, not its
     locks. A worker has the parent's `sys.path` and imports the function's module by its name, and the packages that hold it.
@@ -128,13 +133,13 @@ class WorkerPool:
             `list[JobResult]`: in the order of the jobs.
 
         Raises:
-            RuntimeError: A worker could not be started, or the pool was closed.
+            RuntimeError: Workers could not be started, three times in a row, or the pool was closed.
         """
         futures: list[Future] = []
-        bundles: dict[Hashable, list[tuple[Future, bytes]]] = {}
+        bundles: dict[Hashable, list[tuple[Future, bytes, bool]]] = {}
         for key, job in zip(range(len(jobs)) if keys is None else keys, jobs, strict=True):
             futures.append(Future())
-            bundles.setdefault(key, []).append((futures[-1], json.dumps(list(job)).encode()))
+            bundles.setdefault(key, []).append((futures[-1], json.dumps(list(job)).encode(), False))
         try:
             with self._lock:
                 if self._closed:
@@ -191,23 +196,53 @@ class WorkerPool:
     def _serve_queue(self, jobs: queue.SimpleQueue) -> None:
         """Serve one worker from a thread: start it, hand it one job at a time, and kill it when a job is overdue."""
         worker = None
-        for future, frame in itertools.chain.from_iterable(iter(jobs.get, None)):
-            if not future.set_running_or_notify_cancel():
+        for future, frame, is_retry in itertools.chain.from_iterable(iter(jobs.get, None)):
+            if not is_retry and not future.set_running_or_notify_cancel():
                 continue
             try:
-                if self._closed:
-                    raise RuntimeError
-                worker = worker or self._start_worker()
+                if not worker or not worker.is_alive():
+                    worker = self._replace_worker(worker)
                 result = worker.run(frame, self.timeout)
                 if self._closed:
                     raise RuntimeError
-                if worker.jobs >= self.max_jobs_per_worker or result.failure in ("timeout", "crash"):
+                is_lost = result.failure in ("timeout", "crash")
+                if is_lost or worker.jobs >= self.max_jobs_per_worker:
                     worker = self._stop_worker(worker)
-                future.set_result(result)
+                if is_lost and not is_retry:
+                    self._retry(future, frame)
+                else:
+                    future.set_result(result)
             except BaseException as error:
                 worker = self._stop_worker(worker)
                 future.set_exception(RuntimeError("The pool was closed during the call.") if self._closed else error)
         self._stop_worker(worker)
+
+    def _retry(self, future: Future, frame: bytes) -> None:
+        """Put a job behind the others, for any worker: those with its key may take as long as it did."""
+        with self._lock:
+            if self._closed:  # nobody would come for it
+                raise RuntimeError
+            self._queue.put([(future, frame, True)])
+
+    def _replace_worker(self, worker: _Worker | None) -> _Worker:
+        """Start a worker in the place of one that died; one that dies while it starts is replaced too."""
+        self._stop_worker(worker)
+        deaths = 0
+        while not self._closed:
+            try:
+                return self._start_worker()
+            except TimeoutError as error:
+                raise RuntimeError(
+                    f"A worker process was not ready within {_START_UP_SECONDS:.0f} seconds; the machine is overloaded."
+                ) from error
+            except (OSError, EOFError) as error:
+                deaths += 1
+                if deaths == _START_UP_ATTEMPTS:
+                    raise RuntimeError(
+                        f"A worker process could not be started, {deaths} times in a row: {error!r}. Something ends these "
+                        "processes or keeps them from starting; look for a lack of memory."
+                    ) from error
+        raise RuntimeError("The pool was closed.")
 
     def _start_worker(self) -> _Worker:
         worker = _Worker(
@@ -255,12 +290,12 @@ class _Worker:
             )
 
     def wait_until_ready(self) -> None:
-        try:
-            error = self._receive(time.monotonic() + _START_UP_SECONDS)
-        except (OSError, EOFError) as failure:
-            raise RuntimeError(f"A worker process could not be started: {failure!r}.") from failure
+        error = self._receive(time.monotonic() + _START_UP_SECONDS)
         if error:
             raise RuntimeError(f"A worker process could not be started: {error}.")
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
 
     def run(self, frame: bytes, timeout: float) -> JobResult:
         """Run one job. After a timeout or a crash the worker is of no more use."""

@@ -10,7 +10,12 @@ FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "fr
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 _SYMBOLS = str.maketrans(
-    {
+    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width
+    | {
+        "\u3001": ",",
+        "\u3002": ".",
+        "\u2248": r"\approx ",
+        "\u2103": r"^\circ C",
         "\u2212": "-",
         "\u2013": "-",
         "\u00d7": r"\times ",
@@ -43,7 +48,22 @@ _CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
-        (r"\\(?:displaystyle|textstyle|limits|bf|rm|it)(?![a-zA-Z])|\\phantom\{[^{}]*\}", ""),
+        (r"\\(?:textcolor|colorbox|fcolorbox\s?\{[^{}]*\})\s?\{[^{}]*\}|\\color\s?\{[^{}]*\}", " "),
+        (
+            r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|sf|tt|tiny|scriptsize|footnotesize|small|"
+            r"normalsize|[lL]arge|LARGE|[hH]uge|strut|mathstrut|boldmath|centering|bfseries)(?![a-zA-Z])|\\[vh]?phantom\{[^{}]*\}",
+            "",
+        ),
+        (
+            r"\\(?:mathrm|mathit|operatorname|text(?:rm|it|up)?|mathbf|rm)\s?\{\s?([ei])\s?\}(?=\s?(?:\^|[-+*/=)}&,\\]|$))",
+            r"\1",
+        ),
+        (r"\\(?:mathbf|mathit|textbf|textit|emph|textup|mathrm|text)\s?\{([-+]?[\d.,]+)\}", r"\1"),
+        (r"\\operatorname\s?\{\s?(lg|tg|ctg|arctg|arcctg)\s?\}", r"\\\1 "),
+        (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
+        (r"\\(arc)?c(?:o)?tg(?![a-zA-Z])", r"\\\1cot "),
+        (r"\\(arc)?tg(?![a-zA-Z])", r"\\\1tan "),
+        (r"\\approxeq(?![a-zA-Z])|\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?=[\s()\[\]|.\\])\s?", ""),
         (r"\\(?:langle|lparen)(?![a-zA-Z])", "("),
@@ -51,6 +71,7 @@ _CLEANING = [
         (r"\\leqslant(?![a-zA-Z])", r"\\le"),
         (r"\\geqslant(?![a-zA-Z])", r"\\ge"),
         (r"\\varnothing(?![a-zA-Z])|^\\?\{\s?\\?\}$", r"\\emptyset "),
+        (r"(?<![\d.,])0\{,\}(?=\d)", "0."),
         (r"(?<=\d)(?:\{,\}|,\\! ?|\\[,! ]|~| )(?=\d{3}(?!\d))", ","),  # thousands
         (r"\\(?:,|;|:|!|>|quad|qquad|hspace\{[^{}]*\})|~|(?<!\\)\\ ", " "),
         (r"\\?\$|[£€]|\*\*", ""),  # delimiters, and money
@@ -60,21 +81,27 @@ _CLEANING = [
         (r"(?<![a-zA-Z\\{])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?:\\|(?<![a-zA-Z\\]))sqrt\s?(?:\{([^{}()]*)\}|\(([^()]*)\))", r"\\sqrt{\1\2}"),
         (r"(?i)(?<![a-zA-Z\\{])infinity(?![a-zA-Z])", r"\\infty "),
+        (r"(?<=\d)\{,\}(?=\d)", "."),  # thousands are joined by now, so it is a decimal comma
         (r"\{,\}", ","),
         (r"(?<![\w.])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
         (r"\\(?:boldsymbol|bm|underline)\s?\{([^{}]*)\}", r"\1"),
         (r"^\\\{\s?[a-z](?:\s?\\in\s?\\mathbb\s?\{?R\}?)?\s?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 3}
         (r"^\s?(?:\\approx(?![a-zA-Z])|=)", ""),
+        (
+            r"^\s?\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s?\{\s?([-+]?[\d.,]+)\s?([^\W\d][^{}\d]*)\}\s?$",
+            r"\1\\text{ \2}",  # a number and its unit
+        ),
         (r"\s+", " "),
     )
 ]
-_GROUPED_INTEGER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_GROUPED_INTEGER = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 
 
 def clean(text: str) -> str:
     r"""
-    Take away what carries no meaning: delimiters, spacing commands, currency signs, thousands separators, a full stop at the
-    end. Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` become LaTeX.
+    Take away what carries no meaning: delimiters, spacing, colours and sizes, currency signs, thousands separators, a full stop at
+    the end. Unicode symbols, `1.1e1`, `percent` and bare `pi` and `sqrt` become LaTeX, `\mathrm{e}` becomes `e`, and names of
+    functions that Math-Verify does not know (`\lg`, `\tg`) those that it knows.
 
     Args:
         text (`str`): The answer as written, at most `MAX_ANSWER_LENGTH` long.
