@@ -17,7 +17,7 @@ from typing import Any
 from ..sandbox import Limits, open_sandbox
 from ..texts import completion_text
 from .code_tests import ProblemTests, UnreadableTests, complete_prompt, read_tests, size_of
-from .programs import defined_function, flush_left, pick_solution, same_output, same_value
+from .programs import defined_functions, flush_left, pick_solution, same_output, same_value
 
 logger = logging.getLogger(__name__)
 # Kinds of warnings that this process has printed, each of them once
@@ -118,9 +118,6 @@ class CodeReward:
         for completion, row, name, prompt in zip(
             completions, tests, entry_point or [None] * count, prompts or [None] * count, strict=True
         ):
-            text = completion_text(completion)
-            if name is None and isinstance(row, str) and "check" in row:
-                name = defined_function(text, completion_text(prompt) if prompt else "")
             row_key = (row if isinstance(row, str) else json.dumps(row, default=str), name)
             if row_key not in read:
                 try:
@@ -129,9 +126,15 @@ class CodeReward:
                     read[row_key] = None
                     unreadable.setdefault(error.kind, []).append(str(error))
             row_tests = read[row_key]
-            source = solution_of(text, row_tests) if row_tests else None
+            text, source = completion_text(completion), None
+            if row_tests and row_tests.unnamed:
+                named = row_tests.named(defined_functions(text, _prompt_text(prompt)))
+                source = solution_of(text, named) if named else None
+                row_tests = named or row_tests
+            elif row_tests:
+                source = solution_of(text, row_tests)
             # Completions of a group often agree, and tests can be long, so equal ones share one verdict
-            jobs.append((source, row_tests, (source, row_key)))
+            jobs.append((source, row_tests, (source, row_key, row_tests and row_tests.name)))
         for kind, errors in unreadable.items():
             _warn_once(
                 kind,
@@ -262,6 +265,11 @@ def solution_of(completion: str, tests: ProblemTests) -> str | None:
         if "__future__" not in source:
             return f"{complete_prompt(tests.prompt)}\n{source}"
     return source and flush_left(source)
+
+
+def _prompt_text(prompt: Any) -> str:
+    """Join the messages of a prompt."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt or ())
 
 
 def _warn_of_missing(packages: tuple[str, ...]) -> None:

@@ -6,10 +6,10 @@ import ast
 import contextlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..sandbox.inside.prelude import Ambiguous, tested_names
+from ..sandbox.inside.prelude import BUILTINS, PACKAGES, PRELUDE, Ambiguous, tested_names
 from .programs import BYTE_ORDER_MARK
 
 # What a test expects has to pass through the sandbox's channels, which end at 64 MiB
@@ -45,6 +45,7 @@ class ProblemTests:
         signature: Parameters and types of the function, as in its definition: "(root: Optional[TreeNode]) -> int".
         wrapped: Whether each expected value may stand in a list of one, as in APPS.
         tested: Names that the asserts leave to the solution.
+        unnamed: Whether nothing says what `check(candidate)` is to check, see [`named`].
     """
 
     kind: str
@@ -56,6 +57,19 @@ class ProblemTests:
     signature: str = ""
     wrapped: bool = False
     tested: tuple[str, ...] = ()
+    unnamed: bool = False
+
+    def named(self, functions: list[str]) -> ProblemTests | None:
+        """
+        Check the last of the functions that a solution defines; None if there is none to check.
+
+        A name that the tests use themselves is none: the solution would replace what judges it.
+        """
+        taken = {"check", *re.findall(r"\w+", self.setup)} | BUILTINS | PRELUDE.keys() | PACKAGES.keys()
+        name = next((name for name in reversed(functions) if name not in taken), None)
+        if name is None:
+            return None
+        return replace(self, inputs=[f"check({name})"], name=name, tested=(*self.tested, name), unnamed=False)
 
     def names(self) -> tuple[str, ...]:
         """List the names of which a solution has to define one; empty for whole programs."""
@@ -81,6 +95,7 @@ def read_tests(tests: str | dict[str, Any] | list[str] | None, entry_point: str 
 
             or plain Python text: asserts, functions `test_...` that hold asserts, or HumanEval's `check(candidate)`.
         entry_point (`str`, *optional*): The function under test, where the row has it in a column of its own.
+            `check(candidate)` does without: then the solution says which of its functions is the one.
 
     Returns:
         [`ProblemTests`], or None where there are none.
@@ -102,9 +117,13 @@ def read_tests(tests: str | dict[str, Any] | list[str] | None, entry_point: str 
         return _asserts(tests, entry_point)
     if "test" in tests and "entry_point" in tests:
         name, prompt = tests["entry_point"], tests.get("prompt") or ""
-        if not all(isinstance(text, str) for text in (name, prompt, tests["test"])):
+        name = name or entry_point
+        if not all(isinstance(text, str) for text in (name or "", prompt, tests["test"])):
             raise UnreadableTests("`prompt`, `test` and `entry_point` are not all texts")
         setup = f"{complete_prompt(prompt)}\n{_without_mark(tests['test'])}"
+        if not name:
+            unnamed = _checked("assert", ["check(candidate)"], "candidate", setup, prompt)
+            return replace(unnamed, name=None, tested=(), unnamed=True)
         return _checked("assert", [f"check({name})"], name, setup, prompt)
     if "inputs" not in tests or "outputs" not in tests:
         raise UnreadableTests(
@@ -142,8 +161,6 @@ def _of_python(text: str, module: ast.Module, entry_point: str | None) -> dict[s
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "check" and len(call.args) == 1:
                 entry_point = entry_point or ast.unparse(call.args[0])
         kept = [node for node in module.body if not _calls_check(node)]
-        if not entry_point:
-            raise UnreadableTests("`check(candidate)` is not told what to check", "add a column `entry_point`")
         return {"test": _source(kept), "entry_point": entry_point}
     setup: list[ast.stmt] = []
     asserts: list[str] = []

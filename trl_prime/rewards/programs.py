@@ -13,7 +13,7 @@ from typing import Any
 
 # Groups: quote marks and indentation, the mark of a list item that begins on this line, the fence
 _FENCE = re.compile(r"^([ \t>]*)((?:[-*+]|\d{1,9}[.)])[ \t]{1,4})?(`{3,}|~{3,})", re.MULTILINE)
-_QUOTE = re.compile(r"[ \t]*>[ \t]?")
+_QUOTE = re.compile(r"[ \t]*>")
 _FUNCTION = re.compile(r"^(?:async[ \t]+)?def[ \t]+([A-Za-z_]\w*)[ \t]*\(", re.MULTILINE)
 BYTE_ORDER_MARK = "\ufeff"
 _PYTHON = {"", "python", "py", "python3", "py3", "ipython"}
@@ -63,7 +63,7 @@ def _without_margin(block: str, margin: str) -> str:
     if not margin:
         return block
     quotes = margin.count(">")
-    width = _columns(margin.rpartition(">")[2]) - bool(quotes)  # one space belongs to the quote mark
+    width = _columns(margin.rpartition(">")[2])
     lines = []
     for line in block.split("\n"):
         start = columns = 0
@@ -84,15 +84,11 @@ def _columns(space: str, columns: int = 0) -> int:
     return columns
 
 
-def defined_function(completion: str, prompt: str = "") -> str | None:
-    """
-    Name the function that a completion is about: the last one at the top level of its code that the prompt defines too, else
-    the last one; None where there is none.
-    """
-    code = "\n".join(map(flush_left, code_blocks(completion))) or completion
-    names = _FUNCTION.findall(code)
-    asked = [name for name in names if re.search(rf"\bdef\s+{name}\s*\(", prompt)]
-    return next(reversed(asked or names), None)
+def defined_functions(completion: str, prompt: str = "") -> list[str]:
+    """List the functions at the top level of a completion's code, those that its prompt defines too at the end."""
+    names = _FUNCTION.findall("\n".join(map(flush_left, code_blocks(completion))) or completion)
+    asked = set(_FUNCTION.findall(prompt))
+    return sorted(names, key=lambda name: name in asked)
 
 
 def flush_left(source: str) -> str:

@@ -107,19 +107,21 @@ class _Server:
             return {"value": self.solve(target, arguments)}
         value = self.encode(self.target(target)(*arguments, **named))
         before = [*rest[0], *rest[1].values()]
-        after = [self.changed(argument) for argument in (*arguments, *named.values())]
+        after = [
+            self.changed(argument, form) for argument, form in zip((*arguments, *named.values()), before, strict=True)
+        ]
         if after == [form if changed is not None else None for form, changed in zip(before, after, strict=True)]:
             return {"value": value}
         return {"value": value, "arguments": after}
 
-    def changed(self, argument: Any) -> Any:
-        """Encode what a call may have changed; None for everything else."""
+    def changed(self, argument: Any, form: Any) -> Any:
+        """Encode what a call may have changed of an argument that came in this form; None for everything else."""
         if isinstance(argument, (list, dict, set, bytearray, collections.deque)):
             return self.encode(argument)
-        kind = prelude.node_kind(argument)
-        if kind is None or id(argument) in self.handles:
-            return None
-        return {"handle": {kind: [self.encode(value) for value in prelude.values_of(argument, kind)]}}
+        if isinstance(form, dict) and isinstance(form.get("handle"), dict):
+            (kind,) = form["handle"]
+            return {"handle": {kind: [self.encode(value) for value in prelude.values_of(argument, kind)]}}
+        return None
 
     def solve(self, target: str, arguments: list[Any]) -> Any:
         """
@@ -133,17 +135,21 @@ class _Server:
         function = self.find(name)
         declared, returned = _types_of_text(target) if name != target else _types_of_function(function)
         declared += [_ValueType()] * len(arguments)
-        nodes = [self.nodes(argument, of, arguments) for argument, of in zip(arguments, declared, strict=False)]
-        value = function(*nodes)
-        if value is None and returned.nothing and nodes:
-            value, returned = nodes[0], declared[0]
+        values = [self.nodes(argument, of) for argument, of in zip(arguments, declared, strict=False)]
+        for i, of in enumerate(declared[: len(values)]):
+            # A node of the tree before it is given by its value: lowestCommonAncestor([3, 5, 1], 5, 1)
+            if of.node and i and isinstance(values[i], (int, str)) and prelude.node_kind(values[0]):
+                values[i] = prelude.find_node(values[0], of.node, values[i])
+        value = function(*values)
+        if value is None and returned.nothing and values:
+            value, returned = values[0], declared[0]
         return _plain(value, returned)
 
-    def nodes(self, argument: Any, of: "_ValueType", arguments: list[Any]) -> Any:
+    def nodes(self, argument: Any, of: "_ValueType") -> Any:
         """Make the tree or linked list that a list stands for where a node is declared."""
         if of.node is None:
             return argument
-        if of.many:
+        if of.many and isinstance(argument, list):
             return [self.make(item, of.node) for item in argument]
         return self.make(argument, of.node)
 

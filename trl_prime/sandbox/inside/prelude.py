@@ -28,6 +28,7 @@ import symtable
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -195,21 +196,29 @@ def values_of(node: Any, kind: str) -> list[Any]:
     Raises:
         ValueError: It has a cycle, or more nodes than a test has.
     """
-    values: list[Any] = []
-    fields = _CHILDREN[kind]
-    queue = collections.deque([node])
-    while queue:
-        node = queue.popleft()
-        if node is not None:
-            values.append(node.val)
-            queue.extend(getattr(node, name) for name in fields)
-        elif kind == "TreeNode":
-            values.append(None)
-        if len(values) > _MOST_NODES:
-            raise ValueError("it has a cycle, or too many nodes")
+    values = [None if node is None else node.val for node in _nodes(node, kind)]
     while values and values[-1] is None and kind == "TreeNode":
         values.pop()
     return values
+
+
+def find_node(node: Any, kind: str, value: Any) -> Any:
+    """Find the first node with a value in a tree or a linked list; None where there is none."""
+    return next((found for found in _nodes(node, kind) if found is not None and found.val == value), None)
+
+
+def _nodes(node: Any, kind: str) -> Iterator[Any]:
+    queue = collections.deque([node])
+    for _ in range(_MOST_NODES):
+        if not queue:
+            return
+        node = queue.popleft()
+        if node is not None:
+            queue.extend(getattr(node, name) for name in _CHILDREN[kind])
+        elif kind == "ListNode":
+            return
+        yield node
+    raise ValueError("it has a cycle, or too many nodes")
 
 
 def make_nodes(values: list[Any], kind: str, node_type: Any) -> Any:
