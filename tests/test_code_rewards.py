@@ -583,9 +583,18 @@ def test_humaneval_tests_alone(sandbox):
 @pytest.mark.parametrize("name", ["check", "candidate", "isinstance", "Counter", "isclose", "METADATA", "np", "all"])
 def test_a_solution_may_not_name_itself_what_judges_it(sandbox, name):
     """Nor get away without a verdict by it."""
+    tests = HUMANEVAL_TEST + "    assert isinstance(candidate(2), int) and all([isclose(candidate(2), 4)])\n"
+    tests += "    assert Counter([candidate(2)]) == {4: 1} and np.sqrt(candidate(2)) == 2\n"
     forged = f"def {name}(*args):\n    return True"
-    assert CodeReward()([block(forged)], tests=[HUMANEVAL_TEST]) == [0.0]
-    assert CodeReward()([block(SQUARE + "\n" + forged)], tests=[HUMANEVAL_TEST]) == [1.0]
+    assert CodeReward()([block(forged)], tests=[tests]) == [0.0]
+    assert CodeReward()([block(SQUARE + "\n" + forged)], tests=[tests]) == [1.0]
+
+
+@pytest.mark.parametrize("name", ["add", "digits", "square"])
+def test_a_solution_may_name_itself_as_it_likes_else(sandbox, name):
+    tests = HUMANEVAL_TEST + "    assert candidate(helper(2)) == square(4)\n" * (name == "square")
+    source = f"def helper(x):\n    return 2 * x\ndef {name}(x):\n    return x * x"
+    assert CodeReward()([block(source)], tests=[tests]) == [1.0]
 
 
 def test_faults_of_one_kind_are_told_once_with_their_number(sandbox, caplog, monkeypatch):

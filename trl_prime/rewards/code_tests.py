@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..sandbox.inside.prelude import BUILTINS, PACKAGES, PRELUDE, Ambiguous, tested_names
+from ..sandbox.inside.prelude import Ambiguous, tested_names
 from .programs import BYTE_ORDER_MARK
 
 # What a test expects has to pass through the sandbox's channels, which end at 64 MiB
@@ -65,11 +65,11 @@ class ProblemTests:
 
         A name that the tests use themselves is none: the solution would replace what judges it.
         """
-        taken = {"check", *re.findall(r"\w+", self.setup)} | BUILTINS | PRELUDE.keys() | PACKAGES.keys()
+        taken = _mentioned_names(self.setup) - set(self.tested)
         name = next((name for name in reversed(functions) if name not in taken), None)
         if name is None:
             return None
-        return replace(self, inputs=[f"check({name})"], name=name, tested=(*self.tested, name), unnamed=False)
+        return replace(self, inputs=[f"check({name})"], name=name, tested=tuple({*self.tested, name}), unnamed=False)
 
     def names(self) -> tuple[str, ...]:
         """List the names of which a solution has to define one; empty for whole programs."""
@@ -123,7 +123,8 @@ def read_tests(tests: str | dict[str, Any] | list[str] | None, entry_point: str 
         setup = f"{complete_prompt(prompt)}\n{_without_mark(tests['test'])}"
         if not name:
             unnamed = _checked("assert", ["check(candidate)"], "candidate", setup, prompt)
-            return replace(unnamed, name=None, tested=(), unnamed=True)
+            tested = tuple(name for name in unnamed.tested if name != "candidate")
+            return replace(unnamed, name=None, tested=tested, unnamed=True)
         return _checked("assert", [f"check({name})"], name, setup, prompt)
     if "inputs" not in tests or "outputs" not in tests:
         raise UnreadableTests(
@@ -187,6 +188,21 @@ def _calls_check(node: ast.stmt) -> bool:
 
 def _source(nodes: list[ast.stmt]) -> str:
     return "\n".join(map(ast.unparse, nodes))
+
+
+def _mentioned_names(code: str) -> set[str]:
+    """List the names that code uses or defines."""
+    names = {"check"}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name.partition(".")[0])
+    return names
 
 
 def _asserts(tests: dict[str, Any], entry_point: str | None) -> ProblemTests | None:
