@@ -208,9 +208,7 @@ def test_humaneval_rows():
 
 def test_mbpp_rows():
     row = adapt([MBPP], "mbpp")[0]
-    tests = {"asserts": MBPP["test_list"], "setup": "import math"}
-    assert json.loads(row["tests"]) == {**tests, "entry_point": "similar"}
-    assert json.loads(adapt([{**MBPP, "code": None}], "mbpp")[0]["tests"]) == tests
+    assert json.loads(row["tests"]) == {"asserts": MBPP["test_list"], "setup": "import math"}
     content = row["prompt"][0]["content"]
     assert MBPP["test_list"][0] in content and MBPP["test_list"][1] not in content
     assert MBPP["test_list"][1] in adapt([MBPP], "mbpp", shown_tests=2)[0]["prompt"][0]["content"]
@@ -225,9 +223,11 @@ def test_mbpp_rows():
 @pytest.mark.parametrize(
     ("code", "asserts", "entry_point"),
     [
-        ("def sum(a, b):\n    return a * b", ["assert sum(10, 15) == 150"], "sum"),
+        ("def sum(a, b):\n    return a * b", ["assert sum(10, 15) == 150"], None),  # they say it
+        ("def sum(a, b):\n    return a * b", ["assert sum(10, min(15, 20)) == 150"], "sum"),
+        ("def gcd(a, b): ...", ["assert gcd(4, 6) == 2 and lowest(gcd(1, 2))"], "gcd"),
         ("def max(a, b): ...", ["assert max(1, min(2, 3)) == 2"], "max"),
-        ("def helper(): ...\ndef add(a): ...", ["assert add(1) == 2"], "add"),
+        ("def helper(): ...\ndef add(a): ...", ["assert add(1) == 2"], None),
         ("def put(): ...\ndef get(): ...", ["assert get(put(1)) == 1"], None),
         ("class Node: ...", ["assert Node(1).x == 1"], None),
         ("def broken(:", ["assert add(1) == 2"], None),
@@ -248,7 +248,7 @@ def test_leetcode_rows():
         "fn_name": "invert",
         "inputs": [[[1, 2], "1001"]],
         "outputs": [[1]],
-        "bare_outputs": True,
+        "bare_outputs": True,  # or [1] might be APPS's way to write 1
         "signature": "(root: Optional[TreeNode], s: str='(:') -> Optional[TreeNode]",
     }
     bare = adapt([{"prompt_sft": "Invert it.", "test": test}], "leetcode")[0]

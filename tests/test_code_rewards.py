@@ -193,6 +193,10 @@ TREE_SOLUTIONS = {
     + INVERT,
     "annotations as text": "from __future__ import annotations\n" + INVERT,
     "TreeNode | None": INVERT.replace("Optional[TreeNode]", "TreeNode | None"),
+    "types in the docstring": INVERT.replace(": Optional[TreeNode]", "").replace(
+        " -> Optional[TreeNode]:",
+        ":\n        '''\n        :type root: Optional[TreeNode]\n        :rtype: Optional[TreeNode]\n        '''",
+    ),
     "a function": INVERT.replace("class Solution:\n    def invert(self, ", "if True:\n    def invert(").replace(
         "self.", ""
     ),
@@ -608,7 +612,7 @@ def test_faults_of_one_kind_are_told_once_with_their_number(sandbox, caplog, mon
         assert rewards == [None] * 166
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert "164 rows" in messages[0] and "neither JSON nor Python" in messages[0]
+    assert "164 rows" in messages[0] and "not JSON and not Python" in messages[0]
     assert "1 rows" in messages[1] and "one length" in messages[1]
     assert metrics["code_reward/no_tests"] == 1.0
 
@@ -624,8 +628,8 @@ def test_no_tests_never_score(verdict, tests):
 @pytest.mark.parametrize(
     ("tests", "problem"),
     [
-        ("{", "neither JSON nor Python"),
-        ("Add two numbers.", "neither JSON nor Python"),
+        ("{", "not JSON and not Python"),
+        ("Add two numbers.", "not JSON and not Python"),
         ("import math\nx = 1", "asserts nothing"),
         ({"fn_name": "f", "inputs": ["1"], "outputs": ["abc"]}, "not JSON, though the arguments are"),
         ({"fn_name": "f", "inputs": ["1"], "outputs": ["1" * 5000]}, "not JSON"),

@@ -114,6 +114,10 @@ say(b'{"names": ["y", "x", "s", "candidate", "check", "expected", "_", "__name__
 while True:
     os.read(3, 65536)
     os.write(3, b'{"value": {"handle": 0}}\n')""",
+    "modules in the scratch folder": """
+for name in ("decimal", "numpy", "fractions", "math"):
+    for folder in (".", "/tmp", "/dev/shm"):
+        open(f"{folder}/{name}.py", "w").write("Decimal = Fraction = isclose = allclose = lambda *a: 0")""",
     "nodes that are not": SAY + r"""
 say(b'{"names": ["f"]}\n' + b'{"value": {"handle": {"TreeNode": [1]}}}\n{"value": {"handle": {"x": 3, "y": 4}}}\n{"value": 0, "arguments": [{"handle": {"TreeNode": 3}}]}\n{"value": {"TreeNode": []}}\n' * 30)""",
     "a node that equals all": """
@@ -168,6 +172,7 @@ ASSERTS = [
     "assert isclose(f(2), S)",
     "assert fsum([f(2)]) == S",
     "assert prod([f(2)]) == S and reduce(lambda a, b: a * b, [f(2)]) == S",
+    "from decimal import Decimal; assert Decimal(f(2)) == Decimal(S)",
     "expected = S; assert f(2) == expected",
     "assert (lambda x: x == S)(f(2)) is True",
     "import math as m, operator as o; assert m.isclose(f(2), S) and o.eq(f(2), S)",

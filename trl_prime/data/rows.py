@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Value
 from ..rewards.answers import extract_gold
 from ..rewards.code_tests import read_tests
 from ..rewards.programs import code_blocks
+from ..sandbox.inside.prelude import Ambiguous, tested_names
 
 if TYPE_CHECKING:
     Messages = list[dict[str, str]]
@@ -195,7 +196,9 @@ def leetcode(
     question = _text(question, "question")
     if entry_point is None:
         tests = _contest_calls(_parse(_text(test, "test"), "test"))
-        tests |= {"bare_outputs": True} | _declared_types(question, tests["fn_name"])
+        if all(isinstance(output, list) and len(output) == 1 for output in tests["outputs"]):
+            tests["bare_outputs"] = True
+        tests |= _declared_types(question, tests["fn_name"])
     else:
         tests = {"prompt": prompt or "", "test": _text(test, "test"), "entry_point": _text(entry_point, "entry_point")}
     return _row(
@@ -227,7 +230,7 @@ def _contest_calls(module: ast.Module) -> dict[str, Any]:
 
 
 def _declared_types(question: str, method: str) -> dict[str, str]:
-    """Find the types of a method's parameters and of its value in the code that a request shows."""
+    """Find the types of a method in the code that a request shows, if they say how to read its tests."""
     for block in code_blocks(question):
         for head in re.findall(rf"^ *def +{re.escape(method)} *(\(.*\)[^:]*):", block, re.MULTILINE):
             try:
@@ -237,7 +240,8 @@ def _declared_types(question: str, method: str) -> dict[str, str]:
             if function.args.args and function.args.args[0].arg == "self":
                 del function.args.args[0]
             returned = f" -> {ast.unparse(function.returns)}" if function.returns else ""
-            return {"signature": f"({ast.unparse(function.args)}){returned}"}
+            signature = f"({ast.unparse(function.args)}){returned}"
+            return {"signature": signature} if re.search("TreeNode|ListNode|-> None$", signature) else {}
     return {}
 
 
@@ -282,7 +286,7 @@ def mbpp(
     tests: dict[str, Any] = {"asserts": asserts}
     if before:
         tests["setup"] = before
-    if (entry_point := _entry_point(code, asserts)) is not None:
+    if (entry_point := _entry_point(code, asserts, before)) is not None:
         tests["entry_point"] = entry_point
     return _row(
         prompt=_user(f"{question}\n\nYour code has to pass tests like these:\n\n{shown}" if shown else question),
@@ -293,16 +297,20 @@ def mbpp(
     )
 
 
-def _entry_point(code: Any, asserts: list[str]) -> str | None:
-    """Name the one function of a solution that asserts call; None where there is none, or several."""
-    if not isinstance(code, str):
-        return None
+def _entry_point(code: Any, asserts: list[str], setup: str) -> str | None:
+    """Name the one function of a solution that asserts call, if they do not say it themselves."""
     try:
-        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        defined = {node.name for node in ast.parse(code or "").body if isinstance(node, ast.FunctionDef)}
+        called = {node.id for text in asserts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return None
-    called = {node.id for text in asserts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    return next(iter(defined & called)) if len(defined & called) == 1 else None
+    if len(defined & called) != 1:
+        return None
+    (name,) = defined & called
+    try:
+        return None if tested_names(setup, asserts) == {name} else name
+    except (Ambiguous, SyntaxError):
+        return name
 
 
 def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> dict[str, Any]:

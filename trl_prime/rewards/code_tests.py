@@ -149,7 +149,7 @@ def _parsed(text: str, entry_point: str | None) -> Any:
     try:
         module = ast.parse(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise UnreadableTests("`tests` is neither JSON nor Python", f"{json_error}; {error}") from error
+        raise UnreadableTests("`tests` is not JSON and not Python", f"{json_error}; {error}") from error
     return _of_python(text, module, entry_point)
 
 

@@ -226,13 +226,18 @@ def _types_of_function(function: Any) -> tuple[list[_ValueType], _ValueType]:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return [], _ValueType()
-    parameters = [_type_of(parameter.annotation) for parameter in signature.parameters.values()]
-    return parameters, _type_of(signature.return_annotation)
+    # LeetCode's heads for Python 2 have types in the docstring
+    documented = dict(re.findall(r":type +(\w+): *(.*)", getattr(function, "__doc__", None) or ""))
+    (returned,) = re.findall(r":rtype: *(\w.*)", getattr(function, "__doc__", None) or "")[:1] or [""]
+    parameters = [
+        _type_of(parameter.annotation, documented.get(name, "")) for name, parameter in signature.parameters.items()
+    ]
+    return parameters, _type_of(signature.return_annotation, returned.partition(" ")[0])
 
 
-def _type_of(annotation: Any) -> _ValueType:
+def _type_of(annotation: Any, documented: str) -> _ValueType:
     if annotation is inspect.Signature.empty:
-        return _ValueType()
+        return _ValueType(documented)
     if isinstance(annotation, str):
         return _ValueType(annotation)
     # The classes of typing and of the solution: typing.Optional[solution.TreeNode]
