@@ -120,6 +120,7 @@ def read_tests(tests: str | dict[str, Any] | list[str] | None, entry_point: str 
         name = name or entry_point
         if not all(isinstance(text, str) for text in (name or "", prompt, tests["test"])):
             raise UnreadableTests("`prompt`, `test` and `entry_point` are not all texts")
+        prompt = _without_mark(prompt)
         setup = f"{complete_prompt(prompt)}\n{_without_mark(tests['test'])}"
         if not name:
             unnamed = _checked("assert", ["check(candidate)"], "candidate", setup, prompt)
@@ -237,8 +238,12 @@ def _inputs_and_outputs(tests: dict[str, Any]) -> ProblemTests | None:
         return None
     if name:
         signature = tests.get("signature") or ""
-        if not (isinstance(name, str) and isinstance(signature, str)):
-            raise UnreadableTests("`fn_name` or `signature` is no text", f"{name!r}, {signature!r}"[:80])
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise UnreadableTests("`fn_name` is no name of a function", repr(name)[:80])
+        if signature and not _is_signature(signature):
+            raise UnreadableTests(
+                "`signature` is not what follows the name in a function's definition", repr(signature)[:80]
+            )
         expected = [_expected(output, isinstance(value, str)) for value, output in zip(inputs, outputs, strict=True)]
         wrapped = not tests.get("bare_outputs") and all(isinstance(v, list) and len(v) == 1 for v in expected)
         problem = ProblemTests(
@@ -252,6 +257,13 @@ def _inputs_and_outputs(tests: dict[str, Any]) -> ProblemTests | None:
                 f"an input or an expected output is longer than {MAX_TEST_BYTES >> 20} MB", f"{size_of(value)} bytes"
             )
     return problem
+
+
+def _is_signature(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and text.startswith("(") and len(ast.parse(f"def f{text}: pass").body) == 1
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
 
 
 def size_of(value: Any) -> int:
