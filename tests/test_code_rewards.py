@@ -423,6 +423,11 @@ def test_what_the_solution_lacks_is_not_taken_from_the_prelude(verdict):
     assert verdict(block("def subtract(a, b): return a - b"), ["assert add(1, 2) == 3"])[0] == 0.0
 
 
+@pytest.mark.parametrize("source", ["from operator import add", "import operator\nadd = operator.add"])
+def test_a_solution_may_import_what_is_tested(verdict, source):
+    assert verdict(block(source), ["assert add(1, 2) == 3"]) == (1.0, "passed")
+
+
 def test_the_setup_of_tests_may_use_what_the_solution_defines(verdict):
     source = (
         "class Node:\n    def __init__(self, data):\n        self.data, self.left, self.right = data, None, None\n"

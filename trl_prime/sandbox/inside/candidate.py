@@ -75,10 +75,13 @@ class _Server:
     def run(self, source: str) -> None:
         try:
             self.namespace = _execute(source, "solution")
+            words = set(re.findall(r"\w+", source))  # what it imports may be what the prelude has
             defined = [
                 name
                 for name, value in self.namespace.items()
-                if callable(value) and value is not prelude.PRELUDE.get(name) and not name.startswith("__")
+                if callable(value)
+                and (value is not prelude.PRELUDE.get(name) or name in words)
+                and not name.startswith("__")
             ]
         except BaseException as error:  # SystemExit too: the solution is asked, it does not run the show
             self.channel.send({"error": _describe(error)})
