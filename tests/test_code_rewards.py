@@ -191,6 +191,13 @@ TREE_SOLUTIONS = {
     "LeetCode's classes": INVERT,
     "its own class": "class TreeNode:\n    def __init__(self, x):\n        self.val, self.left, self.right = x, None, None\n"
     + INVERT,
+    "its own class with a method": "class TreeNode:\n    def __init__(self, x):\n"
+    "        self.val, self.left, self.right = x, None, None\n"
+    "    def swap(self):\n        self.left, self.right = self.right, self.left\n"
+    + INVERT.replace(
+        "root.left, root.right = self.invert(root.right), self.invert(root.left)",
+        "root.swap()\n            self.invert(root.left)\n            self.invert(root.right)",
+    ),
     "annotations as text": "from __future__ import annotations\n" + INVERT,
     "TreeNode | None": INVERT.replace("Optional[TreeNode]", "TreeNode | None"),
     "types in the docstring": INVERT.replace(": Optional[TreeNode]", "").replace(
@@ -206,7 +213,8 @@ TREE_SOLUTIONS = {
 @pytest.mark.parametrize("source", TREE_SOLUTIONS.values(), ids=TREE_SOLUTIONS)
 def test_trees_are_lists_in_level_order(verdict, source):
     assert verdict(block(source), TREES) == (1.0, "passed")
-    assert verdict(block(source.replace("invert(root.right)", "invert(root.left)")), TREES)[0] == 0.0
+    wrong = source.replace("invert(root.right)", "invert(root.left)").replace("root.swap()", "root.left = None")
+    assert verdict(block(wrong), TREES)[0] == 0.0
 
 
 def test_types_that_the_row_declares_count(verdict):

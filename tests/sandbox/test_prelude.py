@@ -38,7 +38,7 @@ from trl_prime.sandbox.inside.prelude import tested_names as names_of
         (["assert len(f(2)) == 4 and math.isclose(g(1), 1)"], {"f", "g"}),
         (["assert np.allclose(f(2), 4)"], {"f"}),
         (["assert Counter(f(2)) == Counter([1])"], {"f"}),
-        (["assert __name__ == '__main__' or f(1)"], {"f"}),
+        (["assert __name__ == '__main__' or __file__ or __builtins__ or f(1)"], {"f"}),
         (["root = TreeNode(1); assert depth(root) == 1"], {"depth"}),
         # Those of the standard library's are, where they are applied to what is under test
         (["assert isclose(area(2), 12.6)"], {"area"}),

@@ -242,8 +242,7 @@ def _same_set(body: Any, expected: Any, tolerance: float) -> bool:
     if not (isinstance(body, list) and isinstance(expected, list) and len(body) == len(expected)):
         return False
     try:
-        wanted = set(map(_key, expected))
-        return len(wanted) == len(expected) and wanted == set(map(_key, body))
+        return set(map(_key, body)) == set(map(_key, expected))
     except (ValueError, RecursionError):
         return False
 

@@ -221,7 +221,7 @@ class _ValueType:
         found = re.search(r"\b(TreeNode|ListNode)\b", annotation)
         self.node = found.group() if found else None
         self.many = re.search(r"\blist\s*\[", annotation, re.IGNORECASE) is not None
-        self.nothing = annotation in ("None", "NoneType")
+        self.nothing = annotation in ("None", "NoneType", "void")
 
 
 def _types_of_function(function: Any) -> tuple[list[_ValueType], _ValueType]:
