@@ -220,6 +220,67 @@ def test_mbpp_rows():
             adapt([MBPP, {**MBPP, "test_list": wrong}], "mbpp")
 
 
+@pytest.mark.parametrize(
+    ("code", "asserts", "entry_point"),
+    [
+        ("def sum(a, b):\n    return a * b", ["assert sum(10, 15) == 150"], None),  # they say it
+        ("def sum(a, b):\n    return a * b", ["assert sum(10, min(15, 20)) == 150"], "sum"),
+        ("def gcd(a, b): ...", ["assert gcd(4, 6) == 2 and lowest(gcd(1, 2))"], "gcd"),
+        ("def max(a, b): ...", ["assert max(1, min(2, 3)) == 2"], "max"),
+        ("def helper(): ...\ndef add(a): ...", ["assert add(1) == 2"], None),
+        ("def put(): ...\ndef get(): ...", ["assert get(put(1)) == 1"], None),
+        ("class Node: ...", ["assert Node(1).x == 1"], None),
+        ("def broken(:", ["assert add(1) == 2"], None),
+        (None, ["assert add(1) == 2"], None),
+    ],
+)
+def test_the_function_under_test_of_mbpp(code, asserts, entry_point):
+    row = adapt([{"text": "?", "code": code, "test_list": asserts}], "mbpp")[0]
+    assert json.loads(row["tests"]).get("entry_point") == entry_point
+
+
+def test_leetcode_rows():
+    """The head in the request declares types, and a text that looks like a number stays one."""
+    question = "Invert it.\n```python\nclass Solution:\n    def invert(self, root: Optional[TreeNode], s: str = '(:') -> Optional[TreeNode]:\n        \n```"
+    test = "my = Solution()\ntest_input = { 'root': [1, 2], 's': '1001' }\nassert my.invert(**test_input) == [1]\n"
+    row = adapt([{"prompt_sft": question, "test": test}], "leetcode")[0]
+    assert json.loads(row["tests"]) == {
+        "fn_name": "invert",
+        "inputs": [[[1, 2], "1001"]],
+        "outputs": [[1]],
+        "bare_outputs": True,  # or [1] might be APPS's way to write 1
+        "signature": "(root: Optional[TreeNode], s: str='(:') -> Optional[TreeNode]",
+    }
+    bare = adapt([{"prompt_sft": "Invert it.", "test": test}], "leetcode")[0]
+    assert "signature" not in json.loads(bare["tests"])
+    with pytest.raises(ValueError, match="Row 0 is no 'leetcode' row: the tests cannot be judged"):
+        adapt([{"prompt_sft": question, "test": test.replace("== [1]", "== {1}")}], "leetcode")
+
+
+def test_leetcode_rows_with_a_check():
+    row = {
+        "task_id": "add",
+        "query": "Add.",
+        "prompt": "from typing import *\n",
+        "entry_point": "Solution().add",
+        "test": "def check(candidate):\n    assert candidate(a = 1, b = 2) == 3\n",
+    }
+    adapted = adapt([row], "leetcode")[0]
+    assert json.loads(adapted["tests"]) == {key: row[key] for key in ("prompt", "test", "entry_point")}
+    assert (adapted["prompt"][0]["content"], adapted["index"], adapted["data_source"]) == ("Add.", "add", "leetcode")
+    with pytest.raises(ValueError, match="Row 0 is no 'leetcode' row"):
+        adapt([{**row, "test": "def check("}], "leetcode")
+
+
+def test_eurus2_tests_that_cannot_be_judged_are_malformed():
+    ok = json.dumps({"fn_name": "f", "inputs": ["1"], "outputs": ["1"]})
+    assert adapt([eurus_row("code", "\ufeff" + ok)], "eurus2_rl")[0]["tests"] == ok
+    for inputs, outputs in ((["x y"], ["1"]), (["1"], ["abc"]), ([3], ["1"]), ([[1]], ["x" * (33 << 20)])):
+        row = eurus_row("code", json.dumps({"fn_name": "f", "inputs": inputs, "outputs": outputs}))
+        with pytest.raises(ValueError, match="Row 1 is no 'eurus2_rl' row: the tests cannot be judged"):
+            adapt([eurus_row(), row], "eurus2_rl")
+
+
 def test_suffix_is_appended_where_it_is_missing():
     # A published suffix with other line breaks, and the other published suffix, are left alone
     rows = [eurus_row(), eurus_row(index=1), eurus_row("code", json.dumps(STDIN_TESTS)), eurus_row(suffix=False)]

@@ -1,10 +1,18 @@
 """The program in a completion, and the comparison of its answers."""
 
 import time
+from collections import deque
 
 import pytest
 
-from trl_prime.rewards.programs import code_blocks, pick_solution, same_output, same_value
+from trl_prime.rewards.programs import (
+    code_blocks,
+    defined_functions,
+    flush_left,
+    pick_solution,
+    same_output,
+    same_value,
+)
 from trl_prime.sandbox.inside import wire
 
 SOLUTION = "def add(a, b):\n    return a + b\n"
@@ -40,6 +48,54 @@ def test_code_within_a_line_opens_no_block():
 
 def test_drafts_while_thinking_do_not_count():
     assert code_blocks("<think>" + fenced("draft = 1\n") + "</think>\n" + fenced(SOLUTION)) == [SOLUTION]
+
+
+@pytest.mark.parametrize(
+    "margin",
+    ["   ", "\t", "> ", "> > ", ">   ", ">"],
+)
+def test_blocks_within_lists_and_quotations_lose_their_margin(margin):
+    lines = ["```python", *SOLUTION.splitlines(), "", "```"]
+    text = "1. First this:\n\n" + "".join(f"{margin}{line}\n" for line in lines)
+    (block,) = code_blocks(text)
+    assert block.strip() == SOLUTION.strip()
+
+
+@pytest.mark.parametrize("mark", ["- ", "* ", "+ ", "1. ", "12) ", "  - ", "> 1. "])
+def test_a_block_may_begin_beside_the_mark_of_its_item(mark):
+    margin = mark if mark.startswith(">") else " " * len(mark)
+    margin = "> " + " " * 3 if mark == "> 1. " else margin
+    text = f"{mark}```python\n" + "".join(f"{margin}{line}\n" for line in [*SOLUTION.splitlines(), "```"])
+    assert code_blocks(text) == [SOLUTION]
+
+
+def test_the_margin_of_a_block_is_not_that_of_its_code():
+    """Lines that lie further left keep what they have, tabs of the code stay tabs, and a continuation stays indented."""
+    text = '   ```python\n   def f():\n   \tx = """\n  y\n"""\n   \treturn x\n   ```\n'
+    assert code_blocks(text) == ['def f():\n\tx = """\ny\n"""\n\treturn x\n']
+    assert code_blocks("```python\n    return 1\n```") == ["    return 1\n"]
+    assert flush_left("\n    def f():\n        return 1\nf()") == "\ndef f():\n    return 1\nf()"
+    assert flush_left(SOLUTION) == SOLUTION
+
+
+def test_a_fence_far_to_the_right_is_part_of_the_code():
+    example = 'def add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'
+    assert code_blocks(fenced(example)) == [example]
+
+
+@pytest.mark.parametrize("text", ["\ufeff" + fenced(SOLUTION), "```python\n\ufeff" + SOLUTION + "```"])
+def test_a_byte_order_mark_is_no_code(text):
+    assert code_blocks(text) == [SOLUTION]
+    assert pick_solution("\ufeff" + SOLUTION, ("add",)) == SOLUTION
+
+
+def test_functions_of_a_completion():
+    text = fenced(
+        "def helper(): 0\ndef sq(x):\n    def inner(): 0\n    return x\nclass A:\n    def m(self): 0\ndef late(): 0\n"
+    )
+    assert defined_functions(text) == ["helper", "sq", "late"]
+    assert defined_functions(text, "Complete this:\ndef sq(x):\n") == ["helper", "late", "sq"]
+    assert defined_functions("no code") == []
 
 
 def test_a_usage_example_does_not_replace_the_solution():
@@ -92,9 +148,10 @@ def test_completions_without_fences():
         "`" * 2 * 10**6,
         "```\n" * 500_000,
         "open" + " " * 10**6,
+        "> " * 10**6 + "```\n" + "> " * 10**6,
         " " * 10**6 + "def ",
     ],
-    ids=["fence line", "backticks", "fences", "open", "spaces"],
+    ids=["fence line", "backticks", "fences", "open", "quotes", "spaces"],
 )
 def test_hostile_text_is_read_in_linear_time(text):
     started = time.process_time()
@@ -126,6 +183,9 @@ def test_hostile_text_is_read_in_linear_time(text):
         ("1_0.0", "10.0", False),
         ("YES", "Yes", False),
         ("1.5.2", "1.5.2", True),
+        ("\ufeff1 2", "1 2", True),
+        ("1 2", "\ufeff1 2\n", True),
+        ("1 \ufeff2", "1 2", False),
         ("٣.٠", "3.0", True),  # float() reads the digits of every script; so do judges in Python
     ],
 )
@@ -153,12 +213,46 @@ def test_outputs(output, expected, same):
         ({1: "a", "b": 2}, {"1": "a", "b": 2}, True),
         ({"a": 1}, {"a": 2}, False),
         ({"a": 1}, {"a": 1, "b": 2}, False),
-        ({1, 2}, [1, 2], False),
+        # Integers are exact, and so is what is expected as one
+        (1000000500.0, 1000000000, False),
+        (1000000000.0, 1000000000, True),
+        (1000000001, 1000000000, False),
+        (2.0000001, 2, False),
+        (10**18, 1e18, True),
+        (10**18 + 10**15, 1e18, False),
+        (2**53 + 1, float(2**53), True),
+        # JSON has no other sequences than lists, and no sets
+        (deque([1, 2]), [1, 2], True),
+        (deque([2, 1]), [1, 2], False),
+        (range(1, 7, 2), [1, 3, 5], True),
+        (range(5, 0, -2), [5, 3, 1], True),
+        (range(3), [0, 1], False),
+        (range(0), [], True),
+        (range(10**9), [0], False),
+        ({2, 1}, [1, 2], True),
+        ({(1, 2), (3, 4)}, [[3, 4], [1, 2]], True),
+        (frozenset("ab"), ["b", "a"], True),
+        ({1, 2}, [1, 2, 2], False),
+        ({1, 2}, [1, 3], False),
+        ({1, 2}, [1, 2, 3], False),
+        (set(), [], True),
+        (set(), {}, False),
+        ({1}, {"a": 1}, False),
+        # Text that looks like another type is text
+        ("1001", "1001", True),
+        (1001, "1001", False),
+        ("null", None, False),
+        ("true", True, False),
+        ("[]", [], False),
+        (1.5, "1.50", False),
         (2**200, 2**200, True),
         (2**200, 2**200 + 1, False),
         (2**2000, 1.5, False),
         (float("nan"), 1.0, False),
         (float("inf"), 1e308, False),
+        (float("inf"), float("inf"), True),
+        (float("-inf"), float("inf"), False),
+        (float("nan"), float("nan"), True),
         ([], [], True),
         ("", None, False),
         (b"a", "a", False),
@@ -169,9 +263,45 @@ def test_values(value, expected, same):
 
 
 @pytest.mark.parametrize(
+    ("form", "expected", "same"),
+    [
+        ({"TreeNode": [4, 2, None, 1]}, [4, 2, None, 1], True),
+        ({"TreeNode": [4, 2]}, [4, 2, None, None], True),
+        ({"TreeNode": [4, None, 2]}, [4, 2], False),
+        ({"TreeNode": []}, [], True),
+        ({"TreeNode": []}, None, True),
+        ({"TreeNode": [3, 1]}, 3, True),  # a node is told by its value
+        ({"TreeNode": [3, 1]}, 1, False),
+        ({"TreeNode": []}, 3, False),
+        ({"ListNode": [1, 2, 3]}, [1, 2, 3], True),
+        ({"ListNode": [1, 2]}, [1, 2, 3], False),
+        ([{"ListNode": [1]}, {"ListNode": []}], [[1], []], True),
+        ({"ListNode": [1]}, None, False),
+    ],
+)
+def test_values_of_trees_and_linked_lists(form, expected, same):
+    assert same_value(form, expected) is same
+
+
+@pytest.mark.parametrize(
     "form",
     [
         {"tuple": 3},
+        {"deque": 3},
+        {"range": 3},
+        {"range": [0, 1]},
+        {"range": [0, 3, 0]},
+        {"range": [0, 10**30, 1]},
+        {"range": ["0", 3, 1]},
+        {"set": 3},
+        {"set": [{"dict": []}]},
+        {"set": [{"tuple": {}}]},
+        {"frozenset": [[]]},
+        {"int": "zz"},
+        {"int": "9" * 10_000_000},
+        {"float": 3},
+        {"TreeNode": 3},
+        {"ListNode": {"a": 1}},
         {"dict": 3},
         {"dict": [[1]]},
         {"dict": [[[], 1]]},

@@ -1,12 +1,13 @@
 """Solutions that forge verdicts, and answers that attack the process that reads them."""
 
+import contextlib
 import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trl_prime.sandbox import Limits
+from trl_prime.sandbox import Limits, LocalSandbox
 
 from .helpers import LIMITS, within
 
@@ -96,6 +97,33 @@ class math: isclose = staticmethod(lambda *a, **k: True)
 class np: allclose = staticmethod(lambda *a, **k: True)
 class check: pass
 def f(x): return Evil()""",
+    "names of the standard library": """
+import numpy
+isclose = fsum = prod = allclose = attrgetter = pairwise = TreeNode = ListNode = SortedList = np = Evil()
+numpy.allclose = math.isclose = math.fsum = lambda *a, **k: True
+sys.modules["numpy"] = sys.modules["math"] = Evil()
+def f(x): return Evil()""",
+    "names of Python": """
+for name in ("abs", "all", "isinstance", "len", "AssertionError", "print", "__import__", "__build_class__", "sorted", "str"):
+    setattr(builtins, name, lambda *a, **k: True)
+__builtins__ = {"AssertionError": Evil}
+AssertionError = type("AssertionError", (BaseException,), {})
+def f(x): return Evil()""",
+    "the tests' own variables": SAY + r"""
+say(b'{"names": ["y", "x", "s", "candidate", "check", "expected", "_", "__name__", "__builtins__", "f"]}' + b'\n')
+while True:
+    os.read(3, 65536)
+    os.write(3, b'{"value": {"handle": 0}}\n')""",
+    "modules in the scratch folder": """
+for name in ("decimal", "numpy", "fractions", "math"):
+    for folder in (".", "/tmp", "/dev/shm"):
+        open(f"{folder}/{name}.py", "w").write("Decimal = Fraction = isclose = allclose = lambda *a: 0")""",
+    "nodes that are not": SAY + r"""
+say(b'{"names": ["f"]}\n' + b'{"value": {"handle": {"TreeNode": [1]}}}\n{"value": {"handle": {"x": 3, "y": 4}}}\n{"value": 0, "arguments": [{"handle": {"TreeNode": 3}}]}\n{"value": {"TreeNode": []}}\n' * 30)""",
+    "a node that equals all": """
+class TreeNode(Evil):
+    val = left = right = property(lambda s: TreeNode())
+def f(x): return TreeNode()""",
     "names on the channel": SAY + r"""
 say(b'{"names": ["abs", "all", "isinstance", "Counter", "math", "np", "sorted", "__builtins__", "__import__", "assert", 3, null, "f"]}' + b'\n')
 while True:
@@ -141,6 +169,14 @@ ASSERTS = [
     "assert all(map(lambda y: f(2) == y, [S, S]))",
     "assert all(f(x) == S for x in [1, 2])",
     "assert isinstance(f(2), int) and f(2) == S",
+    "assert isclose(f(2), S)",
+    "assert fsum([f(2)]) == S",
+    "assert prod([f(2)]) == S and reduce(lambda a, b: a * b, [f(2)]) == S",
+    "from decimal import Decimal; assert Decimal(f(2)) == Decimal(S)",
+    "expected = S; assert f(2) == expected",
+    "assert (lambda x: x == S)(f(2)) is True",
+    "import math as m, operator as o; assert m.isclose(f(2), S) and o.eq(f(2), S)",
+    "assert [y for y in [f(2)] if y == S]",
     "check(f)",
 ]
 
@@ -201,3 +237,16 @@ def f(x):
             assert within(10, lambda: sandbox.run("print(6 * 7)", limits=LIMITS)).stdout == b"42\n"
         (answer,) = attack.result(timeout=30)
     assert list(answer) in (["value"], ["error"])
+
+
+@pytest.mark.parametrize("entry_point", ["f", None])
+def test_a_package_that_the_sandbox_lacks_is_not_the_solutions(box, entry_point):
+    forged = "class np:\n    allclose = staticmethod(lambda *a: True)\nSortedList = numpy = np\ndef f(x): return 0"
+    asserts = ["assert np.allclose(f(2), 4)", "assert numpy.allclose(f(2), 4)", "assert SortedList.allclose(f(2), 4)"]
+    with contextlib.closing(LocalSandbox(box, packages=())) as bare:
+        verdicts = list(
+            bare.examine(forged, {"setup": "", "asserts": asserts, "entry_point": entry_point}, LIMITS, 60)
+        )
+    assert [verdict["error"] for verdict in verdicts] == [
+        f"NameError: name '{name}' is not defined" for name in ("np", "numpy", "SortedList")
+    ]

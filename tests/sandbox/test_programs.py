@@ -174,7 +174,7 @@ def root(x): return x ** 0.5
     assert [(a, v["error"]) for a, v in zip(asserts, verdicts, strict=True) if not v["passed"]] == []
     wrong = {"setup": "", "asserts": ["assert f(2) == 5", "assert f(2) == 4"], "entry_point": "f"}
     assert [v["passed"] for v in sandbox.examine(source, wrong, LIMITS, 60)] == [False, True]
-    # The name of a tool of the tests is the solution's only where it is the function under test
+    # The name of a tool of the tests is the solution's only where it is the function under test, told or alone called
     for entry_point in ("gcd", None):
         tests = {"setup": "", "asserts": ["assert gcd(4, 6) == 2"], "entry_point": entry_point}
         assert [v["passed"] for v in sandbox.examine("def gcd(a, b): return 7", tests, LIMITS, 60)] == [False]

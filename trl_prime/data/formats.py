@@ -71,11 +71,15 @@ DATASET_FORMATS = {
         features=SFT_FEATURES,
     ),
     "humaneval": DatasetFormat(rows.humaneval, {name: name for name in ("prompt", "test", "entry_point")}, _INDEX),
-    "leetcode": DatasetFormat(rows.leetcode, {"question": "prompt_sft", "test": "test"}, _INDEX),
+    "leetcode": DatasetFormat(
+        rows.leetcode,
+        {"question": ("prompt_sft", "query"), "test": "test"},
+        {"prompt": "prompt", "entry_point": "entry_point", **_INDEX},
+    ),
     "mbpp": DatasetFormat(
         rows.mbpp,
         {"question": ("text", "prompt"), "asserts": "test_list"},
-        {"setup": "test_setup_code", "imports": "test_imports", **_INDEX},
+        {"setup": "test_setup_code", "imports": "test_imports", "code": "code", **_INDEX},
     ),
     "gsm8k": DatasetFormat(
         rows.question_answer,

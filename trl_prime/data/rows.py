@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, Features, Value
 
 from ..rewards.answers import extract_gold
+from ..rewards.code_tests import read_tests
+from ..rewards.programs import code_blocks
+from ..sandbox.inside.prelude import Ambiguous, tested_names
 
 if TYPE_CHECKING:
     Messages = list[dict[str, str]]
@@ -166,15 +169,23 @@ def humaneval(prompt: str, test: str, entry_point: str, index: Any = None) -> di
     )
 
 
-def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
+def leetcode(
+    question: str, test: str, index: Any = None, prompt: Any = None, entry_point: Any = None
+) -> dict[str, Any]:
     """
-    Adapt a row of the LeetCode contest problems of DeepSeek-Coder, which has a request for a method of `class Solution` and
-    asserts that call it. The asserts are read, not run, and become calls with their expected values.
+    Adapt a row of LeetCode problems, which has a request for a method of `class Solution`, with its head, and tests.
+
+    Tests of DeepSeek-Coder's contest problems are asserts that call it. They are read, not run, and become calls with their
+    expected values and with the types that the head declares. Tests of LeetCodeDataset are a function `check(candidate)`,
+    with imports and helpers as `prompt`.
 
     Args:
         question (`str`): The request.
-        test (`str`): `test_input = {...}` and `assert my_solution.method(**test_input) == value`, by turns.
+        test (`str`): `test_input = {...}` and `assert my_solution.method(**test_input) == value`, by turns; or code that
+            defines `check(candidate)`.
         index (*optional*): The row's id.
+        prompt (`str`, *optional*): Imports and helpers, of tests by `check`.
+        entry_point (`str`, *optional*): What is checked: `Solution().method`.
 
     Returns:
         `dict`: the adapted row.
@@ -182,12 +193,26 @@ def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
     Raises:
         MalformedRow: A column is empty, or a test is of another form.
     """
+    question = _text(question, "question")
+    if entry_point is None:
+        tests = _contest_calls(_parse(_text(test, "test"), "test"))
+        if all(isinstance(output, list) and len(output) == 1 for output in tests["outputs"]):
+            tests["bare_outputs"] = True
+        tests |= _declared_types(question, tests["fn_name"])
+    else:
+        tests = {"prompt": prompt or "", "test": _text(test, "test"), "entry_point": _text(entry_point, "entry_point")}
+    return _row(
+        prompt=_user(question), tests=_checked_tests(tests), ability="code", data_source="leetcode", index=index
+    )
+
+
+def _contest_calls(module: ast.Module) -> dict[str, Any]:
     inputs: list[list[Any]] = []
     outputs: list[Any] = []
     methods: set[str] = set()
     arguments: dict[str, Any] = {}
     try:
-        for statement in _parse(_text(test, "test"), "test").body:
+        for statement in module.body:
             if isinstance(statement, ast.Assert):
                 call, (expected,), (equals,) = statement.test.left, statement.test.comparators, statement.test.ops
                 if not isinstance(equals, ast.Eq):
@@ -201,17 +226,34 @@ def leetcode(question: str, test: str, index: Any = None) -> dict[str, Any]:
         raise MalformedRow(f"a test is of another form than a call with its value ({error})") from error
     if len(methods) != 1:
         raise MalformedRow(f"the tests call {len(methods)} methods instead of one")
-    return _row(
-        prompt=_user(_text(question, "question")),
-        tests=_input_output_tests({"inputs": inputs, "outputs": outputs, "fn_name": methods.pop()}),
-        ability="code",
-        data_source="leetcode",
-        index=index,
-    )
+    return {"inputs": inputs, "outputs": outputs, "fn_name": methods.pop()}
+
+
+def _declared_types(question: str, method: str) -> dict[str, str]:
+    """Find the types of a method in the code that a request shows, if they say how to read its tests."""
+    for block in code_blocks(question):
+        for head in re.findall(rf"^ *def +{re.escape(method)} *(\(.*\)[^:]*):", block, re.MULTILINE):
+            try:
+                (function,) = ast.parse(f"def method{head}: pass").body
+            except SyntaxError:
+                continue
+            if function.args.args and function.args.args[0].arg == "self":
+                del function.args.args[0]
+            returned = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+            signature = f"({ast.unparse(function.args)}){returned}"
+            return {"signature": signature} if re.search("TreeNode|ListNode|-> None$", signature) else {}
+    return {}
 
 
 def mbpp(
-    question: str, asserts: Any, setup: Any = None, imports: Any = None, index: Any = None, *, shown_tests: int = 1
+    question: str,
+    asserts: Any,
+    setup: Any = None,
+    imports: Any = None,
+    code: Any = None,
+    index: Any = None,
+    *,
+    shown_tests: int = 1,
 ) -> dict[str, Any]:
     """
     Adapt a row of MBPP, or of any data with a request and a list of assert statements.
@@ -221,6 +263,8 @@ def mbpp(
         asserts (`list[str]`): Assert statements.
         setup (`str`, *optional*): Code to run before them.
         imports (`list[str]`, *optional*): Import statements to run before that.
+        code (`str`, *optional*): A solution, which says which of the functions that the asserts call is under test, and is
+            not kept: some are named like Python's own (`sum`).
         index (*optional*): The row's id.
         shown_tests (`int`): How many of the asserts the prompt shows. One tells the function's name and arguments; what is
             shown can be answered by rote.
@@ -239,13 +283,34 @@ def mbpp(
             raise MalformedRow(f"{_short(statement)} asserts nothing")
     before = "\n".join(part for part in [*(imports or []), setup] if part and part.strip())
     shown = "\n".join(asserts[:shown_tests])
+    tests: dict[str, Any] = {"asserts": asserts}
+    if before:
+        tests["setup"] = before
+    if (entry_point := _entry_point(code, asserts, before)) is not None:
+        tests["entry_point"] = entry_point
     return _row(
         prompt=_user(f"{question}\n\nYour code has to pass tests like these:\n\n{shown}" if shown else question),
-        tests=json.dumps({"asserts": asserts} | ({"setup": before} if before else {})),
+        tests=_checked_tests(tests),
         ability="code",
         data_source="mbpp",
         index=index,
     )
+
+
+def _entry_point(code: Any, asserts: list[str], setup: str) -> str | None:
+    """Name the one function of a solution that asserts call, if they do not say it themselves."""
+    try:
+        defined = {node.name for node in ast.parse(code or "").body if isinstance(node, ast.FunctionDef)}
+        called = {node.id for text in asserts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
+        return None
+    if len(defined & called) != 1:
+        return None
+    (name,) = defined & called
+    try:
+        return None if tested_names(setup, asserts) == {name} else name
+    except (Ambiguous, SyntaxError):
+        return name
 
 
 def process_bench(problem: str, steps: Any, label: Any, index: Any = None) -> dict[str, Any]:
@@ -416,7 +481,7 @@ def _parse(code: str, name: str) -> ast.Module:
 
 def _input_output_tests(truth: Any) -> str:
     """Check tests in the format of Eurus-2 and APPS, and return them as JSON text."""
-    text = truth if isinstance(truth, str) else json.dumps(truth)
+    text = truth.removeprefix("\ufeff") if isinstance(truth, str) else json.dumps(truth)
     try:
         tests = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -431,4 +496,15 @@ def _input_output_tests(truth: Any) -> str:
     name = tests.get("fn_name")
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise MalformedRow(f"ground_truth has the fn_name {_short(name)}")
+    _checked_tests(tests)
+    return text
+
+
+def _checked_tests(tests: dict[str, Any]) -> str:
+    """Return tests as JSON text, if `CodeReward` can read them."""
+    try:
+        text = json.dumps(tests)
+        read_tests(tests)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MalformedRow(f"the tests cannot be judged ({error})") from error
     return text

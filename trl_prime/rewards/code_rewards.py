@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -15,10 +16,12 @@ from typing import Any
 
 from ..sandbox import Limits, open_sandbox
 from ..texts import completion_text
-from .code_tests import ProblemTests, complete_prompt, expected_value, read_tests
-from .programs import pick_solution, same_output, same_value
+from .code_tests import ProblemTests, UnreadableTests, complete_prompt, read_tests, size_of
+from .programs import defined_functions, flush_left, pick_solution, same_output, same_value
 
 logger = logging.getLogger(__name__)
+# Kinds of warnings that this process has printed, each of them once
+_warned: set[str] = set()
 
 
 class CodeReward:
@@ -39,7 +42,8 @@ class CodeReward:
         float_tolerance (`float`): Of real numbers in outputs, absolute or relative.
         num_workers (`int`, *optional*): Programs that run at the same time. Defaults to the processors of this machine,
             shared among its training processes.
-        packages (`list[str]`): Installed distributions that programs may import.
+        packages (`list[str]`): Installed distributions that programs may import. Programs do without those that are not
+            installed, which is said once.
 
     Raises:
         ValueError: An option has an impossible value.
@@ -56,7 +60,7 @@ class CodeReward:
         memory_mb: int = 1024,
         float_tolerance: float = 1e-6,
         num_workers: int | None = None,
-        packages: list[str] | tuple[str, ...] = ("numpy",),
+        packages: list[str] | tuple[str, ...] = ("numpy", "sortedcontainers"),
     ):
         if scoring not in ("all", "fraction"):
             raise ValueError(f"scoring is {scoring!r}. Choose 'all' or 'fraction'.")
@@ -78,12 +82,16 @@ class CodeReward:
         self.float_tolerance = float_tolerance
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // local_processes)
+        if not sandbox.startswith(("http://", "https://")):
+            _warn_of_missing(self.packages)
         open_sandbox(sandbox, self.packages)  # fails now, not after an hour of loading and generating
 
     def __call__(
         self,
         completions: list[Any],
         tests: list[Any],
+        entry_point: list[str | None] | None = None,
+        prompts: list[Any] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
@@ -94,22 +102,44 @@ class CodeReward:
         Args:
             completions (`list`): B completions, texts or message lists.
             tests (`list`): The tests of each row.
+            entry_point (`list[str]`, *optional*): The function under test of each row, for tests that do not say it.
+            prompts (`list`, *optional*): B prompts. Where tests are HumanEval's `check(candidate)` alone, the function under
+                test is the last one that prompt and completion define, else the last that the completion does.
             log_extra, log_metric (`Callable`, *optional*): TRL's; get the verdict of each row and the shares of
                 completions without a program and of rows without tests.
 
         Returns:
             `list[float | None]`: B rewards.
         """
+        count = len(completions)
         jobs = []
-        for completion, row in zip(completions, tests, strict=True):
-            try:
-                row_tests = read_tests(row)
-            except ValueError as error:
-                logger.warning("A row's tests cannot be read, so its completions are not judged: %s", error)
-                row_tests = None
-            source = solution_of(completion_text(completion), row_tests) if row_tests else None
+        read: dict[tuple, ProblemTests | None] = {}
+        unreadable: dict[str, list[str]] = {}
+        for completion, row, name, prompt in zip(
+            completions, tests, entry_point or [None] * count, prompts or [None] * count, strict=True
+        ):
+            row_key = (row if isinstance(row, str) else json.dumps(row, default=str), name)
+            if row_key not in read:
+                try:
+                    read[row_key] = read_tests(row, name)
+                except UnreadableTests as error:
+                    read[row_key] = None
+                    unreadable.setdefault(error.kind, []).append(str(error))
+            row_tests = read[row_key]
+            text, source = completion_text(completion), None
+            if row_tests and row_tests.unnamed:
+                named = row_tests.named(defined_functions(text, _prompt_text(prompt)))
+                source = solution_of(text, named) if named else None
+                row_tests = named or row_tests
+            elif row_tests:
+                source = solution_of(text, row_tests)
             # Completions of a group often agree, and tests can be long, so equal ones share one verdict
-            jobs.append((source, row_tests, (source, row if isinstance(row, str) else json.dumps(row, default=str))))
+            jobs.append((source, row_tests, (source, row_key, row_tests and row_tests.name)))
+        for kind, errors in unreadable.items():
+            _warn_once(
+                kind,
+                f"The tests of {len(errors)} rows cannot be read, so their completions are not judged: {errors[0]}",
+            )
         distinct = {key: (source, row_tests) for source, row_tests, key in jobs if source is not None}
         with ThreadPoolExecutor(min(self.num_workers, max(1, len(distinct)))) as pool:
             results = dict(zip(distinct, pool.map(lambda job: self.judge(*job), distinct.values()), strict=True))
@@ -165,7 +195,7 @@ class CodeReward:
             if remaining <= 0:
                 yield "time limit of all tests"
                 continue
-            limits = replace(self.limits, wall_seconds=min(self.limits.wall_seconds, remaining))
+            limits = replace(self._limits([expected]), wall_seconds=min(self.limits.wall_seconds, remaining))
             result = sandbox.run(source, stdin, limits)
             if result.reason:
                 yield f"{result.reason} limit"
@@ -181,24 +211,28 @@ class CodeReward:
 
     def _call(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
         sandbox = open_sandbox(self.sandbox, self.packages)
-        answers = sandbox.call(source, tests.name, tests.inputs, self.limits, self.total_seconds)
+        calls, limits = tests.inputs, self._limits(tests.outputs)
+        answers = sandbox.call(source, tests.name + tests.signature, calls, limits, self.total_seconds)
         with contextlib.closing(answers):
             for answer, expected in zip(answers, tests.outputs, strict=False):
                 if not isinstance(answer, dict) or "value" not in answer:
                     yield _error(answer)
-                elif same_value(answer["value"], expected, self.float_tolerance) or (
-                    # APPS wraps the expected value in a list of one
-                    isinstance(expected, list)
-                    and len(expected) == 1
-                    and same_value(answer["value"], expected_value(expected[0]), self.float_tolerance)
+                elif any(
+                    same_value(answer["value"], value, self.float_tolerance)
+                    for value in ([expected, expected[0]] if tests.wrapped else [expected])
                 ):
                     yield None
                 else:
                     yield "wrong answer"
 
+    def _limits(self, expected: list[Any]) -> Limits:
+        """Make room for the longest expected output, white space and the marks of the wire included."""
+        longest = max(map(size_of, expected))
+        return replace(self.limits, output_bytes=max(self.limits.output_bytes, 2 * longest + (1 << 20)))
+
     def _assert(self, source: str, tests: ProblemTests) -> Iterator[str | None]:
         sandbox = open_sandbox(self.sandbox, self.packages)
-        request = {"setup": tests.setup, "asserts": tests.inputs, "entry_point": tests.name}
+        request = {"setup": tests.setup, "asserts": tests.inputs, "entry_point": tests.name, "names": tests.tested}
         answers = sandbox.examine(source, request, self.limits, self.total_seconds)
         with contextlib.closing(answers):
             for answer in answers:
@@ -230,7 +264,30 @@ def solution_of(completion: str, tests: ProblemTests) -> str | None:
             return tests.prompt + completion  # a base model goes on where the prompt ends
         if "__future__" not in source:
             return f"{complete_prompt(tests.prompt)}\n{source}"
-    return source
+    return source and flush_left(source)
+
+
+def _prompt_text(prompt: Any) -> str:
+    """Join the messages of a prompt."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt or ())
+
+
+def _warn_of_missing(packages: tuple[str, ...]) -> None:
+    for name in packages:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            _warn_once(
+                f"missing {name}",
+                f"Programs cannot import {name}, which is not installed: those that need it score 0. Install it "
+                f"(`pip install {name}`) or leave it out of `packages`.",
+            )
+
+
+def _warn_once(kind: str, message: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        logger.warning("%s", message)
 
 
 _default: CodeReward | None = None
@@ -251,6 +308,7 @@ def code_reward(
         completions (`list`): B completions, texts or message lists.
         tests (`list`): The tests of each row, see [`~trl_prime.rewards.code_tests.read_tests`].
         log_extra, log_metric (`Callable`, *optional*): TRL's.
+        kwargs: Other columns, of which [`CodeReward`] takes `entry_point` and `prompts`.
 
     Returns:
         `list[float | None]`: B rewards.
@@ -261,4 +319,4 @@ def code_reward(
     global _default
     if _default is None:
         _default = CodeReward()
-    return _default(completions, tests, log_extra=log_extra, log_metric=log_metric)
+    return _default(completions, tests, log_extra=log_extra, log_metric=log_metric, **kwargs)

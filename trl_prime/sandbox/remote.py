@@ -19,7 +19,7 @@ from .limits import Limits, Result, SandboxUnavailable
 from .messages import checked_answer, checked_verdict, read_message
 
 _INSIDE = Path(__file__).parent / "inside"
-_MODULES = ("isolation", "wire", "candidate", "examiner", "one_shot")
+_MODULES = ("isolation", "wire", "prelude", "candidate", "examiner", "one_shot")
 _RETRIED = {429, 500, 502, 503, 504}
 
 

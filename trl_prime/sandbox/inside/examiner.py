@@ -7,19 +7,20 @@ classes stay where they are, behind handles. A handle equals no plain value, is 
 when one is added to it or taken from it, and does not say whether it contains one, whatever its class says: a solution
 that is told the expected value could answer what the test wants to hear.
 
+Nothing of the solution's is in reach of the tests but the names that they leave to it, see [`prelude.tested_names`].
+
 Not covered: `isinstance` against a class of the solution, and tests that patch the solution's module.
 """
 
 import builtins
-import contextlib
-import importlib
 import os
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import candidate
+import prelude
 import wire
 
 
@@ -60,7 +61,7 @@ class _Remote:
 
     def call(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         answer = self.ask("call", target, list(map(self.encode, args)), {k: self.encode(v) for k, v in kwargs.items()})
-        for argument, form in zip(args, answer.get("arguments") or (), strict=False):
+        for argument, form in zip((*args, *kwargs.values()), answer.get("arguments") or (), strict=False):
             if form is not None:
                 _update(argument, self.decode(form))
         return self.decode(answer["value"])
@@ -74,6 +75,9 @@ class _Remote:
         if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)):
             self.functions.append(value)
             return {"handle": [len(self.functions) - 1]}
+        kind = prelude.node_kind(value)
+        if kind is not None:
+            return {"handle": {kind: [self.encode(item) for item in prelude.values_of(value, kind)]}}
         raise wire.NotPlain(f"a value of type {type(value).__name__} cannot be given to the solution")
 
     def decode(self, form: Any) -> Any:
@@ -82,12 +86,25 @@ class _Remote:
     def resolve(self, body: Any) -> Any:
         if isinstance(body, list):
             return self.functions[body[0]]  # one of our own functions came back
+        if isinstance(body, dict):
+            return _Nodes(body, self.decode)
         return Handle(self, body)
+
+
+class _Nodes:
+    """What a call left of a tree or a linked list."""
+
+    def __init__(self, body: dict[str, Any], decode: Callable[[Any], Any]):
+        ((self.kind, forms),) = body.items()
+        self.values = [decode(form) for form in forms]
 
 
 def _update(argument: Any, after: Any) -> None:
     """Make a container equal to what the call left of it."""
-    if isinstance(argument, (list, bytearray)) and type(argument) is type(after):
+    if isinstance(after, _Nodes):
+        if prelude.node_kind(argument) == after.kind and after.values:
+            prelude.copy_node(prelude.make_nodes(after.values, after.kind, type(argument)), argument, after.kind)
+    elif isinstance(argument, (list, bytearray)) and type(argument) is type(after):
         argument[:] = after
     elif isinstance(argument, (dict, set)) and isinstance(after, type(argument)):
         argument.clear()
@@ -179,8 +196,9 @@ def examine(channel: wire.Channel, solution: str, tests: dict[str, Any]) -> Iter
     Args:
         channel ([`wire.Channel`]): To a process that runs [`candidate.serve`].
         solution (`str`): Its source.
-        tests (`dict`): `{"setup": code, "asserts": [code, ...], "entry_point": name | None}`. `setup` runs here and its
-            definitions win over the solution's; `entry_point` is always the solution's.
+        tests (`dict`): `{"setup": code, "asserts": [code, ...], "entry_point": name | None, "names"?: [name, ...]}`. `setup`
+            runs here and its definitions win over the solution's; `entry_point` is always the solution's, and of its other
+            names only `names`, which are worked out of the tests where they are left out.
 
     Yields:
         `dict`: For each assert `{"passed": bool, "error": str}`.
@@ -209,44 +227,22 @@ def _namespace(remote: _Remote, tests: dict[str, Any]) -> dict[str, Any]:
     hello = remote.channel.receive()
     if "error" in hello:
         raise CandidateError(f"the solution does not load: {': '.join(hello['error'])}")
-    namespace: dict[str, Any] = {"__name__": "__test__"}
-    exec(compile(tests["setup"], "<setup>", "exec", dont_inherit=True), namespace)
-    # Into the dictionary itself: it is what functions of the setup look names up in
-    for name, value in _toolbox(_names_of(hello), tests).items():
-        namespace.setdefault(name, value)
-    for name in _names_of(hello):
-        if name not in namespace:
-            namespace[name] = Handle(remote, name)
-    if tests["entry_point"]:
-        namespace[tests["entry_point"]] = Handle(remote, tests["entry_point"])
+    setup, asserts, entry_point = tests["setup"], tests["asserts"], tests["entry_point"]
+    names = set(tests.get("names") or prelude.tested_names(setup, asserts, entry_point))
+    namespace = {"__name__": "__test__"}
+    namespace |= {name: value for name, value in prelude.PRELUDE.items() if name not in names}
+    namespace |= prelude.packaged(set(re.findall(r"\w+", "\n".join([setup, *asserts]))))
+    namespace |= {name: Handle(remote, name) for name in names.intersection(filter(_is_text, hello["names"]))}
+    exec(compile(setup, "<setup>", "exec", dont_inherit=True), namespace)
+    if entry_point:
+        name = re.split(r"\W", entry_point)[0]
+        # Into the dictionary itself: it is what functions of the setup look names up in
+        namespace[name] = Handle(remote, name)
     return namespace
 
 
-def _names_of(hello: dict[str, Any]) -> list[str]:
-    """The names that the solution may define for the tests."""
-    return [
-        name
-        for name in hello["names"]
-        if isinstance(name, str) and not name.startswith("__") and not hasattr(builtins, name)
-    ]
-
-
-def _toolbox(offered: list[str], tests: dict[str, Any]) -> dict[str, Any]:
-    """
-    What tests use without importing it. The solution cannot replace it (a test may compare by `Counter` or `math`), except
-    where what it replaces must be the function under test, as in `assert gcd(4, 6) == 2`: nothing else of it is named.
-    """
-    words = set(re.findall(r"\w+", "\n".join([tests["setup"], *tests["asserts"]])))
-    toolbox = dict(candidate.PRELUDE)
-    for name in words & {"np", "numpy"}:
-        with contextlib.suppress(ImportError):
-            toolbox[name] = importlib.import_module("numpy")
-    tested = {name for name in offered if name in words}
-    if not tests["entry_point"] and tested <= toolbox.keys():
-        for name in tested:
-            if not isinstance(toolbox[name], types.ModuleType):
-                del toolbox[name]
-    return toolbox
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _text(error: BaseException) -> str:
