@@ -427,8 +427,19 @@ def test_tests_see_of_a_solution_what_they_test_and_nothing_else(verdict, assert
     assert verdict(block(forged), {"asserts": asserts, "entry_point": name})[0] == 0.0
 
 
-def test_what_the_solution_lacks_is_not_taken_from_the_prelude(verdict):
-    assert verdict(block("def subtract(a, b): return a - b"), ["assert add(1, 2) == 3"])[0] == 0.0
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["assert gcd(4, 6) == 2"],
+        {"asserts": ["assert gcd(4, 6) == 2"], "entry_point": "gcd"},
+        {"asserts": ["assert lcm(4, 6) == 12"], "entry_point": "lcm"},
+        {"fn_name": "gcd", "inputs": [[4, 6]], "outputs": [2]},
+        {"fn_name": "lcm", "inputs": [[4, 6]], "outputs": [12]},
+    ],
+    ids=str,
+)
+def test_what_the_solution_lacks_is_not_taken_from_the_prelude(verdict, tests):
+    assert verdict(block("def subtract(a, b): return a - b"), tests)[0] == 0.0
 
 
 @pytest.mark.parametrize("source", ["from operator import add", "import operator\nadd = operator.add"])

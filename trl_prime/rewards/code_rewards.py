@@ -20,7 +20,7 @@ from .code_tests import ProblemTests, UnreadableTests, complete_prompt, read_tes
 from .programs import defined_functions, flush_left, pick_solution, same_output, same_value
 
 logger = logging.getLogger(__name__)
-# Kinds of warnings that this process has printed, each of them once
+# This process prints each kind of warning once, and these it has printed
 _warned: set[str] = set()
 
 

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-# Groups: quote marks and indentation, the mark of a list item that begins on this line, the fence
+# Its groups are quote marks and indentation, the mark of a list item that begins on this line, and the fence
 _FENCE = re.compile(r"^([ \t>]*)((?:[-*+]|\d{1,9}[.)])[ \t]{1,4})?(`{3,}|~{3,})", re.MULTILINE)
 _QUOTE = re.compile(r"[ \t]*>")
 _FUNCTION = re.compile(r"^(?:async[ \t]+)?def[ \t]+([A-Za-z_]\w*)[ \t]*\(", re.MULTILINE)
@@ -227,7 +227,7 @@ def _same_range(body: Any, expected: Any, tolerance: float) -> bool:
 
 def _same_integer(body: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(expected, float):
-        # Longer ones are beyond every real number
+        # An integer with more digits is beyond every real number
         return isinstance(body, str) and len(body) < 300 and re.fullmatch("-?[0-9a-f]+", body) is not None and _close(
             int(body, 16), expected, tolerance
         )  # fmt: skip

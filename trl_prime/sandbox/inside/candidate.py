@@ -69,20 +69,16 @@ class _Server:
     def __init__(self, channel: wire.Channel):
         self.channel = channel
         self.namespace: dict[str, Any] = {}
+        self.words: set[str] = set()
         self.objects: list[Any] = []
         self.handles: dict[int, int] = {}
 
     def run(self, source: str) -> None:
         try:
             self.namespace = _execute(source, "solution")
-            words = set(re.findall(r"\w+", source))  # what it imports may be what the prelude has
-            defined = [
-                name
-                for name, value in self.namespace.items()
-                if callable(value)
-                and (value is not prelude.PRELUDE.get(name) or name in words)
-                and not name.startswith("__")
-            ]
+            self.words = set(re.findall(r"\w+", source))
+            defined = [name for name in self.namespace if not name.startswith("__") and callable(self.namespace[name])]
+            defined = [name for name in defined if not self.is_taken_for_granted(name)]
         except BaseException as error:  # SystemExit too: the solution is asked, it does not run the show
             self.channel.send({"error": _describe(error)})
             return
@@ -166,10 +162,18 @@ class _Server:
         solution = self.namespace.get("Solution")
         if isinstance(solution, type) and hasattr(solution, name):
             return getattr(solution(), name)
-        return self.namespace[name]
+        return self.target(name)
 
     def target(self, target: Any) -> Any:
-        return self.namespace[target] if isinstance(target, str) else self.objects[target]
+        if not isinstance(target, str):
+            return self.objects[target]
+        if target not in self.namespace or self.is_taken_for_granted(target):
+            raise NameError(f"the solution does not define {target!r}")
+        return self.namespace[target]
+
+    def is_taken_for_granted(self, name: str) -> bool:
+        """Tell whether a name is the prelude's and the solution does not even mention it, as it would to import it."""
+        return name not in self.words and self.namespace[name] is prelude.PRELUDE.get(name)
 
     def encode(self, value: Any) -> Any:
         return wire.encode(value, self.refer)
@@ -215,7 +219,7 @@ class _Functions:
 
 
 class _ValueType:
-    """What an annotation says of a value: whether it is a node, a list of nodes, or nothing."""
+    """An annotation says of a value whether it is a node, a list of nodes, or nothing."""
 
     def __init__(self, annotation: str = ""):
         found = re.search(r"\b(TreeNode|ListNode)\b", annotation)
@@ -243,7 +247,7 @@ def _type_of(annotation: Any, documented: str) -> _ValueType:
         return _ValueType(documented)
     if isinstance(annotation, str):
         return _ValueType(annotation)
-    # The classes of typing and of the solution: typing.Optional[solution.TreeNode]
+    # For instance typing.Optional[solution.TreeNode], a class of typing with one of the solution
     return _ValueType(annotation.__name__ if type(annotation) is type else repr(annotation))
 
 

@@ -1,4 +1,4 @@
-"""What solutions and tests take for granted: names without an import, and the nodes of trees and linked lists.
+"""This is what solutions and tests take for granted: names without an import, and the nodes of trees and linked lists.
 
 Both sides of the sandbox import this module, and so may the trainer: it holds nothing but the standard library's.
 """
@@ -73,7 +73,7 @@ for _module, _names in (
 ):
     TOOLS |= {name: getattr(_module, name) for name in _names.split()}
 
-# Python's own names, of the interpreter inside: `site` adds the last two elsewhere, and more
+# These are Python's own names inside the sandbox; elsewhere `site` adds the last two, and more
 BUILTINS = frozenset(dir(builtins)) - {"copyright", "credits", "help", "license", "_"} | {"exit", "quit"}
 # LeetCode's solutions are published for an environment that has imported all names of these modules
 STANDARD: dict[str, Any] = {
@@ -83,7 +83,7 @@ STANDARD: dict[str, Any] = {
     if name in getattr(module, "__all__", [name]) and not name.startswith("_") and name not in BUILTINS
 }
 PRELUDE: dict[str, Any] = STANDARD | TOOLS | NODES
-# Packages that are looked for where a program names what they have
+# These packages are looked for where code names what they have
 PACKAGES = {
     "np": "numpy",
     "numpy": "numpy",
