@@ -370,6 +370,8 @@ def test_judge(answer, gold, right):
         ("e=2,a=1", "a=1,e=2", True),
         ("1+1=3", "1+1=2", False),
         ("f(2)=3", "f(2)=4", False),
+        ("1+2=3", "2+2=4", False),
+        ("1+2=3", "0+3=3", True),
         (r"P(A)=\frac{1}{2}", r"P(A)=\frac{1}{3}", False),
         ("|AB|=5", "|AB|=6", False),
         ("AB=5", "AB=6", False),

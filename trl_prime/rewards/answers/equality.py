@@ -318,16 +318,14 @@ def _compare_values(first: Any, second: Any) -> bool | None:
         # Symbols are matched by name, because whether one is assumed to be real depends on the text it is in
         primes = dict(zip(sorted({str(symbol) for symbol in variables}), sympy.primerange(3, 200), strict=False))
         places = {symbol: sympy.I if str(symbol) == "i" else primes.get(str(symbol), 2) for symbol in variables}
-        # At a point, a decimal coefficient is off by more than the decimal itself
-        tolerance = sympy.oo if variables else sympy.Rational(_ABSOLUTE_TOLERANCE)
-        verdict = _compare_numbers(*(value.subs(places) for value in pair), tolerance)
+        verdict = _compare_numbers(*(value.subs(places) for value in pair))
         if verdict is False:
             return False
         verdicts.append(verdict if {str(symbol) for symbol in variables} <= {"i"} else None)
     return True if verdicts == [True] and first_kind == "value" else None
 
 
-def _compare_numbers(first: Any, second: Any, absolute_tolerance: Any) -> bool | None:
+def _compare_numbers(first: Any, second: Any) -> bool | None:
     """
     Compare two constants: decimals within the tolerances, other numbers exactly.
 
@@ -347,13 +345,11 @@ def _compare_numbers(first: Any, second: Any, absolute_tolerance: Any) -> bool |
         return None
     distance, scale = abs(a - b), max(abs(a), abs(b))
     if decimals:
-        return bool(distance <= min(absolute_tolerance, scale * sympy.Rational(_RELATIVE_TOLERANCE)))
+        return bool(distance <= min(sympy.Rational(_ABSOLUTE_TOLERANCE), scale * sympy.Rational(_RELATIVE_TOLERANCE)))
     agree = distance <= scale * sympy.Rational(1, 10**12)
     if not agree and not _is_noise(min(a, b, key=abs)):
         return False
     difference = (first - second).doit()
-    if difference.is_Rational:
-        return bool(difference == 0)
     try:
         return bool(abs(difference.evalf(10, maxn=_MOST_DIGITS, strict=True)) == 0)
     except PrecisionExhausted:
