@@ -96,15 +96,41 @@ HOARDS = {
                 threading.Thread(target=hoard).start()
                 libc.syscall($EXIT, 0)
         """,
+    # Memory of the kernel, which belongs to no process
+    "buffers of sockets": """
+        def fill(make):
+            try:
+                while True:
+                    ends = make()
+                    kept.append(ends)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            os.write(ends[1], bytes(1 << 16))
+            except OSError:
+                pass
+        def pair():
+            ends = [end.detach() for end in socket.socketpair()]
+            os.set_blocking(ends[1], False)
+            return ends
+        import contextlib
+        kept = []
+        [os.fork() for _ in range(4)]
+        fill(pair)
+        """,
 }
 
 
 @pytest.mark.parametrize("source", HOARDS.values(), ids=HOARDS)
 def test_memory_of_many_processes(sandbox, source):
     source += "\n        time.sleep(60)"
-    limits = Limits(wall_seconds=30, memory_mb=256)
+    limits = Limits(wall_seconds=30, memory_mb=128 if "socketpair" in source else 256)
     result = run(sandbox, source, limits=limits, EXIT={"x86_64": 60, "aarch64": 93}[platform.machine()])
     assert (result.reason, result.exit_code) == ("memory", -signal.SIGKILL)
+
+
+def test_an_honest_use_of_sockets_and_pipes_is_no_hoard(sandbox):
+    source = "import asyncio, os\nfor _ in range(9): os.pipe()\nasync def main(): await asyncio.sleep(0.3); print(1)\nasyncio.run(main())"
+    assert run(sandbox, source, limits=Limits(wall_seconds=20, memory_mb=64)).stdout == b"1\n"
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -171,6 +171,36 @@ def test_nothing_outside_scratch_is_written(sandbox):
     assert result.stdout.endswith(b"\n0 denied \n")
 
 
+def test_nothing_is_asked_of_a_file_that_others_would_see(sandbox):
+    """Locks, leases and notifications belong to a file, which the machine and other programs have as well."""
+    result = run(
+        sandbox,
+        """
+        import fcntl
+        for kind in ("read", "write"):
+            file = open(candidate.__file__) if kind == "read" else open("mine", "w")
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK if kind == "read" else fcntl.F_WRLCK, 0, 0, 0, 0)
+            attempt("flock", lambda: fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            for name, command in {"lock": 6, "waiting lock": 7, "open file's lock": 37, "and waiting": 38}.items():
+                attempt(name, lambda: fcntl.fcntl(file, command, lock))
+            attempt("lease", lambda: fcntl.fcntl(file, 1024, fcntl.F_RDLCK))
+        attempt("notification", lambda: fcntl.fcntl(os.open(os.path.dirname(candidate.__file__), 0), 1026, 2))
+        pipe, (pair, _) = os.pipe(), socket.socketpair()
+        attempt("a larger pipe", lambda: fcntl.fcntl(pipe[1], 1031, 1 << 20))
+        attempt("a larger socket", lambda: pair.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30))
+        attempt("a signal's owner", lambda: fcntl.fcntl(pair, fcntl.F_SETOWN, 1))
+        attempt("a signal's owner by its kind", lambda: fcntl.fcntl(pair, 15, struct.pack("ii", 1, 1)))
+        attempt("a signal's number", lambda: fcntl.fcntl(pair, 10, signal.SIGKILL))
+        for command in (0x8901, 0x8902):
+            attempt("a signal's owner by ioctl", lambda: fcntl.ioctl(pair, command, struct.pack("i", 1)))
+        for name in ("shmat", "shmctl", "semop", "semctl", "msgsnd", "msgrcv", "msgctl"):
+            attempt(name, lambda: system_call($CALLS[name], 0, 0, 0, 0, 0))
+        """.replace("import fcntl", "import candidate, fcntl", 1),
+        CALLS=NUMBERS,
+    )
+    assert_all_denied(result, 2 * 6 + 8 + 7)
+
+
 # A program that looks for a text of the form XQ and 32 digits of base 16 wherever it gets
 SEARCH = """
 def search():

@@ -77,9 +77,9 @@ def _package_folders(package: str) -> list[Path]:
     return [folder for folder in folders if folder.exists()]
 
 
-def _zygote(control_fd: int, runner: str, boxed: bool, packages: str) -> list[str]:
+def _zygote(control_fd: int, runner: str, mode: str, packages: str, scratch: str = "") -> list[str]:
     flags = ["-I", "-S", "-B", "-X", "utf8"]
-    return [interpreter(), *flags, f"{runner}/zygote.py", str(control_fd), "boxed" if boxed else "open", packages]
+    return [interpreter(), *flags, f"{runner}/zygote.py", str(control_fd), mode, packages, scratch]
 
 
 def find_bubblewrap() -> str | None:
@@ -133,7 +133,7 @@ def bubblewrap_command(control_fd: int, packages: tuple[str, ...], scratch: str)
     options += ["--remount-ro", "/", "--chdir", "/"]
     bwrap = find_bubblewrap()
     assert bwrap is not None
-    return [bwrap, *options, "--", *_zygote(control_fd, _RUNNER, True, _PACKAGES)]
+    return [bwrap, *options, "--", *_zygote(control_fd, _RUNNER, "boxed", _PACKAGES)]
 
 
 def namespaces_command(control_fd: int, packages: tuple[str, ...], scratch: str) -> list[str]:
@@ -141,13 +141,13 @@ def namespaces_command(control_fd: int, packages: tuple[str, ...], scratch: str)
     settings = _view(packages)
     settings["packages"][_RUNNER] = str(_INSIDE)
     settings["new_root"] = scratch
-    settings["command"] = _zygote(control_fd, _RUNNER, True, _PACKAGES)
+    settings["command"] = _zygote(control_fd, _RUNNER, "boxed", _PACKAGES)
     return [interpreter(), "-I", "-S", "-B", str(_INSIDE / "namespaces.py"), json.dumps(settings)]
 
 
 def open_command(control_fd: int, packages: tuple[str, ...], scratch: str) -> list[str]:
     """The zygote with no box at all: limits, but no walls."""
-    return _zygote(control_fd, str(_INSIDE), False, sysconfig.get_path("purelib"))
+    return _zygote(control_fd, str(_INSIDE), "open", sysconfig.get_path("purelib"), scratch)
 
 
 BOXES = {"bubblewrap": bubblewrap_command, "namespaces": namespaces_command, "none": open_command}

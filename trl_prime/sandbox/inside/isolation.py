@@ -25,6 +25,7 @@ _ANY_NAMESPACE = 0x7E020000  # all of them; CLONE_NEWTIME is none of clone's, wh
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
+OPEN_FILES = 64
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
@@ -106,7 +107,7 @@ def set_limits(memory_bytes: int, cpu_seconds: int, file_bytes: int, processes: 
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NPROC, processes),
-        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_CORE, 1),  # no core dump at all; 0 would still start a collector that reads from a pipe
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -130,21 +131,23 @@ def drop_privileges() -> None:
 # parts of the kernel that no solution needs and that have been the way out of sandboxes.
 _SYSTEM_CALLS = {
     "x86_64": {
-        "shmget": 29, "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50, "semget": 64, "msgget": 68,
-        "ptrace": 101, "syslog": 103, "personality": 135, "modify_ldt": 154, "pivot_root": 155, "chroot": 161,
+        "shmget": 29, "shmat": 30, "shmctl": 31, "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50,
+        "setsockopt": 54, "semget": 64, "semop": 65, "semctl": 66, "msgget": 68, "msgsnd": 69, "msgrcv": 70,
+        "msgctl": 71, "flock": 73, "ptrace": 101, "syslog": 103, "personality": 135, "modify_ldt": 154, "pivot_root": 155, "chroot": 161,
         "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "iopl": 172,
         "ioperm": 173, "init_module": 175, "delete_module": 176, "quotactl": 179, "io_setup": 206,
-        "lookup_dcookie": 212, "mq_open": 240, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
+        "lookup_dcookie": 212, "semtimedop": 220, "mq_open": 240, "mq_unlink": 241, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
         "inotify_init": 253, "unshare": 272, "vmsplice": 278, "accept4": 288, "inotify_init1": 294,
         "perf_event_open": 298, "fanotify_init": 300, "name_to_handle_at": 303, "open_by_handle_at": 304,
         "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "finit_module": 313,
         "memfd_create": 319, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
     },
     "aarch64": {
-        "shmget": 194, "socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "semget": 190,
-        "msgget": 186, "ptrace": 117, "syslog": 116, "personality": 92, "pivot_root": 41, "chroot": 51, "acct": 89,
+        "shmget": 194, "shmctl": 195, "shmat": 196, "socket": 198, "connect": 203, "accept": 202, "bind": 200,
+        "listen": 201, "setsockopt": 208, "semget": 190, "semctl": 191, "semtimedop": 192, "semop": 193, "msgget": 186,
+        "msgctl": 187, "msgrcv": 188, "msgsnd": 189, "flock": 32, "ptrace": 117, "syslog": 116, "personality": 92, "pivot_root": 41, "chroot": 51, "acct": 89,
         "mount": 40, "umount2": 39, "swapon": 224, "swapoff": 225, "reboot": 142, "init_module": 105,
-        "delete_module": 106, "quotactl": 60, "io_setup": 0, "lookup_dcookie": 18, "mq_open": 180, "kexec_load": 104,
+        "delete_module": 106, "quotactl": 60, "io_setup": 0, "lookup_dcookie": 18, "mq_open": 180, "mq_unlink": 181, "kexec_load": 104,
         "add_key": 217, "request_key": 218, "keyctl": 219, "unshare": 97, "vmsplice": 75, "accept4": 242,
         "inotify_init1": 26, "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264,
         "open_by_handle_at": 265, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
@@ -171,10 +174,23 @@ _ARGUMENTS = {
     # A limit of 1 is the only one that keeps a crash from the machine's collector of core dumps
     "setrlimit": [(0, _ANY, _RLIMIT_CORE, False)],
     "prlimit64": [(1, _ANY, _RLIMIT_CORE, False)],
+    # What a program asks of a file is seen by everybody who has it, on the whole machine: locks (by a process or by an
+    # open file), leases and notifications. A larger pipe is memory that no limit counts. And a program must not choose
+    # which process gets a signal when a file is ready.
+    "fcntl": [(1, _ANY, command, False) for command in (6, 7, 8, 10, 15, 37, 38, 1024, 1026, 1031)],
+    "ioctl": [(1, _ANY, command, False) for command in (0x8901, 0x8902)],
 }
 _ARGUMENT_CALLS = {
-    "x86_64": {"mmap": 9, "socketpair": 53, "clone": 56, "setrlimit": 160, "prlimit64": 302},
-    "aarch64": {"mmap": 222, "socketpair": 199, "clone": 220, "setrlimit": 164, "prlimit64": 261},
+    "x86_64": {"mmap": 9, "ioctl": 16, "socketpair": 53, "clone": 56, "fcntl": 72, "setrlimit": 160, "prlimit64": 302},
+    "aarch64": {
+        "mmap": 222,
+        "ioctl": 29,
+        "socketpair": 199,
+        "clone": 220,
+        "fcntl": 25,
+        "setrlimit": 164,
+        "prlimit64": 261,
+    },
 }
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 

@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -29,11 +30,13 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -I leaves it o
 import candidate
 import examiner
 import isolation
+from scratch import remove_tree
 
 NOBODY = 65534
+PIPE_BYTES = 1 << 16
 
 
-def main(control_fd: int, boxed: bool) -> Callable[[], None]:
+def main(control_fd: int, boxed: bool, scratch: str) -> Callable[[], None]:
     """Fork a program for every message on the control socket, until it closes; returns in the programs only."""
     if boxed and os.getuid() == 0:
         # RLIMIT_NPROC does not bind root, and root may read what nobody may not
@@ -56,12 +59,12 @@ def main(control_fd: int, boxed: bool) -> Callable[[], None]:
         if forked == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
-            return supervise(fds, boxed)
+            return supervise(fds, boxed, scratch)
         for fd in fds:
             os.close(fd)
 
 
-def supervise(fds: list[int], boxed: bool) -> Callable[[], None]:
+def supervise(fds: list[int], boxed: bool, scratch: str) -> Callable[[], None]:
     """Start the program and watch it; returns only in the program's process, with what it shall run."""
     lifeline = socket.socket(fileno=fds[0])
     try:
@@ -73,6 +76,8 @@ def supervise(fds: list[int], boxed: bool) -> Callable[[], None]:
             uid, gid = os.getuid(), os.getgid()
             isolation.unshare(isolation.CLONE_NEWUSER | isolation.CLONE_NEWPID)
             isolation.map_user(uid, gid)
+        else:
+            job["scratch"] = tempfile.mkdtemp(dir=scratch)
         isolation.set_dumpable(False)
         started = time.monotonic()
         pid = os.fork()
@@ -92,6 +97,7 @@ def supervise(fds: list[int], boxed: bool) -> Callable[[], None]:
     reason = _watch(pid, process, lifeline, job, started)
     if not boxed:
         _kill_group(pid)
+        remove_tree(job["scratch"])
     _, status, usage = os.wait4(pid, 0)
     _send(
         lifeline,
@@ -126,6 +132,7 @@ def _watch(pid: int, process: int, lifeline: socket.socket, job: dict, started: 
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(lifeline, select.POLLIN)
+    socket_bytes = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     reason = None
     while True:
         ready = {fd for fd, _ in poll.poll(50)}
@@ -135,7 +142,7 @@ def _watch(pid: int, process: int, lifeline: socket.socket, job: dict, started: 
             reason = "killed"
         elif time.monotonic() - started > job["wall_seconds"]:
             reason = "time"
-        elif _resident_bytes(pid) > job["memory_bytes"]:
+        elif _memory_in_use(pid, socket_bytes) > job["memory_bytes"]:
             reason = "memory"
         if reason:
             os.kill(pid, signal.SIGKILL)  # the init of a PID namespace takes all its processes along
@@ -143,29 +150,47 @@ def _watch(pid: int, process: int, lifeline: socket.socket, job: dict, started: 
     return reason
 
 
-def _resident_bytes(root: int) -> int:
-    """Memory of a process and all its descendants. Limits bind each process; their sum is bound here."""
-    parents, pages = {}, {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                state, parent, size = _stat(f"/proc/{name}/stat")
-                if state == b"Z":  # its first thread has ended; others may live on, and the memory with them
-                    size = max(
-                        _stat(f"/proc/{name}/task/{thread}/stat")[2] for thread in os.listdir(f"/proc/{name}/task")
-                    )
-            except (OSError, ValueError):
-                continue  # ended meanwhile
-            parents[int(name)] = parent
-            pages[int(name)] = size
-    total = 0
+def _memory_in_use(root: int, socket_bytes: int) -> int:
+    """
+    Memory of a process and all its descendants. Limits bind each process; their sum is bound here, and what lies in their
+    sockets and pipes, which no limit counts: each is taken for full.
+    """
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
+            parents[int(name)] = _stat(f"/proc/{name}/stat")[1]
+    total, buffers = 0, set()
     for pid in parents:
         ancestor = pid
         while ancestor in parents and ancestor != root:
             ancestor = parents[ancestor]
         if ancestor == root:
-            total += pages[pid]
-    return total * os.sysconf("SC_PAGESIZE")
+            with contextlib.suppress(OSError, ValueError):
+                total += _resident_pages(pid) * os.sysconf("SC_PAGESIZE")
+                buffers |= _buffers(pid)
+    return total + sum(socket_bytes if name.startswith("socket") else PIPE_BYTES for name in buffers)
+
+
+def _resident_pages(pid: int) -> int:
+    state, _, pages = _stat(f"/proc/{pid}/stat")
+    if state == b"Z":  # its first thread has ended; others may live on, and the memory with them
+        pages = max(_stat(f"/proc/{pid}/task/{thread}/stat")[2] for thread in os.listdir(f"/proc/{pid}/task"))
+    return pages
+
+
+def _buffers(pid: int) -> set[str]:
+    """Names of a process's sockets and pipes. A thread may have descriptors of its own."""
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/task/{thread}/fd"):
+                with contextlib.suppress(FileNotFoundError):
+                    found.add(os.readlink(f"/proc/{pid}/task/{thread}/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+        except PermissionError:  # it hides what it has, so it has as many as it may
+            found |= {f"socket of {pid}: {number}" for number in range(isolation.OPEN_FILES)}
+    return {name for name in found if name.startswith(("socket", "pipe"))}
 
 
 def _stat(path: str) -> tuple[bytes, int, int]:
@@ -227,7 +252,7 @@ def _program(job: dict) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run = main(int(sys.argv[1]), boxed=sys.argv[2] == "boxed")
+    run = main(int(sys.argv[1]), boxed=sys.argv[2] == "boxed", scratch=sys.argv[4])
     sys.path[0] = os.getcwd()
     sys.path.append(sys.argv[3])
     sys.argv = ["solution.py"]
