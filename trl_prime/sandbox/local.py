@@ -41,8 +41,8 @@ class LocalSandbox:
     Runs model-written Python on this machine behind walls.
 
     Args:
-        box (`str`): `"bubblewrap"`, `"namespaces"`, or `"none"`: no walls, only limits, which lets model-written code do
-            whatever the trainer may do.
+        box (`str`): `"bubblewrap"`, `"namespaces"`, `"landlock"`, or `"none"`: no walls, only limits, which lets
+            model-written code do whatever the trainer may do.
         packages (`tuple[str, ...]`): Installed distributions that programs may import.
 
     Raises:
