@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from trl_prime import sandbox as package
-from trl_prime.sandbox import Limits, LocalSandbox, SandboxUnavailable, boxes, open_sandbox
+from trl_prime.sandbox import Limits, LocalSandbox, SandboxUnavailable, boxes, open_sandbox, scratch
+from trl_prime.sandbox.inside.scratch import remove_tree
 
 from .helpers import BOXES, FOLDER, LIMITS, descendants, eventually, processes, with_marker, within, zygote_of
 
@@ -66,16 +67,74 @@ sandbox.run(source, limits=Limits(wall_seconds=100))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_of_a_trainer_that_ends(box, number):
+def test_nothing_is_left_of_a_trainer_that_ends(box, number, tmp_path, monkeypatch):
     marker = f"trl-prime-{secrets.token_hex(8)}"
     command = [sys.executable, "-c", TRAINER, str(FOLDER.parent), box, marker]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
         eventually(lambda: len([pid for pid in with_marker(marker) if pid != trainer.pid]) == 2)
         family = descendants(trainer.pid)
         assert len(family) >= 5  # the box, the zygote, two supervisors, two programs
+        scratch.sweep()
+        (folder,) = tmp_path.iterdir()  # a living process owns it
         trainer.send_signal(number)
         trainer.wait(30)
         eventually(lambda: not family & processes().keys())
+    assert folder.exists() == (number != signal.SIGINT)
+    scratch.sweep()
+    assert not folder.exists()
+
+
+def test_a_scratch_folder_is_swept_when_its_last_owner_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    owned = scratch.ScratchFolder()
+    others = tmp_path / "trl-prime-sandbox-link"
+    others.symlink_to(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    try:
+        owned.release()  # this process goes, but one that was forked from it stays
+        scratch.sweep()
+        assert os.path.isdir(owned.path)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    again = scratch.ScratchFolder()
+    assert not os.path.exists(owned.path)
+    assert os.path.isdir(again.path)
+    again.remove()
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_what_a_program_leaves_on_disk_is_removed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.symlink(outside, folder / "link")
+    os.mkfifo(folder / "fifo")
+    for name in (".0", ".1"):
+        (folder / name / "a" / "b").mkdir(parents=True)
+    home = os.getcwd()
+    try:
+        os.chdir(folder)
+        for _ in range(1100):
+            os.mkdir("d")
+            os.symlink(outside, "link to it")
+            os.chdir("d")
+    finally:
+        os.chdir(home)
+    try:
+        remove_tree(str(folder))
+        assert not folder.exists()
+    finally:
+        subprocess.run(["rm", "-rf", folder])  # too deep for pytest
+    assert [path.read_text() for path in outside.iterdir()] == ["kept"]
+    remove_tree(str(folder))  # it is gone, which is what was asked for
 
 
 def test_after_a_fork_both_have_a_sandbox(box):
@@ -160,6 +219,7 @@ def no_boxes(monkeypatch):
     monkeypatch.setattr(package, "find_bubblewrap", lambda: None)
     refused = [sys.executable, "-c", "import sys; sys.exit('unshare: Operation not permitted')"]
     monkeypatch.setitem(boxes.BOXES, "namespaces", lambda *_: refused)
+    monkeypatch.setattr(boxes.isolation, "landlock_version", lambda: 0)
     return monkeypatch
 
 
@@ -176,8 +236,9 @@ def test_no_sandbox_says_what_to_do(no_boxes, kind):
         "sandbox='none'",
     ):
         assert part in sentence
-    assert ("unshare: Operation not permitted" in sentence) == (kind != "bubblewrap")
-    assert ("bubblewrap is not installed" in sentence) == (kind != "namespaces")
+    assert ("unshare: Operation not permitted" in sentence) == (kind in ("auto", "namespaces"))
+    assert ("bubblewrap is not installed" in sentence) == (kind in ("auto", "bubblewrap"))
+    assert ("the kernel has no Landlock" in sentence) == (kind in ("auto", "landlock"))
 
 
 def test_an_unknown_kind():

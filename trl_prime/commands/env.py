@@ -30,6 +30,7 @@ def print_environment() -> int:
         "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
         "Machine": platform.machine(),
         "bubblewrap version": bubblewrap(),
+        "Landlock version": landlock(),
         "Sandbox": sandbox(),
         "Hub": "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online",
     }.items():
@@ -59,6 +60,13 @@ def bubblewrap() -> str:
         return "not installed"
     said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.split()
     return f"{said[-1] if said else 'unknown'} ({path})"
+
+
+def landlock() -> str:
+    """Version of the kernel's Landlock."""
+    from ..sandbox.inside.isolation import landlock_version
+
+    return str(landlock_version() or "not there")
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,7 @@ from .remote import RemoteSandbox
 
 __all__ = ["Limits", "LocalSandbox", "RemoteSandbox", "Result", "SandboxUnavailable", "open_sandbox"]
 
-KINDS = ("auto", "bubblewrap", "namespaces", "none")
+KINDS = ("auto", "bubblewrap", "namespaces", "landlock", "none")
 
 _open: dict[tuple, LocalSandbox | RemoteSandbox] = {}
 _lock = threading.Lock()
@@ -42,8 +42,9 @@ def open_sandbox(kind: str = "auto", packages: tuple[str, ...] = ("numpy",)) -> 
     The sandbox of this process of one kind; started at the first call, ended with the process.
 
     Args:
-        kind (`str`): `"auto"` (bubblewrap where installed, else namespaces), `"bubblewrap"`, `"namespaces"`, `"none"` (no
-            walls; warns), or the `http(s)://` address of a Sandbox Fusion server.
+        kind (`str`): `"auto"` (the first of the next three that this machine has), `"bubblewrap"`, `"namespaces"`,
+            `"landlock"` (for containers, where the others need rights), `"none"` (no walls; warns), or the `http(s)://`
+            address of a Sandbox Fusion server.
         packages (`tuple[str, ...]`): Installed distributions that programs may import, of local sandboxes.
 
     Raises:
@@ -62,7 +63,7 @@ def _make(kind: str, packages: tuple[str, ...]) -> LocalSandbox | RemoteSandbox:
     if kind not in KINDS:
         raise ValueError(f"sandbox is {kind!r}. Choose one of {', '.join(KINDS)}, or the address of a remote sandbox.")
     problems = []
-    for box in ("bubblewrap", "namespaces") if kind == "auto" else (kind,):
+    for box in ("bubblewrap", "namespaces", "landlock") if kind == "auto" else (kind,):
         if box == "bubblewrap" and find_bubblewrap() is None:
             problems.append("bubblewrap is not installed")
             continue
@@ -73,6 +74,7 @@ def _make(kind: str, packages: tuple[str, ...]) -> LocalSandbox | RemoteSandbox:
     raise SandboxUnavailable(
         f"Model-written code cannot be run safely on this machine (sandbox={kind!r}): {'; '.join(problems)}. Install "
         "bubblewrap (`apt install bubblewrap` or `pip install trl-prime[code]`) and allow unprivileged user namespaces "
-        "(in a container: `--privileged`, or as root `--cap-add SYS_ADMIN --security-opt apparmor=unconfined`), or name a remote sandbox "
+        "(in a container: `--privileged`, or as root `--cap-add SYS_ADMIN --security-opt apparmor=unconfined`), or use a kernel "
+        "with Landlock (Linux 5.13 or later), which needs no rights, or name a remote sandbox "
         "(`sandbox='http://host:8080'`, Sandbox Fusion), or, where there is nothing to lose, `sandbox='none'`."
     )

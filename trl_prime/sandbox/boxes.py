@@ -14,10 +14,15 @@ import site
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
+
+from .inside import isolation
+from .limits import SandboxUnavailable
 
 _INSIDE = Path(__file__).parent / "inside"
 _RUNNER = "/runner"
 _PACKAGES = "/packages"
+LANDLOCK_NEWEST = 7  # the newest version of Landlock that this is written for
 # Programs and libraries, but neither the rest of /usr nor of /etc, where data may lie
 _SYSTEM = (
     "/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/share/zoneinfo", "/bin",
@@ -77,9 +82,9 @@ def _package_folders(package: str) -> list[Path]:
     return [folder for folder in folders if folder.exists()]
 
 
-def _zygote(control_fd: int, runner: str, boxed: bool, packages: str) -> list[str]:
+def _zygote(control_fd: int, runner: str, **settings: Any) -> list[str]:
     flags = ["-I", "-S", "-B", "-X", "utf8"]
-    return [interpreter(), *flags, f"{runner}/zygote.py", str(control_fd), "boxed" if boxed else "open", packages]
+    return [interpreter(), *flags, f"{runner}/zygote.py", str(control_fd), json.dumps(settings)]
 
 
 def find_bubblewrap() -> str | None:
@@ -133,7 +138,7 @@ def bubblewrap_command(control_fd: int, packages: tuple[str, ...], scratch: str)
     options += ["--remount-ro", "/", "--chdir", "/"]
     bwrap = find_bubblewrap()
     assert bwrap is not None
-    return [bwrap, *options, "--", *_zygote(control_fd, _RUNNER, True, _PACKAGES)]
+    return [bwrap, *options, "--", *_zygote(control_fd, _RUNNER, mode="boxed", packages=_PACKAGES)]
 
 
 def namespaces_command(control_fd: int, packages: tuple[str, ...], scratch: str) -> list[str]:
@@ -141,13 +146,49 @@ def namespaces_command(control_fd: int, packages: tuple[str, ...], scratch: str)
     settings = _view(packages)
     settings["packages"][_RUNNER] = str(_INSIDE)
     settings["new_root"] = scratch
-    settings["command"] = _zygote(control_fd, _RUNNER, True, _PACKAGES)
+    settings["command"] = _zygote(control_fd, _RUNNER, mode="boxed", packages=_PACKAGES)
     return [interpreter(), "-I", "-S", "-B", str(_INSIDE / "namespaces.py"), json.dumps(settings)]
+
+
+def landlock_command(control_fd: int, packages: tuple[str, ...], scratch: str) -> list[str]:
+    """
+    The zygote in the machine's own namespaces, behind Landlock and the system-call filter, which need no rights.
+
+    Raises:
+        SandboxUnavailable: The kernel does not offer Landlock.
+    """
+    version = min(isolation.landlock_version(), LANDLOCK_NEWEST)
+    if version == 0:
+        raise SandboxUnavailable("the kernel has no Landlock, which is of Linux 5.13 and must be in its list `lsm=`")
+    view = _view(packages)
+    os.chmod(scratch, 0o711)  # its name is known to the zygote, which may become another user
+    shown, programs = f"{scratch}/packages", f"{scratch}/programs"
+    os.mkdir(shown, 0o755)
+    os.mkdir(programs, 0o700)
+    for target, source in view["packages"].items():
+        os.symlink(source, f"{shown}/{os.path.basename(target)}")
+    read = [*view["read_only"], *map(os.path.realpath, view["packages"].values()), str(_INSIDE), shown]
+    return _zygote(
+        control_fd,
+        str(_INSIDE),
+        mode="landlock",
+        packages=shown,
+        scratch=programs,
+        version=version,
+        read=[path for path in dict.fromkeys(map(os.path.realpath, read)) if os.path.exists(path)],
+        hidden=view["empty"],
+        devices=[device for device in view["devices"] if os.path.exists(device)],
+    )
 
 
 def open_command(control_fd: int, packages: tuple[str, ...], scratch: str) -> list[str]:
     """The zygote with no box at all: limits, but no walls."""
-    return _zygote(control_fd, str(_INSIDE), False, sysconfig.get_path("purelib"))
+    return _zygote(control_fd, str(_INSIDE), mode="open", packages=sysconfig.get_path("purelib"), scratch=scratch)
 
 
-BOXES = {"bubblewrap": bubblewrap_command, "namespaces": namespaces_command, "none": open_command}
+BOXES = {
+    "bubblewrap": bubblewrap_command,
+    "namespaces": namespaces_command,
+    "landlock": landlock_command,
+    "none": open_command,
+}

@@ -19,7 +19,7 @@ class Limits:
         memory_mb: Memory of each of its processes, and of all together.
         processes: Processes and threads at one time.
         output_bytes: Output, after which it is killed.
-        scratch_mb: Files in its scratch folder, in memory, gone when it ends.
+        scratch_mb: Files in its scratch folder, gone when it ends. They are in memory, by Landlock alone on disk.
     """
 
     wall_seconds: float = 5.0
@@ -38,7 +38,7 @@ class Result:
         stdout: What it wrote, as far as the limit.
         stderr: The end of what it wrote there.
         exit_code: Its exit code, or minus the signal that killed it; None if it was given up.
-        reason: Why it was killed: "time", "memory", "output", or None.
+        reason: Why it was killed: "time", "memory", "disk", "output", or None.
     """
 
     stdout: bytes

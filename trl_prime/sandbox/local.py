@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from .boxes import BOXES
 from .inside import wire
 from .limits import Limits, Result, SandboxUnavailable
 from .messages import checked_answer, checked_verdict, read_message
+from .scratch import ScratchFolder
 
 _sandboxes: weakref.WeakSet[LocalSandbox] = weakref.WeakSet()
 
@@ -41,8 +41,8 @@ class LocalSandbox:
     Runs model-written Python on this machine behind walls.
 
     Args:
-        box (`str`): `"bubblewrap"`, `"namespaces"`, or `"none"`: no walls, only limits, which lets model-written code do
-            whatever the trainer may do.
+        box (`str`): `"bubblewrap"`, `"namespaces"`, `"landlock"`, or `"none"`: no walls, only limits, which lets
+            model-written code do whatever the trainer may do.
         packages (`tuple[str, ...]`): Installed distributions that programs may import.
 
     Raises:
@@ -225,13 +225,13 @@ class LocalSandbox:
     def _begin(self) -> None:
         self._end()
         self._owner = os.getpid()
-        self._scratch = tempfile.mkdtemp(prefix="trl-prime-sandbox-")
+        self._scratch = ScratchFolder()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(10)
         with theirs:
             self._process = subprocess.Popen(
-                BOXES[self.box](theirs.fileno(), self.packages, self._scratch),
+                BOXES[self.box](theirs.fileno(), self.packages, self._scratch.path),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -254,7 +254,9 @@ class LocalSandbox:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
+        else:
+            self._scratch.release()
         self._log.close()
 
     def _said(self) -> str:
@@ -269,15 +271,9 @@ class LocalSandbox:
     def _start(self, mode: str, source: str, limits: Limits, fds: list[int]) -> Iterator[socket.socket]:
         """Start a program with `fds` as its descriptors 0, 1, ...; kill it at the end of the block. Gives its lifeline."""
         with contextlib.ExitStack() as stack:
-            scratch = ""
-            if self.box == "none":
-                scratch = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix="trl-prime-", ignore_cleanup_errors=True)
-                )
             job = {
                 "mode": mode,
                 "source": source,
-                "scratch": scratch,
                 "wall_seconds": limits.wall_seconds,
                 "cpu_seconds": int(limits.wall_seconds) + 2,
                 "memory_bytes": limits.memory_mb << 20,

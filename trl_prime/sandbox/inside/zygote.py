@@ -2,17 +2,22 @@
 
 Starting Python costs more than most programs run, so one interpreter starts, and every program is a fork of it:
 
-    zygote -> supervisor (one a program, outside the program's walls) -> program (init of its own PID namespace)
+    zygote -> supervisor (one a program, outside the program's walls) -> program
 
 The zygote knows nothing: it receives file descriptors and forks. The program's source and limits arrive over the
 *lifeline*, a socket that only the supervisor reads; what a later program inherits from the zygote tells it nothing about
 earlier ones. Closing the other end of the lifeline kills the program with all its children, and so does the end of the
 zygote, which ends when its control socket closes.
 
+Where the zygote is in a box of namespaces, every program is the init of a PID namespace of its own, which takes all its
+processes along when it ends. Where there is Landlock only, the supervisor does what the namespaces would: it adopts the
+program's orphans and ends them, and it is asked about each new process and each signal.
+
 Not covered: covert channels through timing and load, and bugs of the kernel beyond the system-call filter.
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -21,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -29,80 +35,363 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -I leaves it o
 import candidate
 import examiner
 import isolation
+import processes
+from scratch import remove_tree
 
 NOBODY = 65534
+SCRATCH_FILES = 16384
 
 
-def main(control_fd: int, boxed: bool) -> Callable[[], None]:
-    """Fork a program for every message on the control socket, until it closes; returns in the programs only."""
-    if boxed and os.getuid() == 0:
-        # RLIMIT_NPROC does not bind root, and root may read what nobody may not
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    isolation.set_dumpable(False)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no reaping
-    control = socket.socket(fileno=control_fd)
-    gc.collect()
-    gc.freeze()
-    while True:
-        message, fds, _, _ = socket.recv_fds(control, 16, 8)
-        if not message:
-            os._exit(0)
-        try:
-            forked = os.fork()
-        except OSError:  # no room: the caller sees its lifeline close and may try again
-            forked = 1
-        if forked == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            control.close()
-            return supervise(fds, boxed)
-        for fd in fds:
-            os.close(fd)
+class Zygote:
+    """
+    Args:
+        control (`socket.socket`): Brings the descriptors of programs to start.
+        settings (`dict`): `"mode"`: `"boxed"` in a box of namespaces, `"landlock"`, or `"open"` for no walls;
+            `"packages"`: the folder of importable packages; `"scratch"`: where programs get a folder, unless boxed; and
+            for Landlock `"version"`, `"read"` (paths that may be read), `"hidden"` (folders in these that may not) and
+            `"devices"`.
+    """
 
+    def __init__(self, control: socket.socket, settings: dict):
+        self.control = control
+        self.settings = settings
+        self.mode = settings["mode"]
+        self.number = os.getpid()
+        self.shown: list[tuple[int, int]] = []
 
-def supervise(fds: list[int], boxed: bool) -> Callable[[], None]:
-    """Start the program and watch it; returns only in the program's process, with what it shall run."""
-    lifeline = socket.socket(fileno=fds[0])
-    try:
-        job = _read_job(lifeline)
-        lifeline.sendall(b".")  # from here on it is known to be this program that fails
-        isolation.set_dumpable(True)  # or the files of /proc/self belong to root
-        isolation.die_first()
-        if boxed:
-            uid, gid = os.getuid(), os.getgid()
-            isolation.unshare(isolation.CLONE_NEWUSER | isolation.CLONE_NEWPID)
-            isolation.map_user(uid, gid)
+    def run(self) -> Callable[[], None]:
+        """Fork a program for every message on the control socket, until it closes; returns in the programs only."""
+        if self.mode == "boxed" and os.getuid() == 0:
+            # RLIMIT_NPROC does not bind root, and root may read what nobody may not
+            _become_nobody()
+        if self.mode == "landlock":
+            self._confine()
         isolation.set_dumpable(False)
-        started = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            isolation.die_with_parent()
-            # Out of the way of the descriptors that the program gets
-            lifeline = socket.socket(fileno=fcntl.fcntl(lifeline.detach(), fcntl.F_DUPFD_CLOEXEC, 60))
-            _enter(job, fds[1:], lifeline.fileno(), boxed)
-            lifeline.close()
-            return _program(job)
-        process = isolation.pidfd_open(pid)
-    except BaseException as error:
-        _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
-        os._exit(1)
-    for fd in fds[1:]:
+        if self.mode == "landlock":
+            isolation.adopt_orphans()
+        else:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no reaping
+        gc.collect()
+        gc.freeze()
+        supervisors: dict[int, int] = {}
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        while True:
+            if self.mode == "landlock":
+                for fd, _ in poll.poll():
+                    if fd in supervisors:
+                        poll.unregister(fd)
+                        self._bury(supervisors, fd)
+                if not poll_is_ready(self.control):
+                    continue
+            message, fds, _, _ = socket.recv_fds(self.control, 16, 8)
+            if not message:
+                os._exit(0)
+            try:
+                pid = os.fork()
+            except OSError:  # no room: the caller sees its lifeline close and may try again
+                pid = -1
+            if pid == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self.control.close()
+                for fd in supervisors:
+                    os.close(fd)
+                return self.supervise(fds)
+            for fd in fds:
+                os.close(fd)
+            if self.mode == "landlock" and pid > 0:
+                fd = isolation.pidfd_open(pid)
+                supervisors[fd] = pid
+                poll.register(fd, select.POLLIN)
+
+    def _bury(self, supervisors: dict[int, int], fd: int) -> None:
+        """Reap a supervisor. What one that was killed has left is ours now, and is ended."""
+        _, status = os.waitpid(supervisors.pop(fd), 0)
         os.close(fd)
-    reason = _watch(pid, process, lifeline, job, started)
-    if not boxed:
-        _kill_group(pid)
-    _, status, usage = os.wait4(pid, 0)
-    _send(
-        lifeline,
-        {
-            "exit": os.waitstatus_to_exitcode(status),
-            "reason": reason,
-            "seconds": time.monotonic() - started,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        },
-    )
-    os._exit(0)
+        while status:
+            orphans = [pid for pid in processes.descendants(self.number) if pid not in supervisors.values()]
+            ours = [
+                pid
+                for pid in orphans
+                if not any(processes.is_descendant(pid, supervisor) for supervisor in supervisors.values())
+            ]
+            if not ours:
+                return
+            for pid in ours:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in ours:
+                with contextlib.suppress(OSError):
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.001)
+
+    def _confine(self) -> None:
+        """Give up root where possible, all capabilities, and all files but those that programs may see."""
+        shown = [*self.settings["read"], *self.settings["devices"]]
+        scratch = self.settings["scratch"]
+        if os.getuid() == 0:
+            with contextlib.suppress(PermissionError):  # root without the rights of root
+                os.chown(scratch, NOBODY, NOBODY)
+                os.setegid(NOBODY)
+                os.seteuid(NOBODY)
+                sees_all = all(os.access(path, os.R_OK, effective_ids=True) for path in [*shown, scratch])
+                os.seteuid(0)
+                os.setegid(0)
+                if sees_all:
+                    _become_nobody()
+                else:  # Python lies in root's own folder
+                    os.chown(scratch, 0, 0)
+        isolation.drop_privileges()
+        version = self.settings["version"]
+        own = isolation.Landlock(version, scoped=False)
+        hidden = self.settings["hidden"]
+        for path, rights in [
+            *_without(self.settings["read"], hidden),
+            *((path, isolation.READ_WRITE) for path in self.settings["devices"]),
+            (scratch, isolation.ALL),
+            ("/proc", isolation.READ_WRITE),
+        ]:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                own.allow(fd, rights)
+                os.close(fd)
+        own.restrict()
+        # The rules of programs are fewer: what is hidden from the zygote is hidden from them anyhow
+        for path in self.settings["read"]:
+            self.shown.append((os.open(path, os.O_PATH | os.O_CLOEXEC), isolation.READ))
+        for path in self.settings["devices"]:
+            self.shown.append((os.open(path, os.O_PATH | os.O_CLOEXEC), isolation.READ_WRITE))
+
+    def supervise(self, fds: list[int]) -> Callable[[], None]:
+        """Start the program and watch it; returns only in the program's process, with what it shall run."""
+        lifeline = socket.socket(fileno=fds[0])
+        scratch = None
+        try:
+            job = _read_job(lifeline)
+            lifeline.sendall(b".")  # from here on it is known to be this program that fails
+            isolation.set_dumpable(True)  # or the files of /proc/self belong to root
+            isolation.die_first()
+            if self.mode == "boxed":
+                uid, gid = os.getuid(), os.getgid()
+                isolation.unshare(isolation.CLONE_NEWUSER | isolation.CLONE_NEWPID)
+                isolation.map_user(uid, gid)
+            else:
+                scratch = tempfile.mkdtemp(dir=self.settings["scratch"])
+            zygote = None
+            if self.mode == "landlock":
+                isolation.adopt_orphans()
+                zygote = isolation.pidfd_open(self.number)
+            isolation.set_dumpable(False)
+            ours, theirs = socket.socketpair()
+            started = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                isolation.die_with_parent()
+                self._enter(job, fds[1:], scratch, lifeline, theirs)
+                return _program(job)
+            theirs.close()
+            process = isolation.pidfd_open(pid)
+            listener = None
+            if self.mode == "landlock":
+                _, received, _, _ = socket.recv_fds(ours, 1, 1)
+                listener = received[0] if received else None
+            ours.close()
+        except BaseException as error:
+            _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
+            os._exit(1)
+        for fd in fds[1:]:
+            os.close(fd)
+        watch = _Watch(pid, process, lifeline, job, started, scratch, listener, zygote)
+        reason = watch.wait()
+        if self.mode == "open":
+            _kill_group(pid)
+        _, status, usage = os.wait4(pid, 0)
+        if self.mode == "landlock":
+            _end_descendants()
+            reason = reason or watch.look_at_disk([])
+        if scratch:
+            remove_tree(scratch)
+        if reason == "zygote":
+            os._exit(0)  # not the program's doing, so there is nothing to report
+        _send(
+            lifeline,
+            {
+                "exit": os.waitstatus_to_exitcode(status),
+                "reason": reason,
+                "seconds": time.monotonic() - started,
+                "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            },
+        )
+        os._exit(0)
+
+    def _enter(
+        self, job: dict, fds: list[int], scratch: str | None, lifeline: socket.socket, to_supervisor: socket.socket
+    ) -> None:
+        """Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..., its only ones in the end."""
+        os.setsid()
+        rules = None
+        if self.mode == "landlock":
+            rules = isolation.Landlock(self.settings["version"], scoped=True)
+            for fd, rights in self.shown:
+                rules.allow(fd, rights)
+            folder = os.open(scratch, os.O_PATH)
+            rules.allow(folder, isolation.ALL)
+        # Out of the way of the descriptors that the program gets
+        lifeline_fd = fcntl.fcntl(lifeline.detach(), fcntl.F_DUPFD_CLOEXEC, 60)
+        supervisor_fd = fcntl.fcntl(to_supervisor.detach(), fcntl.F_DUPFD_CLOEXEC, lifeline_fd + 1)
+        rules_fd = rules.move_to(supervisor_fd + 1) if rules else supervisor_fd
+        for target, fd in enumerate(fds):
+            # They are numbered from 4 up and in order, so a copy never overwrites one still needed
+            os.dup2(fd, target)
+        os.closerange(len(fds), lifeline_fd)
+        os.closerange(rules_fd + 1, os.sysconf("SC_OPEN_MAX"))
+        if self.mode == "boxed":
+            isolation.private_filesystem(job["scratch_bytes"])
+            scratch = "/tmp"
+        os.chdir(scratch)
+        # The limit of processes counts those of the user namespace: the supervisor too, and without a box all of the user's
+        others = {"boxed": lambda: 1, "landlock": lambda: None, "open": processes.count_threads_of_user}[self.mode]()
+        most = None if others is None else job["processes"] + others
+        isolation.set_limits(job["memory_bytes"], job["cpu_seconds"], job["scratch_bytes"], most)
+        if self.mode != "open":
+            isolation.set_dumpable(True)
+            isolation.drop_privileges()
+        if rules:
+            rules.restrict()
+            listener = isolation.filter_system_calls(shared=True)
+            with socket.socket(fileno=supervisor_fd) as to_supervisor:
+                socket.send_fds(to_supervisor, [b"l"], [listener])
+            os.close(listener)
+        else:
+            os.close(supervisor_fd)
+            if self.mode == "boxed":
+                isolation.filter_system_calls()
+        os.close(lifeline_fd)
+        os.environ.clear()
+        os.environ.update(PATH="/usr/bin:/bin", HOME=scratch, TMPDIR=scratch, LANG="C.UTF-8")
+        os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+        tempfile.tempdir = None
+        os.umask(0o077)
+
+
+class _Watch:
+    """Waits for a program's end, and ends it for the caller's hanging up, its time or its memory."""
+
+    def __init__(
+        self,
+        pid: int,
+        process: int,
+        lifeline: socket.socket,
+        job: dict,
+        started: float,
+        scratch: str | None,
+        listener: int | None,
+        zygote: int | None,
+    ):
+        self.pid = pid
+        self.process = process
+        self.lifeline = lifeline
+        self.job = job
+        self.deadline = started + job["wall_seconds"]
+        self.scratch = scratch
+        self.listener = listener
+        self.zygote = zygote
+        self.tasks = 1
+        self.socket_bytes = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self.next_look = started + 0.05
+
+    def wait(self) -> str | None:
+        """The reason of a kill, None if there was none."""
+        poll = select.poll()
+        for fd in (self.process, self.lifeline, self.listener, self.zygote):
+            if fd is not None:
+                poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(max(0.0, self.next_look - time.monotonic()) * 1000)}
+            if self.process in ready:
+                return None
+            if self.listener in ready and not self._answer():
+                poll.unregister(self.listener)
+            if self.zygote in ready:
+                reason = "zygote"
+            elif self.lifeline.fileno() in ready:
+                reason = "killed"
+            else:
+                reason = self._look()
+            if reason:
+                os.kill(self.pid, signal.SIGKILL)  # the init of a PID namespace takes all its processes along
+                return reason
+
+    def _look(self) -> str | None:
+        """The limit that the program has gone beyond."""
+        now = time.monotonic()
+        if now > self.deadline:
+            return "time"
+        if now < self.next_look:
+            return None
+        # By Landlock alone the program's orphans are the supervisor's children
+        pids = processes.descendants(self.pid if self.listener is None else os.getpid()) + [self.pid]
+        self.next_look = time.monotonic() + 0.05
+        if processes.memory_in_use(list(set(pids)), self.socket_bytes) > self.job["memory_bytes"]:
+            return "memory"
+        if self.scratch:
+            return self.look_at_disk(pids)
+        return None
+
+    def look_at_disk(self, pids: list[int]) -> str | None:
+        """The same for files alone."""
+        size = processes.disk_in_use(self.scratch, pids, SCRATCH_FILES)
+        return "disk" if size > self.job["scratch_bytes"] else None
+
+    def _answer(self) -> bool:
+        """Answer a question of the program's; False when there will be no more."""
+        try:
+            question = isolation.Question(self.listener)
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.EINTR)  # who asked has ended
+        if question.is_fork:
+            if self.tasks >= self.job["processes"]:  # of which some may have ended
+                self.tasks = processes.count_threads(processes.descendants(os.getpid()))
+            allowed = self.tasks < self.job["processes"]
+            self.tasks += allowed
+            question.answer(0 if allowed else errno.EAGAIN)
+        else:
+            # The sender's own group, one of the program's processes, or the group that it leads
+            target = question.target
+            own = target == 0 or (target != -1 and processes.is_descendant(abs(target), os.getpid()))
+            question.answer(0 if own else errno.ESRCH)
+        return True
+
+
+def _become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _without(paths: list[str], hidden: list[str]) -> list[tuple[str, int]]:
+    """
+    Rules that allow reading some folders but not what is hidden in them. A rule holds for all below a folder, so the
+    neighbours of the hidden are allowed one by one; their folder can be listed, or nothing could be imported from it.
+    """
+    rules = []
+    for path in paths:
+        if path in hidden:
+            continue
+        if not any(folder.startswith(path + "/") for folder in hidden):
+            rules.append((path, isolation.READ))
+            continue
+        rules.append((path, isolation.LIST))
+        with os.scandir(path) as entries:
+            rules += _without([entry.path for entry in entries if not entry.is_symlink()], hidden)
+    return rules
+
+
+def poll_is_ready(connection: socket.socket) -> bool:
+    """Whether something can be read, an end included."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _read_job(lifeline: socket.socket) -> dict:
@@ -121,101 +410,26 @@ def _send(lifeline: socket.socket, report: dict) -> None:
         lifeline.sendall(json.dumps(report).encode() + b"\n")
 
 
-def _watch(pid: int, process: int, lifeline: socket.socket, job: dict, started: float) -> str | None:
-    """Wait for the program's end, the caller's hanging up, the time limit or the memory limit; the reason of a kill."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.register(lifeline, select.POLLIN)
-    reason = None
+def _end_descendants() -> None:
+    """
+    Kill and reap all processes below this one. They cannot grow faster than they are killed: the supervisor is asked
+    about each new one, and answers no more.
+    """
     while True:
-        ready = {fd for fd, _ in poll.poll(50)}
-        if process in ready:
-            break
-        if lifeline.fileno() in ready:
-            reason = "killed"
-        elif time.monotonic() - started > job["wall_seconds"]:
-            reason = "time"
-        elif _resident_bytes(pid) > job["memory_bytes"]:
-            reason = "memory"
-        if reason:
-            os.kill(pid, signal.SIGKILL)  # the init of a PID namespace takes all its processes along
-            break
-    return reason
-
-
-def _resident_bytes(root: int) -> int:
-    """Memory of a process and all its descendants. Limits bind each process; their sum is bound here."""
-    parents, pages = {}, {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                state, parent, size = _stat(f"/proc/{name}/stat")
-                if state == b"Z":  # its first thread has ended; others may live on, and the memory with them
-                    size = max(
-                        _stat(f"/proc/{name}/task/{thread}/stat")[2] for thread in os.listdir(f"/proc/{name}/task")
-                    )
-            except (OSError, ValueError):
-                continue  # ended meanwhile
-            parents[int(name)] = parent
-            pages[int(name)] = size
-    total = 0
-    for pid in parents:
-        ancestor = pid
-        while ancestor in parents and ancestor != root:
-            ancestor = parents[ancestor]
-        if ancestor == root:
-            total += pages[pid]
-    return total * os.sysconf("SC_PAGESIZE")
-
-
-def _stat(path: str) -> tuple[bytes, int, int]:
-    """State, parent and resident pages of a process or thread."""
-    with open(path, "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    return fields[0], int(fields[1]), int(fields[21])
-
-
-def _threads_of_user() -> int:
-    """Threads of all processes of this user."""
-    count = 0
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{name}").st_uid == os.getuid():
-                count += len(os.listdir(f"/proc/{name}/task"))
-        except OSError:
-            continue  # ended meanwhile
-    return count
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            for pid in processes.descendants(os.getpid()):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
+            continue
+        return
 
 
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _enter(job: dict, fds: list[int], lifeline: int, boxed: bool) -> None:
-    """Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..., beside the lifeline its only ones."""
-    os.setsid()
-    for target, fd in enumerate(fds):
-        # They are numbered from 4 up and in order, so a copy never overwrites one still needed
-        os.dup2(fd, target)
-    os.closerange(len(fds), lifeline)
-    os.closerange(lifeline + 1, os.sysconf("SC_OPEN_MAX"))
-    if boxed:
-        isolation.private_filesystem(job["scratch_bytes"])
-        os.chdir("/tmp")
-    else:
-        os.chdir(job["scratch"])
-    # The limit of processes counts those of the user namespace: the supervisor too, and without a box all of the user's
-    others = 1 if boxed else _threads_of_user()
-    isolation.set_limits(job["memory_bytes"], job["cpu_seconds"], job["scratch_bytes"], job["processes"] + others)
-    if boxed:
-        isolation.set_dumpable(True)
-        isolation.drop_privileges()
-        isolation.filter_system_calls()
-    os.environ.clear()
-    os.environ.update(PATH="/usr/bin:/bin", HOME=os.getcwd(), TMPDIR=os.getcwd(), LANG="C.UTF-8")
-    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    os.umask(0o077)
 
 
 def _program(job: dict) -> Callable[[], None]:
@@ -227,8 +441,9 @@ def _program(job: dict) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run = main(int(sys.argv[1]), boxed=sys.argv[2] == "boxed")
+    settings = json.loads(sys.argv[2])
+    run = Zygote(socket.socket(fileno=int(sys.argv[1])), settings).run()
     sys.path[0] = os.getcwd()
-    sys.path.append(sys.argv[3])
+    sys.path.append(settings["packages"])
     sys.argv = ["solution.py"]
     run()
