@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .data.adapters import guess_format
 from .implicit_prm import ImplicitPRM
 from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
 from .implicit_prm.files import is_adapter, is_saved_prm
@@ -149,6 +148,9 @@ def _check_train_dataset(grpo: dict[str, Any]) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
+        # Not at the top: data formats bring the verifiers along
+        from .data.adapters import guess_format
+
         guess = guess_format(columns)
         remedy = "Load it by `trl_prime.load_prime_dataset(name, format)`, rename a column (`dataset.rename_column`), or map the rows"
         if guess is not None:
