@@ -259,6 +259,8 @@ def test_the_opt_out_warns_and_runs(no_boxes):
         threads = "import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()"
         assert sandbox.run(threads, limits=LIMITS).stdout == b"1\n"
         assert [a["value"] for a in sandbox.call("def f(x): return x + 1", "f", [[1]], LIMITS, 60)] == [2]
+        tests = {"setup": "", "asserts": ["assert f(1) == 2", "assert f(1) == 3"], "entry_point": "f"}
+        assert [v["passed"] for v in sandbox.examine("def f(x): return x + 1", tests, LIMITS, 60)] == [True, False]
         result = within(
             15, lambda: sandbox.run("import os, time\nos.fork()\ntime.sleep(60)", limits=Limits(wall_seconds=1))
         )

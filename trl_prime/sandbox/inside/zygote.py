@@ -95,8 +95,11 @@ class Zygote:
             ready = {
                 fd for fd, _ in poll.poll(None if soonest is None else max(0.0, soonest - time.monotonic()) * 1000)
             }
-            for watch in [watch for watch in watches.values() if watch.is_due(ready)]:
-                reason = watch.check(ready)
+            due = [watch for watch in watches.values() if watch.is_due(ready)]
+            # One look at all processes serves all programs, which are looked at together
+            parents = processes.read_parents() if any(time.monotonic() >= watch.next_look for watch in due) else {}
+            for watch in due:
+                reason = watch.check(ready, parents)
                 if reason == RUNNING:
                     continue
                 for fd in (watch.process, watch.lifeline.fileno()):
@@ -251,6 +254,7 @@ class Zygote:
             pid = os.fork()
             if pid == 0:
                 isolation.die_with_parent()
+                ours.detach()  # as above: the walls close it
                 source = _read_source(lifeline)
                 self._enter(job, fds[1:], scratch, lifeline, theirs)
                 return _program(job["mode"], source)
@@ -297,10 +301,10 @@ class Zygote:
             folder = os.open(scratch, os.O_PATH)
             rules.allow(folder, isolation.ALL)
         # Out of the way of the descriptors that the program gets
-        kept = [fcntl.fcntl(lifeline.fileno(), fcntl.F_DUPFD_CLOEXEC, 60)]
-        lifeline.detach()
+        kept = [fcntl.fcntl(lifeline.detach(), fcntl.F_DUPFD_CLOEXEC, 60)]
+        supervisor_fd = to_supervisor.detach() if to_supervisor else -1
         if rules:
-            kept.append(fcntl.fcntl(to_supervisor.detach(), fcntl.F_DUPFD_CLOEXEC, kept[-1] + 1))
+            kept.append(fcntl.fcntl(supervisor_fd, fcntl.F_DUPFD_CLOEXEC, kept[-1] + 1))
             kept.append(rules.move_to(kept[-1] + 1))
         for target, fd in enumerate(fds):
             # They are numbered from 4 up and in order, so a copy never overwrites one still needed
@@ -357,7 +361,7 @@ class _Watch:
         self.zygote = zygote
         self.tasks = 1
         self.socket_bytes = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self.next_look = started + LOOK_SECONDS
+        self.next_look = _next_look()
 
     def wait(self) -> str | None:
         """Watch until the end; the reason of a kill, None if there was none."""
@@ -378,8 +382,17 @@ class _Watch:
         """Whether there is something to check."""
         return self.process in ready or self.lifeline.fileno() in ready or time.monotonic() >= self.next_look
 
-    def check(self, ready: set[int]) -> str | None:
-        """Kill the program if it must be; the reason of a kill, None if it has ended by itself, else `RUNNING`."""
+    def check(self, ready: set[int], parents: dict[int, int] | None = None) -> str | None:
+        """
+        Kill the program if it must be.
+
+        Args:
+            ready (`set[int]`): Descriptors at which something has happened.
+            parents (`dict[int, int]`, *optional*): What `processes.read_parents` gave just now.
+
+        Returns:
+            `str` or `None`: the reason of a kill, None if the program has ended by itself, else `RUNNING`.
+        """
         if self.process in ready:
             return None
         if self.zygote in ready:
@@ -390,7 +403,7 @@ class _Watch:
         elif self.lifeline.fileno() in ready:
             reason = "killed"
         else:
-            reason = self._look()
+            reason = self._look(parents)
         if not reason:
             return RUNNING
         os.kill(self.pid, signal.SIGKILL)  # the init of a PID namespace takes all its processes along
@@ -412,7 +425,7 @@ class _Watch:
         os.close(self.process)
         self.lifeline.close()
 
-    def _look(self) -> str | None:
+    def _look(self, parents: dict[int, int] | None) -> str | None:
         """The limit that the program has gone beyond."""
         now = time.monotonic()
         if now > self.started + self.job["wall_seconds"]:
@@ -420,8 +433,8 @@ class _Watch:
         if now < self.next_look:
             return None
         # By Landlock alone the program's orphans are the supervisor's children
-        pids = processes.descendants(self.pid if self.listener is None else os.getpid()) + [self.pid]
-        self.next_look = time.monotonic() + LOOK_SECONDS
+        pids = processes.descendants(self.pid if self.listener is None else os.getpid(), parents) + [self.pid]
+        self.next_look = _next_look()
         if processes.memory_in_use(list(set(pids)), self.socket_bytes) > self.job["memory_bytes"]:
             return "memory"
         if self.scratch:
@@ -484,6 +497,11 @@ def _warm_up() -> None:
     os.dup2(output, 1)
     os.close(output)
     sys.modules.pop("solution", None)
+
+
+def _next_look() -> float:
+    """The next of the times at which programs are looked at: the same for all."""
+    return (time.monotonic() // LOOK_SECONDS + 1) * LOOK_SECONDS
 
 
 def _become_nobody() -> None:
