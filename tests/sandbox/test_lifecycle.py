@@ -28,6 +28,8 @@ def test_the_zygote_killed_between_programs(box):
 @pytest.mark.parametrize("victim", ["zygote", "supervisors"])
 @pytest.mark.parametrize("kind", ["run", "call", "examine"])
 def test_the_sandbox_killed_under_a_program(box, kind, victim):
+    if victim == "supervisors" and box != "landlock":
+        pytest.skip("the zygote is the supervisor")
     marker = f"trl-prime-{secrets.token_hex(8)}"
     source = (
         "import os, subprocess, sys, time\ndef f(x):\n"
@@ -76,7 +78,7 @@ def test_nothing_is_left_of_a_trainer_that_ends(box, number, tmp_path, monkeypat
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
         eventually(lambda: len([pid for pid in with_marker(marker) if pid != trainer.pid]) == 2)
         family = descendants(trainer.pid)
-        assert len(family) >= 5  # the box, the zygote, two supervisors, two programs
+        assert len(family) >= 4  # the box or two supervisors, the zygote, two programs
         scratch.sweep()
         (folder,) = tmp_path.iterdir()  # a living process owns it
         trainer.send_signal(number)
@@ -198,14 +200,16 @@ def test_nothing_leaks(sandbox):
     assert count()[0] == before[0]
 
 
-def test_a_closed_sandbox_leaves_nothing_and_opens_again(box):
-    folders = set(os.listdir(tempfile.gettempdir()))
+def test_a_closed_sandbox_leaves_nothing_and_opens_again(box, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tmp_path.chmod(0o755)
     sandbox = LocalSandbox(box)
+    assert len(list(tmp_path.iterdir())) == 1
     family = descendants(sandbox._process.pid) | {sandbox._process.pid}
     sandbox.close()
     sandbox.close()
     eventually(lambda: not family & processes().keys())
-    assert {name for name in set(os.listdir(tempfile.gettempdir())) - folders if "trl-prime-sandbox" in name} == set()
+    assert list(tmp_path.iterdir()) == []
     assert sandbox.run("print(1)").stdout == b"1\n"
     sandbox.close()
 
@@ -255,6 +259,8 @@ def test_the_opt_out_warns_and_runs(no_boxes):
         threads = "import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()"
         assert sandbox.run(threads, limits=LIMITS).stdout == b"1\n"
         assert [a["value"] for a in sandbox.call("def f(x): return x + 1", "f", [[1]], LIMITS, 60)] == [2]
+        tests = {"setup": "", "asserts": ["assert f(1) == 2", "assert f(1) == 3"], "entry_point": "f"}
+        assert [v["passed"] for v in sandbox.examine("def f(x): return x + 1", tests, LIMITS, 60)] == [True, False]
         result = within(
             15, lambda: sandbox.run("import os, time\nos.fork()\ntime.sleep(60)", limits=Limits(wall_seconds=1))
         )

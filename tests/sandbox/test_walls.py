@@ -157,7 +157,7 @@ def test_installed_packages_are_not_read(sandbox):
         folders = [folder for top in ("/usr/lib/python*", os.path.dirname(os.__file__)) for folder in glob.glob(top + "/*-packages")]
         read = []
         for folder in folders:
-            for path in glob.glob(folder + "/**", recursive=True):
+            for path in glob.glob(folder + "/*") + glob.glob(folder + "/*/*.py"):
                 try:
                     read.append(open(path).read(1))
                 except OSError:
@@ -720,7 +720,7 @@ def test_the_numbers_of_system_calls_are_the_kernels():
 def test_a_machine_that_the_filter_is_not_written_for(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(OSError, match="riscv64"):
-        isolation._filter_program()
+        isolation.filter_program()
 
 
 # --- A container without rights ---
@@ -743,8 +743,7 @@ if os.getuid() == 0 and sys.argv[2] == "user":
     os.setgid(12345)
     os.setuid(12345)
 isolation.drop_privileges()
-isolation._filter_program = lambda shared: b"".join(struct.pack("HBBI", *instruction) for instruction in code)
-isolation.filter_system_calls()
+isolation.filter_system_calls(b"".join(struct.pack("HBBI", *instruction) for instruction in code))
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[3], sys.argv[1]])
 """
 IN_THE_CONTAINER = """

@@ -273,14 +273,13 @@ class LocalSandbox:
         with contextlib.ExitStack() as stack:
             job = {
                 "mode": mode,
-                "source": source,
                 "wall_seconds": limits.wall_seconds,
                 "cpu_seconds": int(limits.wall_seconds) + 2,
                 "memory_bytes": limits.memory_mb << 20,
                 "scratch_bytes": limits.scratch_mb << 20,
                 "processes": limits.processes,
             }
-            data = json.dumps(job).encode()
+            message, data = json.dumps(job).encode(), source.encode(errors="surrogatepass")
             for attempt in range(3):
                 lifeline, theirs = socket.socketpair()
                 stack.enter_context(lifeline)
@@ -288,9 +287,9 @@ class LocalSandbox:
                 lifeline.settimeout(10)
                 try:
                     with theirs:
-                        self._send([theirs.fileno(), *fds])
+                        self._send(message, [theirs.fileno(), *fds])
                     lifeline.sendall(len(data).to_bytes(4, "big") + data)
-                    if not lifeline.recv(1):
+                    if lifeline.recv(1) != b".":
                         raise OSError("it was ended from outside")
                     break
                 except OSError as error:  # the zygote died, or could not fork
@@ -320,13 +319,13 @@ class LocalSandbox:
             lifeline.shutdown(socket.SHUT_WR)
         self._report(lifeline, 0)
 
-    def _send(self, fds: list[int]) -> None:
+    def _send(self, message: bytes, fds: list[int]) -> None:
         with self._lock:
             # The zygote says nothing on its socket, so what is to be read there is its end
             if self._control is None or self._owner != os.getpid() or _is_readable(self._control):
                 self._begin()
             try:
-                socket.send_fds(self._control, [b"start"], fds)
+                socket.send_fds(self._control, [message], fds)
             except OSError:
                 self._end()  # it is of no more use; the next attempt starts another
                 raise

@@ -4,6 +4,7 @@ Runs inside the sandbox on the standard library alone, by ctypes where Python ha
 `OSError` when a wall cannot be put up: a program never starts behind fewer walls than asked for.
 """
 
+import _thread
 import contextlib
 import ctypes
 import fcntl
@@ -15,6 +16,7 @@ import stat
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_locked_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock during a call
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -30,6 +32,9 @@ MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 OPEN_FILES = 64
 
+_CLONE_CHILD_CLEARTID, _CLONE_CHILD_SETTID = 0x00200000, 0x01000000
+_TID_OFFSETS = {"x86_64": 720, "aarch64": 208}  # of glibc's `struct pthread`
+
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
 
@@ -44,6 +49,30 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), f"unshare({flags:#x})")
 
 
+def fork(namespaces: int) -> int:
+    """`os.fork` with a child that is in new namespaces from its start, and so the init of its PID namespace."""
+    flags, tid = namespaces | signal.SIGCHLD, _tid_address()
+    if tid:
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    number = _ARGUMENT_CALLS[platform.machine()]["clone"]
+    arguments = (0, tid, 0) if platform.machine() == "x86_64" else (0, 0, tid)
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _locked_libc.syscall(number, ctypes.c_ulong(flags), None, *map(ctypes.c_void_p, arguments))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    _check(min(pid, 0), f"clone({namespaces:#x})")
+    return pid
+
+
+def _tid_address() -> int:
+    """Where the C library keeps the number of this thread, which its own fork would renew; 0 where that is not known."""
+    _libc.pthread_self.restype = ctypes.c_void_p
+    address = _libc.pthread_self() + _TID_OFFSETS.get(platform.machine(), 0)
+    return address if ctypes.c_int.from_address(address).value == _thread.get_native_id() else 0
+
+
 def set_dumpable(on: bool) -> None:
     """Whether other processes of the same user may trace this one and read its memory and files in /proc."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, int(on), 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
@@ -56,8 +85,14 @@ def die_with_parent() -> None:
 
 def die_first() -> None:
     """Be what the kernel ends when the machine is out of memory, before anything else."""
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
+    _write("/proc/self/oom_score_adj", b"1000")
+
+
+def _write(path: str, data: bytes) -> None:
+    # Not by `open`: every page that a forked process writes to for the first time costs microseconds
+    fd = os.open(path, os.O_WRONLY)
+    os.write(fd, data)
+    os.close(fd)
 
 
 def pidfd_open(pid: int) -> int:
@@ -87,9 +122,9 @@ def pivot_root(new_root: str) -> None:
 
 def map_user(uid: int, gid: int) -> None:
     """In a new user namespace: be the user and group that one was outside."""
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    _write("/proc/self/setgroups", b"deny")
+    _write("/proc/self/uid_map", b"%d %d 1" % (uid, uid))
+    _write("/proc/self/gid_map", b"%d %d 1" % (gid, gid))
 
 
 def private_filesystem(scratch_bytes: int) -> None:
@@ -241,7 +276,7 @@ _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _EPERM, _ENOSYS = 1, 38
 
 
-def _filter_program(shared: bool = False) -> bytes:
+def filter_program(shared: bool = False) -> bytes:
     """A classic BPF program that answers denied system calls with EPERM; see `seccomp(2)`."""
     machine = platform.machine()
     if machine not in _SYSTEM_CALLS:
@@ -289,18 +324,18 @@ def _filter_program(shared: bool = False) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def filter_system_calls(shared: bool = False) -> int:
+def filter_system_calls(program: bytes, shared: bool = False) -> int:
     """
     Deny what no solution needs, from here on and for all children. Needs `drop_privileges` before.
 
     Args:
+        program (`bytes`): Of `filter_program`.
         shared (`bool`): Whether the program shares its namespaces with the machine. Then the supervisor is asked about new
             processes and signals.
 
     Returns:
         `int`: the descriptor by which it is asked, -1 unless `shared`.
     """
-    program = _filter_program(shared)
     instructions = ctypes.create_string_buffer(program, len(program))
     descriptor = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
     if not shared:

@@ -26,12 +26,18 @@ def is_descendant(pid: int, root: int) -> bool:
     return False
 
 
-def descendants(root: int) -> list[int]:
-    """All processes below `root`."""
+def read_parents() -> dict[int, int]:
+    """The parent of each process of this PID namespace."""
     parents = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, ValueError):  # ended meanwhile
             parents[int(name)] = read_stat(f"/proc/{name}/stat")[1]
+    return parents
+
+
+def descendants(root: int, parents: dict[int, int] | None = None) -> list[int]:
+    """All processes below `root`, by what `read_parents` gave or gives now."""
+    parents = read_parents() if parents is None else parents
     found = []
     for pid in parents:
         ancestor = pid
