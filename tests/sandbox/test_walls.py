@@ -456,15 +456,16 @@ def test_no_other_process_is_traced_signalled_or_seen(sandbox):
         print("others", seen)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        attempt("all", lambda: os.kill(-1, 0))  # a wall that fails must not cost the machine
-        attempt("parent", lambda: os.kill(os.getppid() or 99999, signal.SIGKILL))
+        # Signal 0 asks for leave and does no harm where a wall is missing
+        attempt("all", lambda: os.kill(-1, 0))
+        attempt("parent", lambda: os.kill(os.getppid() or 99999, 0))
         information = ctypes.create_string_buffer(128)
         for name, numbers in {"tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "pidfd_open": (434, 434)}.items():
             pid = [$TRAINER] * (1 + (name == "tgkill"))
             number = numbers[os.uname().machine == "aarch64"]
-            attempt(name, lambda: system_call(number, *pid, 0 if name == "pidfd_open" else signal.SIGKILL, information))
+            attempt(name, lambda: system_call(number, *pid, 0, information))
         try:
-            os.kill(1, signal.SIGKILL)
+            os.kill(1, signal.SIGKILL if os.getpid() == 1 else 0)
         except OSError:
             pass
         signal.signal(signal.SIGTERM, lambda *_: print("heard"))
@@ -541,7 +542,7 @@ def look():
             attempt("above", lambda: os.listdir(os.path.dirname($HOME)))
         print([name for top in ("/tmp", "/dev", "/proc", "/root") for _, _, names in os.walk(top) for name in names if "trl" in name])
         for pid in [*range(2, 300), -1] + [$PID] * ($PID > 1):
-            for number in (signal.SIGUSR1, signal.SIGKILL):
+            for number in (0, signal.SIGKILL) if pid == $PID else (0,):
                 try:
                     os.kill(pid, number)
                     print("OPEN", pid)
