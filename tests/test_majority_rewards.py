@@ -42,7 +42,7 @@ def label(*answers):
         (["4", "5", "6"], [None] * 3),
         ([None, None], [None] * 2),
         (["7" * 5000, "7" * 5000, "4"], [0.0, 0.0, 1.0]),  # an answer that is too long is none
-        # Of a single completion nothing can be told
+        # A single completion tells nothing
         (["4"], [None]),
     ],
 )

@@ -15,7 +15,7 @@ FOLDER = Path(package.__file__).parent
 BOXES = ("bubblewrap", "namespaces", "landlock")
 LIMITS = Limits(wall_seconds=20)  # this machine may be busy; what must be fast says so
 SCRATCH = 'os.environ["HOME"]'  # how a program names its own folder, where it starts
-# What the walls of a box do not hold, by the names of the table in docs/verifiers.md. The tests assert that it is just this.
+# The walls of a box do not hold these, by the names of the table in docs/verifiers.md. The tests assert that it is just this.
 NOT_HELD = {
     "bubblewrap": set(),
     "namespaces": set(),

@@ -1,4 +1,4 @@
-"""What tests leave to the solution, and the nodes of trees and linked lists: pure functions, without a sandbox."""
+"""The names that tests leave to the solution, and the nodes of trees and linked lists: pure functions, without a sandbox."""
 
 import pytest
 from hypothesis import given

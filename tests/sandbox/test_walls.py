@@ -169,7 +169,7 @@ def test_installed_packages_are_not_read(sandbox):
 
 
 def test_what_is_seen_but_not_read(sandbox, tmp_path):
-    """Of the machine and of its other processes: what the box's namespaces hide."""
+    """The box's namespaces hide these facts of the machine and of its other processes."""
     (tmp_path / "file").write_text("secret")
     (tmp_path / "link").symlink_to("secret name")
     result = run(
@@ -771,7 +771,7 @@ sandbox.close()
 
 @pytest.mark.parametrize("user", ["user", "root without rights"])
 def test_in_a_container_without_rights_landlock_is_picked(user):
-    """What is refused there is refused here by a system-call filter, to a user or to root without capabilities."""
+    """A system-call filter refuses here what a container refuses, to a user or to root without capabilities."""
     if isolation.landlock_version() == 0:
         pytest.skip("the kernel has no Landlock")
     python = interpreter_for_everybody() if user == "user" and os.getuid() == 0 else sys.executable

@@ -12,7 +12,7 @@ from typing import Any
 from ..sandbox.inside.prelude import Ambiguous, tested_names
 from .programs import BYTE_ORDER_MARK
 
-# What a test expects has to pass through the sandbox's channels, which end at 64 MiB
+# Expected outputs have to pass through the sandbox's channels, which end at 64 MiB
 MAX_TEST_BYTES = 1 << 25
 
 

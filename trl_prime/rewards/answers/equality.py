@@ -382,7 +382,7 @@ def _values(expression: Any) -> tuple[str, list]:
     if isinstance(expression, sympy.Eq) and (expression.lhs.is_Symbol or _is_constant(expression.lhs)):
         return _values(expression.rhs)
     if isinstance(expression, sympy.Rel) and not isinstance(expression, sympy.Eq):
-        # Of one variable, or of none as "1 < 2"
+        # Relations of one variable, or of none as "1 < 2"
         side = [] if expression.lhs.is_Symbol else [expression.lhs] if _is_constant(expression.lhs) else None
         return (
             ("value", [])

@@ -92,7 +92,7 @@ class _Remote:
 
 
 class _Nodes:
-    """What a call left of a tree or a linked list."""
+    """The state in which a call left a tree or a linked list."""
 
     def __init__(self, body: dict[str, Any], decode: Callable[[Any], Any]):
         ((self.kind, forms),) = body.items()

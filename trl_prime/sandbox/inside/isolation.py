@@ -215,7 +215,7 @@ _ARGUMENTS = {
     # A limit of 1 is the only one that keeps a crash from the machine's collector of core dumps
     "setrlimit": [(0, _ANY, (_RLIMIT_CORE,), False)],
     "prlimit64": [(0, _ANY, (0,), True), (1, _ANY, (_RLIMIT_CORE,), False)],
-    # What a program asks of a file is seen by everybody who has it, on the whole machine: locks (by a process or by an
+    # Everybody who has a file, on the whole machine, sees these requests of a program: locks (by a process or by an
     # open file), leases and notifications. A larger pipe is memory that no limit counts. And a program must not choose
     # which process gets a signal when a file is ready.
     "fcntl": [(1, _ANY, (6, 7, 8, 10, 15, 37, 38, 1024, 1026, 1031), False)],

@@ -1,4 +1,4 @@
-"""What /proc says of processes: descendants, memory and open files, for those that watch a program from outside."""
+"""Facts of processes from /proc: descendants, memory and open files, for those that watch a program from outside."""
 
 import contextlib
 import os
