@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_prime import ImplicitPRM
-from trl_prime.implicit_prm.build import build_prm
+from trl_prime.implicit_prm.build import build_prm, fuse_lm_heads
 from trl_prime.implicit_prm.logps import FUSED_LM_HEAD, can_fuse_lm_head, unwrapped
 
 NAN = float("nan")
@@ -164,3 +164,15 @@ def test_weights_that_round_updates_away_are_told_with_the_option_that_loads_the
     make_trainer(model=model_path, prm_update="none", **settings, **kwargs)
     transformers.utils.logging.disable_propagation()
     assert "rounded away" not in caplog.text
+
+
+@pytest.mark.skipif(not can_fuse_lm_head(build_model()), reason="TRL from 1.15 has a fused head")
+def test_heads_are_fused_on_a_gpu_unless_the_policy_is_the_reference(tokenizer):
+    def fused(wanted, on_gpu, frozen_reference=True):
+        prm = ImplicitPRM.from_model(build_model(), tokenizer, frozen_reference=frozen_reference)
+        fuse_lm_heads(prm, wanted, on_gpu)
+        return [FUSED_LM_HEAD in vars(model) for model in (prm.model, prm.reference) if model is not None]
+
+    assert fused(None, True) == fused(True, False) == [True, True]
+    assert fused(None, False) == fused(False, True) == [False, False]
+    assert fused(None, True, frozen_reference=False) == [False]

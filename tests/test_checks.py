@@ -324,6 +324,14 @@ def test_all_splits_at_once_are_refused(make_trainer, kind):
         make_trainer(model="no/such-model", train_dataset=kind(splits))
 
 
+def test_arguments_of_a_model_that_is_not_loaded_are_refused(make_trainer, model_path, random_prm):
+    kwargs = {"prm_model_init_kwargs": {"dtype": "float32"}}
+    for prm_model in (None, build_model(), random_prm()):
+        with pytest.raises(ValueError, match="prm_model_init_kwargs is .*float32.*or use model_init_kwargs"):
+            make_trainer(model="no/such-model", prm_model=prm_model, **kwargs)
+    make_trainer(prm_model=model_path, **kwargs)
+
+
 def test_other_bad_input(make_trainer, random_prm, tokenizer):
     with pytest.raises(TypeError, match="PRIMEConfig"):
         PRIMETrainer(build_model(), parity_reward, GRPOConfig("unused", use_cpu=True, bf16=False))

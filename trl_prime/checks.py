@@ -97,6 +97,12 @@ def check_before_loading(
 
 def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftConfig | None) -> None:
     """Refuse models that do not go together, and folders that hold something else than a model."""
+    init_kwargs = grpo["args"].prm_model_init_kwargs
+    if init_kwargs and not isinstance(prm_model, str):
+        raise ValueError(
+            f"prm_model_init_kwargs is {init_kwargs}, but prm_model is no name or folder that a model would be loaded from. Name "
+            "one, or use model_init_kwargs: without prm_model the PRM starts as a copy of the policy."
+        )
     if (is_saved_prm(prm_model) or isinstance(prm_model, ImplicitPRM)) and prm_peft_config is not None:
         raise ValueError(
             "prm_model is an ImplicitPRM or the folder of one, which is full or LoRA already: leave prm_peft_config out."
