@@ -32,6 +32,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..specs import check_options, nearest, parse_call
 from ..texts import prompt_text
+from ..version import __version__
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
 from .rows import MalformedRow, with_system_prompt
 
@@ -150,8 +151,6 @@ def adapt_dataset(
         raise ValueError(f"{option} is given, but dataset_format {format!r} has finished conversations. Leave it out.")
     columns, settings = _resolve(format, options, present)
     # The cache of `map` tells functions apart by their name only, so the version is part of the arguments
-    from ..version import __version__
-
     adapt = functools.partial(
         _adapt_row,
         format=format,

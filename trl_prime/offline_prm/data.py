@@ -24,6 +24,7 @@ from trl import extract_prompt, unpair_preference_dataset
 from ..data.adapters import adapt_dataset, read_rows
 from ..data.rows import MalformedRow
 from ..specs import check_options, nearest, parse_call
+from ..version import __version__
 
 LABELLED, PAIRS = {"prompt", "completion", "label"}, {"chosen", "rejected"}
 
@@ -89,8 +90,6 @@ def adapt_outcomes(dataset: Dataset, format: str) -> Dataset:
         f"dataset_format {format!r}", options, list(inspect.signature(OUTCOME_FORMATS[format]).parameters)[1:]
     )
     # The cache of `map` tells functions apart by their name only, so the version is part of the arguments
-    from ..version import __version__
-
     adapt_batch = functools.partial(_adapt_batch, format=format, options=options, version=__version__)
     adapted = dataset.map(adapt_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
     return adapted.cast_column("label", Value("float64"))
