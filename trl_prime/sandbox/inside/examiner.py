@@ -229,8 +229,9 @@ def _namespace(remote: _Remote, tests: dict[str, Any]) -> dict[str, Any]:
         raise CandidateError(f"the solution does not load: {': '.join(hello['error'])}")
     setup, asserts, entry_point = tests["setup"], tests["asserts"], tests["entry_point"]
     names = set(tests.get("names") or prelude.tested_names(setup, asserts, entry_point))
+    for name in names & prelude.PRELUDE.keys():
+        delattr(builtins, name)  # the tests find the solution's or none
     namespace = {"__name__": "__test__"}
-    namespace |= {name: value for name, value in prelude.PRELUDE.items() if name not in names}
     namespace |= prelude.packaged(set(re.findall(r"\w+", "\n".join([setup, *asserts]))))
     namespace |= {name: Handle(remote, name) for name in names.intersection(filter(_is_text, hello["names"]))}
     exec(compile(setup, "<setup>", "exec", dont_inherit=True), namespace)
