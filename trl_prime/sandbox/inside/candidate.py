@@ -43,7 +43,6 @@ def _execute(source: str, name: str) -> dict[str, Any]:
 
 def run_script(source: str) -> None:
     """Run the solution as `python solution.py` would."""
-    open_streams()
     path_open = builtins.open
     # The link behind this name needs /proc, which is hidden
     builtins.open = lambda file, *args, **kwargs: path_open(0 if file == "/dev/stdin" else file, *args, **kwargs)
@@ -61,7 +60,6 @@ def serve(fd: int) -> None:
     `{"value": ...}` or `{"error": ...}`, and `"arguments"` where the call changed them. A function among the arguments is
     called back by `{"callback": [index, args]}`.
     """
-    open_streams()
     channel = wire.Channel(fd)
     _Server(channel).run(channel.receive())
 

@@ -14,6 +14,7 @@ import resource
 import signal
 import stat
 import struct
+from collections.abc import Collection
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _locked_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock during a call
@@ -271,41 +272,56 @@ _SIGNAL_CALLS = {
     "x86_64": {"kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297},
     "aarch64": {"kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240},
 }
+# By these the zygote makes the walls of programs, and programs could unmake them
+_MAKE_WALLS = {"clone", "unshare", "mount", "setrlimit", "prlimit64"}
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _EPERM, _ENOSYS = 1, 38
 
 
-def filter_program(shared: bool = False) -> bytes:
-    """A classic BPF program that answers denied system calls with EPERM; see `seccomp(2)`."""
+def filter_programs(shared: bool = False) -> tuple[bytes, bytes]:
+    """
+    Two classic BPF programs that answer denied system calls with EPERM; see `seccomp(2)`. The zygote puts up the first, which
+    all programs inherit, and each program the second: it denies what the zygote needs to make its walls.
+    """
     machine = platform.machine()
     if machine not in _SYSTEM_CALLS:
         raise OSError(_ENOSYS, f"the system-call filter is not written for {machine}")
+    denied = _SYSTEM_CALLS[machine] | _NEW_SYSTEM_CALLS
+    conditions = {number: _ARGUMENTS[name] for name, number in _ARGUMENT_CALLS[machine].items()}
+    late = {number for name, number in (denied | _ARGUMENT_CALLS[machine]).items() if name in _MAKE_WALLS}
+    common = _filter_program(
+        set(denied.values()) - late, {_CLONE3}, {number: conditions[number] for number in conditions.keys() - late}
+    )
+    denied, conditions = late - conditions.keys(), {number: conditions[number] for number in conditions.keys() & late}
+    if not shared:
+        return common, _filter_program(denied, set(), conditions)
+    denied |= {*_SHARED_SYSTEM_CALLS[machine].values(), *_NEW_SHARED_SYSTEM_CALLS.values()}
+    conditions |= {
+        number: [(index, *flags) for flags in _OPEN_FLAGS] for number, index in _OPEN_CALLS[machine].values()
+    }
+    asked = {*_FORK_CALLS[machine].values(), *_SIGNAL_CALLS[machine].values()}
+    return common, _filter_program(denied, {_OPENAT2}, conditions, asked)
+
+
+def _filter_program(
+    denied: set[int], absent: set[int], conditions: dict[int, list[tuple]], asked: Collection[int] = ()
+) -> bytes:
     load, conjunction, jump_equal, jump_at_least, answer = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, deny, missing, ask = 0x7FFF0000, 0x80000000, 0x00050000 | _EPERM, 0x00050000 | _ENOSYS, 0x7FC00000
     code: list[tuple[int, int, int, int]] = [
         (load, 0, 0, 4),
-        (jump_equal, 1, 0, _AUDIT_ARCHITECTURE[machine]),
+        (jump_equal, 1, 0, _AUDIT_ARCHITECTURE[platform.machine()]),
         (answer, 0, 0, kill),
         (load, 0, 0, 0),
         (jump_at_least, 0, 1, 0x40000000),  # the x32 interface has a second number for every call
         (answer, 0, 0, deny),
     ]
-    denied = [*_SYSTEM_CALLS[machine].values(), *_NEW_SYSTEM_CALLS.values()]
-    asked: set[int] = set()
-    conditions = [(number, _ARGUMENTS[name]) for name, number in _ARGUMENT_CALLS[machine].items()]
-    absent = [_CLONE3]  # its flags lie in memory; the C library falls back to clone
-    if shared:
-        denied += [*_SHARED_SYSTEM_CALLS[machine].values(), *_NEW_SHARED_SYSTEM_CALLS.values()]
-        asked = {*_FORK_CALLS[machine].values(), *_SIGNAL_CALLS[machine].values()}
-        absent.append(_OPENAT2)
-        for number, index in _OPEN_CALLS[machine].values():
-            conditions.append((number, [(index, *flags) for flags in _OPEN_FLAGS]))
     for number in absent:
         code += [(jump_equal, 0, 1, number), (answer, 0, 0, missing)]
     for number in denied:
         code += [(jump_equal, 0, 1, number), (answer, 0, 0, deny)]
-    for number, checks in conditions:
+    for number, checks in conditions.items():
         block = []
         for index, mask, values, wanted in checks:
             # The lower half of the argument, which is all that these calls look at
@@ -318,7 +334,7 @@ def filter_program(shared: bool = False) -> bytes:
                     block += [(jump_equal, 0, 1, value), (answer, 0, 0, deny)]
         block.append((answer, 0, 0, ask if number in asked else allow))
         code += [(jump_equal, 0, len(block), number), *block]
-    for number in asked - {number for number, _ in conditions}:
+    for number in set(asked) - conditions.keys():
         code += [(jump_equal, 0, 1, number), (answer, 0, 0, ask)]
     code.append((answer, 0, 0, allow))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
@@ -329,7 +345,7 @@ def filter_system_calls(program: bytes, shared: bool = False) -> int:
     Deny what no solution needs, from here on and for all children. Needs `drop_privileges` before.
 
     Args:
-        program (`bytes`): Of `filter_program`.
+        program (`bytes`): One of `filter_programs`.
         shared (`bool`): Whether the program shares its namespaces with the machine. Then the supervisor is asked about new
             processes and signals.
 

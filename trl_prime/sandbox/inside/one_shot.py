@@ -33,6 +33,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     signal.signal(signal.SIGALRM, _out_of_time)
     output = os.dup(1)
+    os.dup2(os.open("/dev/null", os.O_WRONLY), 1)  # tests may print
+    candidate.open_streams()
     answers = list({"call": _call, "examine": _examine}[request["kind"]](request, nursery))
     os.write(output, b"\n")
     data = memoryview(json.dumps([request["nonce"], answers]).encode() + b"\n")
@@ -65,6 +67,7 @@ def _start_nursery() -> socket.socket:
             if pid == 0:
                 os.dup2(fds[0], 3)
                 os.closerange(4, 4096)
+                candidate.open_streams()
                 candidate.serve(3)
                 os._exit(0)
             os.close(fds[0])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+from collections.abc import Iterable
 
 import isolation
 
@@ -67,7 +68,7 @@ def count_threads_of_user() -> int:
     return count_threads(pids)
 
 
-def memory_in_use(pids: list[int], socket_bytes: int) -> int:
+def memory_in_use(pids: Iterable[int], socket_bytes: int) -> int:
     """
     Memory of processes in bytes. Limits bind each process; their sum is bound by this, and what lies in their sockets
     (`socket_bytes` each) and pipes, which no limit counts: each is taken for full.
@@ -110,7 +111,7 @@ def _buffers(pid: int) -> set[str]:
     return {name for name in found if name.startswith(("socket", "pipe"))}
 
 
-def disk_in_use(folder: str, pids: list[int], most: int) -> float:
+def disk_in_use(folder: str, pids: Iterable[int], most: int) -> float:
     """Bytes of the files in a folder and of those that processes have open though they are in no folder. More files than
     `most` are endless bytes."""
     sizes = {}

@@ -28,9 +28,8 @@ import select
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -I leaves it out
 
@@ -63,23 +62,29 @@ class Zygote:
         self.mode = settings["mode"]
         self.number = os.getpid()
         self.shown: list[tuple[int, int]] = []
-        # All that is made before the fork is not made again for every program
-        self.filter = isolation.filter_program(self.mode == "landlock") if self.mode != "open" else b""
+        self.filter = b""
         os.environ.clear()
         os.environ.update(PATH="/usr/bin:/bin", HOME="/tmp", TMPDIR="/tmp", LANG="C.UTF-8")
         os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
     def run(self) -> Callable[[], None]:
         """Fork a program for every message on the control socket, until it closes; returns in the programs only."""
-        if self.mode == "boxed" and os.getuid() == 0:
-            # RLIMIT_NPROC does not bind root, and root may read what nobody may not
-            _become_nobody()
-        if self.mode == "landlock":
+        isolation.die_first()
+        if self.mode == "boxed":
+            if os.getuid() == 0:
+                # RLIMIT_NPROC does not bind root, and root may read what nobody may not
+                _become_nobody()
+            isolation.drop_privileges()
+        elif self.mode == "landlock":
             self._confine()
         isolation.set_dumpable(False)
         if self.mode == "landlock":
             isolation.adopt_orphans()
+        if self.mode != "open":
+            common, self.filter = isolation.filter_programs(shared=self.mode == "landlock")
+            isolation.filter_system_calls(common)
         self.uid, self.gid = os.getuid(), os.getgid()
+        _open_streams()
         _warm_up()
         gc.collect()
         gc.freeze()
@@ -141,13 +146,11 @@ class Zygote:
         try:
             source = _read_source(lifeline)
             isolation.set_dumpable(True)  # or the files of /proc/self belong to root
-            isolation.die_first()
             isolation.map_user(self.uid, self.gid)
-            self._enter(job, fds, None, lifeline, None)
+            return self._enter(job, fds, None, lifeline, None, source)
         except BaseException as error:
             _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
             os._exit(1)
-        return _program(job["mode"], source)
 
     def _serve(self) -> Callable[[], None]:
         """Fork supervisors."""
@@ -241,10 +244,8 @@ class Zygote:
         lifeline = socket.socket(fileno=fds[0])
         scratch = None
         try:
-            isolation.set_dumpable(True)
-            isolation.die_first()
-            isolation.set_dumpable(False)
-            scratch = tempfile.mkdtemp(dir=self.settings["scratch"])
+            scratch = f"{self.settings['scratch']}/{os.getpid()}-{time.monotonic_ns()}"
+            os.mkdir(scratch, 0o700)
             zygote = None
             if self.mode == "landlock":
                 isolation.adopt_orphans()
@@ -256,21 +257,20 @@ class Zygote:
                 isolation.die_with_parent()
                 ours.detach()  # as above: the walls close it
                 source = _read_source(lifeline)
-                self._enter(job, fds[1:], scratch, lifeline, theirs)
-                return _program(job["mode"], source)
+                return self._enter(job, fds[1:], scratch, lifeline, theirs, source)
             theirs.close()
             process = isolation.pidfd_open(pid)
-            listener = None
+            listeners = []
             if self.mode == "landlock":
-                _, received, _, _ = socket.recv_fds(ours, 1, 1)
-                listener = received[0] if received else None
+                for _ in range(1 + (job["mode"] == "examine")):
+                    listeners += socket.recv_fds(ours, 1, 1)[1]
             ours.close()
         except BaseException as error:
             _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
             os._exit(1)
         for fd in fds[1:]:
             os.close(fd)
-        watch = _Watch(pid, process, lifeline, job, started, scratch, listener, zygote)
+        watch = _Watch(pid, process, lifeline, job, started, scratch, listeners, zygote)
         reason = watch.wait()
         if self.mode == "open":
             _kill_group(pid)
@@ -290,9 +290,16 @@ class Zygote:
         scratch: str | None,
         lifeline: socket.socket,
         to_supervisor: socket.socket | None,
-    ) -> None:
-        """Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..., its only ones in the end."""
+        source: str,
+    ) -> Callable[[], None]:
+        """
+        Put up the walls around this process and make `fds` its descriptors 0, 1, 2, ..., its only ones in the end; returns
+        what runs behind them. Tests come with a process for the solution, behind walls of its own.
+        """
         os.setsid()
+        mode = job["mode"]
+        if mode == "examine":
+            mode, fds, scratch = _split(fds, scratch)
         rules = None
         if self.mode == "landlock":
             rules = isolation.Landlock(self.settings["version"], scoped=True)
@@ -333,8 +340,10 @@ class Zygote:
         os.close(kept[0])
         if self.mode != "boxed":
             os.environ.update(HOME=scratch, TMPDIR=scratch)
-            tempfile.tempdir = None
         os.umask(0o077)
+        if mode == "examine":
+            isolation.set_dumpable(False)
+        return _program(mode, source)
 
 
 class _Watch:
@@ -348,7 +357,7 @@ class _Watch:
         job: dict,
         started: float,
         scratch: str | None = None,
-        listener: int | None = None,
+        listeners: Collection[int] = (),
         zygote: int | None = None,
     ):
         self.pid = pid
@@ -357,9 +366,9 @@ class _Watch:
         self.job = job
         self.started = started
         self.scratch = scratch
-        self.listener = listener
+        self.listeners = listeners
         self.zygote = zygote
-        self.tasks = 1
+        self.tasks = 1 + (job["mode"] == "examine")
         self.socket_bytes = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.next_look = _next_look()
 
@@ -367,13 +376,13 @@ class _Watch:
         """Watch until the end; the reason of a kill, None if there was none."""
         poll = select.poll()
         poll.register(self.lifeline, select.POLLRDHUP)  # what is to be read on it is for the program
-        for fd in (self.process, self.listener, self.zygote):
-            if fd is not None:
-                poll.register(fd, select.POLLIN)
+        for fd in (self.process, *self.listeners, *([] if self.zygote is None else [self.zygote])):
+            poll.register(fd, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll(max(0.0, self.next_look - time.monotonic()) * 1000)}
-            if self.listener in ready and self.process not in ready and not self._answer():
-                poll.unregister(self.listener)
+            for listener in ready.intersection(self.listeners):
+                if self.process not in ready and not self._answer(listener):
+                    poll.unregister(listener)
             reason = self.check(ready)
             if reason != RUNNING:
                 return reason
@@ -433,9 +442,11 @@ class _Watch:
         if now < self.next_look:
             return None
         # By Landlock alone the program's orphans are the supervisor's children
-        pids = processes.descendants(self.pid if self.listener is None else os.getpid(), parents) + [self.pid]
+        pids = {self.pid, *processes.descendants(os.getpid() if self.listeners else self.pid, parents)}
         self.next_look = _next_look()
-        if processes.memory_in_use(list(set(pids)), self.socket_bytes) > self.job["memory_bytes"]:
+        # Tests and their solution may use as much as one program each
+        shares = [pids - {self.pid}, {self.pid}] if self.job["mode"] == "examine" else [pids]
+        if any(processes.memory_in_use(share, self.socket_bytes) > self.job["memory_bytes"] for share in shares):
             return "memory"
         if self.scratch:
             return self.look_at_disk(pids)
@@ -446,10 +457,10 @@ class _Watch:
         size = processes.disk_in_use(self.scratch, pids, SCRATCH_FILES)
         return "disk" if size > self.job["scratch_bytes"] else None
 
-    def _answer(self) -> bool:
+    def _answer(self, listener: int) -> bool:
         """Answer a question of the program's; False when there will be no more."""
         try:
-            question = isolation.Question(self.listener)
+            question = isolation.Question(listener)
         except OSError as error:
             return error.errno in (errno.ENOENT, errno.EINTR)  # who asked has ended
         if question.is_fork:
@@ -466,15 +477,24 @@ class _Watch:
         return True
 
 
+def _open_streams() -> None:
+    """Make the streams that all programs use, over pipes, as theirs may be: each has other descriptors behind them."""
+    kept = [os.dup(fd) for fd in range(3)]
+    reading, writing = os.pipe()
+    for fd in range(3):
+        os.dup2(writing if fd else reading, fd)
+    candidate.open_streams()
+    for fd, own in enumerate(kept):
+        os.dup2(own, fd)
+    for fd in (reading, writing, *kept):
+        os.close(fd)
+
+
 def _warm_up() -> None:
     """
     Judge a solution of no meaning as programs will be. What Python does at first only (tables, caches, faster forms of the
     instructions that it runs) is done here once, and needs no pages of their own in each process.
     """
-    streams = {
-        name: getattr(sys, name) for name in ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
-    }
-    output = os.dup(1)
     solution = "from math import sqrt\ndef f(x: int) -> List[int]:\n    return [x, str(x), (x / 2, None)]\n"
     check = "def check(g):\n    assert g(2) == [2, '2', (1.0, None)]\n    assert abs(g(3)[0] - 3) < 1e-6\n"
     tests = {"setup": check, "asserts": ["check(f)"] * 3, "entry_point": "f"}
@@ -492,10 +512,6 @@ def _warm_up() -> None:
         here.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)
-    for name, stream in streams.items():
-        setattr(sys, name, stream)
-    os.dup2(output, 1)
-    os.close(output)
     sys.modules.pop("solution", None)
 
 
@@ -526,6 +542,28 @@ def _without(paths: list[str], hidden: list[str]) -> list[tuple[str, int]]:
         with os.scandir(path) as entries:
             rules += _without([entry.path for entry in entries if not entry.is_symlink()], hidden)
     return rules
+
+
+def _split(fds: list[int], scratch: str | None) -> tuple[str, list[int], str | None]:
+    """
+    Fork the process of a solution off that of its tests, which have not come yet. The channel between them is the last of their
+    descriptors, and each has its own folder. The solution can neither trace the tests, which are not dumpable, nor signal
+    them to any effect: they are the init of the PID namespace, and where there is none, tests that end have failed.
+
+    Returns:
+        `tuple`: what this process is, `"serve"` or `"examine"`, its descriptors and its folder.
+    """
+    to_solution, to_tests = socket.socketpair()
+    tests, solution = (scratch and f"{scratch}/{name}" for name in ("tests", "solution"))
+    for folder in filter(None, (tests, solution)):
+        os.mkdir(folder)
+    if os.fork() == 0:
+        isolation.die_with_parent()
+        to_solution.close()
+        return "serve", [*fds[:3], to_tests.detach()], solution
+    to_tests.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return "examine", [*fds, to_solution.detach()], tests
 
 
 def _read_source(lifeline: socket.socket) -> str:
