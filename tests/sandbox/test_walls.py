@@ -364,6 +364,94 @@ def test_expected_results_are_out_of_reach(sandbox, kind):
         assert [verdict["passed"] for verdict in verdicts] == [False, False, True, False], verdicts
 
 
+# The solution and its tests are in one box, with the box's other processes out of reach of both
+INTRUDER = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None)
+tests = os.getppid()
+with open("planted.py", "w") as file:
+    file.write("expected = 'planted'")
+for name in ("json", "math", "re"):
+    with open(name + ".py", "w") as file:
+        file.write("raise SystemExit(0)")
+
+def f(x):
+    for number in $SIGNALS:
+        try:
+            os.kill(tests, number)
+        except OSError:
+            pass
+    return x
+
+def traced(x):
+    found = []
+    buffer = ctypes.create_string_buffer(8)
+    vector = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
+    found.append(libc.process_vm_readv(tests, vector, 1, vector, 1, 0))
+    found.append(libc.ptrace(16, tests, 0, 0))
+    found.append(libc.syscall(438, libc.syscall(434, tests, 0), 3, 0))
+    for name in ("mem", "fd/3", "environ"):
+        try:
+            os.open(f"/proc/{tests}/{name}", os.O_RDWR)
+            found.append(name)
+        except OSError:
+            found.append(-1)
+    return set(found)
+
+def folder():
+    return os.getcwd(), sorted(os.listdir("."))
+"""
+
+
+def test_a_solution_does_not_trace_its_tests_or_plant_files_for_them(sandbox, box):
+    setup = """
+import os
+open("own", "w").close()
+def planted():
+    try:
+        import planted
+        return True
+    except ImportError:
+        import json
+        return bool(set(os.listdir(".")) - {"own"})
+"""
+    asserts = [
+        "assert traced(1) == {-1}",
+        "assert not planted()",
+        "assert folder()[1] == ['json.py', 'math.py', 'planted.py', 're.py']",
+    ]
+    tests = {"setup": setup, "asserts": asserts, "names": ["traced", "folder"], "entry_point": None}
+    verdicts = list(sandbox.examine(INTRUDER.replace("$SIGNALS", "()"), tests, LIMITS, 60))
+    assert [verdict["error"] for verdict in verdicts] == [""] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
+def test_a_solution_that_signals_its_tests_does_not_pass_by_it(sandbox, box, number):
+    source = INTRUDER.replace("$SIGNALS", f"({int(number)},)")
+    asserts = ["assert f(1) == 2", "assert f(1) == 2", "assert f(3) == 3"]
+    tests = {"setup": "", "asserts": asserts, "entry_point": "f"}
+    passed = [verdict["passed"] for verdict in sandbox.examine(source, tests, Limits(wall_seconds=3), 20)]
+    if box != "landlock" or isolation.landlock_version() >= 6 or number == signal.SIGINT:
+        assert passed == [False, False, True]  # they go on as if nothing were
+    else:
+        assert passed == [False]  # they have ended, and so has the solution
+    assert sandbox.run("print(1)", limits=LIMITS).stdout == b"1\n"
+
+
+def test_tests_that_the_solution_ends_have_failed(first_landlock):
+    """The first version of Landlock does not keep signals from the tests."""
+    source = INTRUDER.replace("$SIGNALS", f"({int(signal.SIGKILL)},)")
+    tests = {"setup": "", "asserts": ["assert f(3) == 3"] * 2, "entry_point": "f"}
+    assert [verdict["passed"] for verdict in first_landlock.examine(source, tests, LIMITS, 60)] == [False]
+
+
+def test_the_zygote_is_behind_a_filter_too(sandbox):
+    status = Path(f"/proc/{zygote_of(sandbox)}/status").read_text()
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert (facts["Seccomp"], facts["NoNewPrivs"]) == ("2", "1")
+    assert {int(facts[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
+
+
 # --- Escapes ---
 
 
@@ -721,7 +809,7 @@ def test_the_numbers_of_system_calls_are_the_kernels():
 def test_a_machine_that_the_filter_is_not_written_for(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(OSError, match="riscv64"):
-        isolation.filter_program()
+        isolation.filter_programs()
 
 
 # --- A container without rights ---

@@ -272,8 +272,8 @@ _SIGNAL_CALLS = {
     "x86_64": {"kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297},
     "aarch64": {"kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240},
 }
-# By these the zygote makes the walls of programs, and programs could unmake them
-_MAKE_WALLS = {"clone", "unshare", "mount", "setrlimit", "prlimit64"}
+# By these the zygote makes the walls of programs and the supervisor watches them
+_MAKE_WALLS = {"clone", "unshare", "mount", "setrlimit", "prlimit64", "ioctl"}
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _EPERM, _ENOSYS = 1, 38

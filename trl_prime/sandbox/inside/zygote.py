@@ -5,6 +5,8 @@ Starting Python costs more than most programs run, so one interpreter starts, an
     zygote -> program                     in a box of namespaces
     zygote -> supervisor -> program       by Landlock, or without walls
 
+Tests written as Python code are such a program, which forks one more process for the solution before it reads them.
+
 The zygote knows nothing: it receives limits and file descriptors, and forks. The program's source arrives over the
 *lifeline*, a socket that only the program reads, before its walls are up; what a later program inherits from the zygote
 tells it nothing about earlier ones. Closing the other end of the lifeline kills the program with all its children, and so
