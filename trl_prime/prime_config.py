@@ -133,9 +133,10 @@ class PRIMEConfig(GRPOConfig):
         prm_max_grad_norm (`float`, *optional*, defaults to `10.0`):
             Largest gradient norm of the PRM; the gradient is scaled down to it. 0 to not clip.
         prm_num_epochs (`int`, *optional*, defaults to `1`):
-            Passes of the PRM over each rollout batch, one optimizer step each.
+            Passes of the PRM over each rollout batch. Each makes as many optimizer steps as the policy does on the batch, on whole
+            groups: one unless `steps_per_generation` is more than `gradient_accumulation_steps`.
         prm_replay_batches (`int`, *optional*, defaults to `0`):
-            How many earlier rollout batches are kept and trained on again with each new one, one optimizer step each. An
+            How many earlier rollout batches are kept and trained on again with each new one, in as many optimizer steps. An
             outcome label does not depend on the policy, so old rollouts stay valid training data for the PRM.
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
@@ -317,12 +318,16 @@ class PRIMEConfig(GRPOConfig):
         default=10.0, metadata={"help": "Largest gradient norm of the PRM. 0 to not clip."}
     )
     prm_num_epochs: int = field(
-        default=1, metadata={"help": "Passes of the PRM over each rollout batch, one optimizer step each."}
+        default=1,
+        metadata={
+            "help": "Passes of the PRM over each rollout batch, in as many optimizer steps as the policy makes on it: "
+            "steps_per_generation / gradient_accumulation_steps, one by default."
+        },
     )
     prm_replay_batches: int = field(
         default=0,
         metadata={
-            "help": "Earlier rollout batches that the PRM is trained on again with each new one, one optimizer step each."
+            "help": "Earlier rollout batches that the PRM is trained on again with each new one, in as many optimizer steps."
         },
     )
     prm_replay_steps: int | None = field(
@@ -423,6 +428,11 @@ class PRIMEConfig(GRPOConfig):
         """Generation batches of a run of so many steps of the policy; the last one may be used in part."""
         micro_batches = max_steps * self.gradient_accumulation_steps
         return -(-micro_batches // (self.steps_per_generation * self.num_iterations))
+
+    @property
+    def mini_batches(self) -> int:
+        """Optimizer steps on a generation batch, of the policy in each of `num_iterations`, of the PRM in each epoch."""
+        return max(1, self.steps_per_generation // self.gradient_accumulation_steps)
 
     def combination_settings(self, trust: float) -> dict[str, Any]:
         """The keyword arguments of [`~trl_prime.advantages.combine_rewards`], process rewards weighted by the trust in the PRM."""
