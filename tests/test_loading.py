@@ -127,6 +127,22 @@ def test_a_run_takes_a_saved_prm_by_its_own_arguments(tmp_path, tokenizer, make_
     assert prm.model.config._attn_implementation == prm.reference.config._attn_implementation == "eager"
 
 
+def test_unset_rates_and_scale_follow_the_models_of_a_run(tmp_path, tokenizer, make_trainer, model_path):
+    folder, _ = unmoved_prm(tmp_path, tokenizer, torch.float32)
+    unset = {"learning_rate": None, "prm_learning_rate": None, "prm_beta": None}
+    trainer = make_trainer(model=model_path, prm_model=folder, peft_config=lora(), **unset)
+    assert (trainer.args.learning_rate, trainer.args.prm_learning_rate) == (1e-5, 1e-5)
+    assert trainer.implicit_prm.beta == trainer.args.prm_beta == 0.05
+
+    trainer = make_trainer(model=model_path, peft_config=lora(), prm_peft_config=lora(), max_steps=1, **unset)
+    assert trainer.implicit_prm.beta == trainer.args.prm_beta == 0.5
+    trainer.train()
+    for model, rate in ((trainer.model, 1e-5), (trainer.implicit_prm.model, 1e-4)):
+        # The first step of Adam moves each weight by its rate, and these begin at zero
+        moved = [weights.detach().abs().max().item() for name, weights in model.named_parameters() if "lora_B" in name]
+        assert max(moved) == pytest.approx(rate, rel=0.05)
+
+
 def test_replaced_settings_are_told_with_both_values(random_prm, monkeypatch):
     told = []
     monkeypatch.setattr("trl_prime.implicit_prm.model.logger.warning", told.append)

@@ -430,11 +430,18 @@ def test_what_is_saved_scores_alike_and_goes_on_offline_and_online(
     with pytest.raises(ValueError, match="leave peft_config out"):
         make_offline(model=folder, peft_config=LORA, processing_class=None)
 
-    online = make_trainer(model=model_path, prm_model=folder, prm_beta=0.25, max_steps=1)
+    online = make_trainer(model=model_path, prm_model=folder, prm_beta=None, max_steps=1)
     assert [scored.reward for scored in online.implicit_prm.score(*texts)] == pytest.approx(expected, rel=1e-4)
     online.train()
     assert same(reference, weights(online.implicit_prm.reference))
     assert not same(weights(loaded.model), weights(online.implicit_prm.model))
+
+
+@pytest.mark.parametrize("peft_config, rate", [(None, 5e-7), (LORA, 1e-4)], ids=["full", "lora"])
+def test_an_unset_rate_follows_what_is_trained(make_offline, peft_config, rate):
+    trainer = make_offline(learning_rate=None, peft_config=peft_config)
+    trainer.create_optimizer()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rate}
 
 
 def test_a_pushed_prm_is_loaded_by_its_name(make_offline, hub, tmp_path):  # noqa: F811

@@ -65,8 +65,36 @@ def test_defaults_are_those_of_the_paper():
         "oversample_factor": 1.0,
         "prm_trust_weighting": True,
     }
-    args = config()
+    args = config().for_models(policy_is_adapter=False, prm_is_adapter=False, trained_beta=None)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "policy_is_adapter, prm_is_adapter, rates", [(True, False, (1e-5, 1e-5)), (False, True, (5e-7, 1e-4))]
+)
+def test_rates_follow_what_is_trained(caplog, policy_is_adapter, prm_is_adapter, rates):
+    args = config()
+    with caplog.at_level("WARNING", logger="trl_prime"):
+        found = args.for_models(policy_is_adapter, prm_is_adapter, None)
+    assert (found.learning_rate, found.prm_learning_rate) == rates
+    (message,) = [record.getMessage() for record in caplog.records]
+    name = "learning_rate" if policy_is_adapter else "prm_learning_rate"
+    assert message == f"{name} is not set: {max(rates):.3g} is used, which suits an adapter."
+    assert args.learning_rate is args.prm_learning_rate is args.prm_beta is None
+    given = config(learning_rate=3e-4, prm_learning_rate=0.0, prm_beta=0.7)
+    found = given.for_models(True, True, 0.3)
+    assert (found.learning_rate, found.prm_learning_rate, found.prm_beta) == (3e-4, 0.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    "tokens, beta", [(None, 0.05), (3072, 0.05), (1000, 0.05), (500, 0.1), (200, 0.25), (100, 0.5), (8, 0.5)]
+)
+def test_the_reward_scale_follows_the_length(caplog, tokens, beta):
+    with caplog.at_level("WARNING", logger="trl_prime"):
+        assert config(max_completion_length=tokens).for_models(False, False, None).prm_beta == pytest.approx(beta)
+    said = [f"prm_beta is not set: {beta} is used, for completions of at most {tokens} tokens."]
+    assert [record.getMessage() for record in caplog.records] == (said if beta > 0.05 else [])
+    assert config(max_completion_length=tokens).for_models(False, False, 0.3).prm_beta == 0.3
 
 
 def test_the_policy_loss_of_the_paper_is_trls_default():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import math
+import types
 
 import pytest
 import torch
@@ -46,15 +47,16 @@ def make_batch(prm, labels=LABELS, seed=0):
     return PRMBatch(*inputs, mask, ref_logps, labels, group_rows(labels, K), group_rows(scores, K))
 
 
-def expected_step(prm, batch, loss_type="ce", max_norm=None):
-    """Weights after `prm - lr * grad` by hand, the loss and the gradient norm."""
+def expected_step(prm, batch, loss_type="ce", max_norm=None, rows=slice(None)):
+    """Weights after `prm - lr * grad` by hand for some rows, the loss and the gradient norm."""
     model = copy.deepcopy(prm.model)
     log_ratios = slow_log_probs(model, *batch.inputs) - batch.ref_logps
     if loss_type == "calibrated_ce":
         # On the first token, which the policy wrote in every row: a score is a sum
         shift = torch.logit(batch.labels.nanmean()) / prm.beta
         log_ratios = torch.cat([log_ratios[:, :1] + shift, log_ratios[:, 1:]], dim=1)
-    loss = prm_loss(log_ratios, batch.labels, batch.policy_mask, prm.beta, loss_type=loss_type, num_generations=K)
+    values = (log_ratios[rows], batch.labels[rows], batch.policy_mask[rows])
+    loss = prm_loss(*values, prm.beta, loss_type=loss_type, num_generations=K)
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     scale = min(1.0, max_norm / norm.item()) if max_norm else 1.0
@@ -81,6 +83,50 @@ def test_one_step_is_that_of_the_whole_batch(setup, loss_type, micro_batch_size,
     )
 
 
+MINI_BATCHES = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_mini_batches_are_steps_on_whole_groups(setup, loss_type):
+    prm, updater = setup(
+        prm_loss_type=loss_type, prm_lr_scheduler_type="linear", num_rollout_batches=5, **MINI_BATCHES
+    )
+    by_hand, _ = setup()
+    batch = make_batch(prm)
+    losses, norms = [], []
+    for number in range(2):
+        group = slice(number * K, (number + 1) * K)
+        before = weights(by_hand.model)
+        after, loss, norm = expected_step(by_hand, batch, loss_type, rows=group)
+        # The rate falls from 1 to 0 over the two steps on each of five batches
+        moved = {name: before[name] + (1 - number / 10) * (after[name] - before[name]) for name in before}
+        by_hand.model.load_state_dict(moved)
+        losses.append(loss)
+        norms.append(norm)
+    assert not updater.can_score
+    update = updater.update(batch)
+    assert distance(weights(prm.model), weights(by_hand.model)) < 5e-5
+    assert update.metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
+    assert update.metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+    if loss_type not in COMPARING_LOSSES:  # which need an opponent
+        assert update.first_logps.any(1).tolist() == batch.labels.isfinite().tolist()
+
+
+def test_mini_batches_of_several_processes_keep_groups_together(setup):
+    """Three processes have 4 rows each of 6 groups of 2: every second group is in one mini-batch."""
+    prm, updater = setup(num_generations=2, **MINI_BATCHES)
+    found = []
+    for process_index in range(3):
+        updater.accelerator = types.SimpleNamespace(process_index=process_index)
+        batch = types.SimpleNamespace(labels=torch.zeros(4))
+        found.append([rows.tolist() for rows in updater._mini_batches(batch)])
+    assert found == [[[True, True, False, False], [False, False, True, True]]] * 3
+    updater.accelerator = types.SimpleNamespace(process_index=1)
+    # A group that is split between two processes: rows 3, 4 and 5
+    batch = types.SimpleNamespace(labels=torch.zeros(3))
+    assert [rows.tolist() for rows in updater._mini_batches(batch)] == [[False, True, True], [True, False, False]]
+
+
 @pytest.mark.parametrize(
     ("kept_labels", "guess_rate", "rate"),
     [
@@ -96,8 +142,8 @@ def test_intercept_is_the_log_odds_of_the_mean_label_and_no_part_of_the_score(se
     if kept_labels is not None:
         updater.replay.append(make_batch(prm, (NAN,) * 8, seed=1))
         updater.replay[0] = dataclasses.replace(updater.replay[0], labels=torch.tensor(kept_labels))
-        updater._step = lambda replayed, keep_scores, step=updater._step: (
-            step(replayed, keep_scores) if replayed is batch else (None, None)
+        updater._step = lambda replayed, *args, step=updater._step, **kwargs: (
+            step(replayed, *args, **kwargs) if replayed is batch else (None, None)
         )
     batch = make_batch(prm)
     model = copy.deepcopy(prm.model)
@@ -187,9 +233,9 @@ def test_epochs_and_replay_train_on_the_right_batches_oldest_first(setup, epochs
 def test_replay_steps_are_distinct_batches_drawn_from_all_that_are_kept(setup):
     prm, updater = setup(prm_num_epochs=2, prm_replay_batches=6, prm_replay_steps=2)
     steps = []
-    updater._step = lambda batch, keep_scores: (
+    updater._step = lambda batch, rows, keep_scores: (
         steps.append(int(batch.prompt_ids[0, 0])) or updater.scheduler.step(),
-        None,
+        torch.zeros(()),
     )
     drawn = set()
     for number in range(30):

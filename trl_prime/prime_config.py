@@ -17,7 +17,7 @@ from trl import GRPOConfig
 
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
-from .implicit_prm.optimizer import make_schedule
+from .implicit_prm.optimizer import SUITS_ADAPTERS, make_schedule, with_defaults
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
 from .specs import nearest
 
@@ -57,13 +57,14 @@ class PRIMEConfig(GRPOConfig):
     Parameters:
         > Parameters that control the core of PRIME
 
-        prm_beta (`float`, *optional*, defaults to `0.05`):
+        prm_beta (`float`, *optional*):
             Scale of the process reward, in reward per nat: `beta * (log pi_phi - log pi_ref)` (Eq 3). The score of a
-            completion is a sum over its tokens, so beta should scale with one over the completion length: 0.05 is for
-            thousands of tokens, 0.5 to 1 for tens.
-        prm_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Initial learning rate of the PRM. The paper's is 1e-6, at which the first dozens of updates of all weights are lost
-            in the rounding of bfloat16 (`prm/precision`). Adapters take 1e-4 or more.
+            completion is a sum over its tokens, so beta should scale with one over the completion length. Defaults to
+            `50 / max_completion_length`, but not below 0.05, the paper's, nor above 0.5; a PRM that was trained before keeps
+            its own.
+        prm_learning_rate (`float`, *optional*):
+            Initial learning rate of the PRM. Defaults to 1e-5, and to 1e-4 where it trains an adapter. The paper's is 1e-6, at
+            which the first dozens of updates of all weights are lost in the rounding of bfloat16 (`prm/precision`).
         prm_update (`str`, *optional*, defaults to `"after"`):
             When the PRM learns from a rollout batch. `"after"`: after the batch was scored (single forward). `"before"`:
             before, and the batch is scored by the updated PRM (double forward). `"reverse"`: as `"after"`, and losses
@@ -132,9 +133,10 @@ class PRIMEConfig(GRPOConfig):
         prm_max_grad_norm (`float`, *optional*, defaults to `10.0`):
             Largest gradient norm of the PRM; the gradient is scaled down to it. 0 to not clip.
         prm_num_epochs (`int`, *optional*, defaults to `1`):
-            Passes of the PRM over each rollout batch, one optimizer step each.
+            Passes of the PRM over each rollout batch. Each makes as many optimizer steps as the policy does on the batch, on whole
+            groups: one unless `steps_per_generation` is more than `gradient_accumulation_steps`.
         prm_replay_batches (`int`, *optional*, defaults to `0`):
-            How many earlier rollout batches are kept and trained on again with each new one, one optimizer step each. An
+            How many earlier rollout batches are kept and trained on again with each new one, in as many optimizer steps. An
             outcome label does not depend on the policy, so old rollouts stay valid training data for the PRM.
         prm_replay_steps (`int`, *optional*):
             On how many of the kept batches, drawn at random, the PRM is trained with each new one and in each epoch. Defaults
@@ -173,7 +175,7 @@ class PRIMEConfig(GRPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
-    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`.
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, and for an adapter to `1e-5`.
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
     > - `num_generations`: Defaults to `4` instead of `8`.
     > - `max_completion_length`: Defaults to `3072` instead of `512`.
@@ -186,7 +188,10 @@ class PRIMEConfig(GRPOConfig):
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "prm_model_init_kwargs", "prm_lr_scheduler_kwargs"]
 
     # Parameters whose default values are overridden from GRPOConfig and TrainingArguments
-    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of the policy."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The initial learning rate of the policy. Defaults to 5e-7, and to 1e-5 for an adapter."},
+    )
     lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "Learning-rate schedule of the policy."}
     )
@@ -202,16 +207,18 @@ class PRIMEConfig(GRPOConfig):
     )
 
     # Parameters that control the core of PRIME
-    prm_beta: float = field(
-        default=0.05,
+    prm_beta: float | None = field(
+        default=None,
         metadata={
-            "help": "Scale of the process reward in reward per nat (Eq 3). Should scale with one over the completion "
-            "length: 0.05 is for thousands of tokens, 0.5 to 1 for tens."
+            "help": "Scale of the process reward in reward per nat (Eq 3). Defaults to 50 / `max_completion_length`, between 0.05 "
+            "and 0.5, and to its own for a PRM that was trained before."
         },
     )
-    prm_learning_rate: float = field(
-        default=1e-5,
-        metadata={"help": "Initial learning rate of the PRM. The paper's is 1e-6; adapters take 1e-4 or more."},
+    prm_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate of the PRM. Defaults to 1e-5, and to 1e-4 for an adapter. The paper's is 1e-6."
+        },
     )
     prm_update: str = field(
         default="after",
@@ -311,12 +318,16 @@ class PRIMEConfig(GRPOConfig):
         default=10.0, metadata={"help": "Largest gradient norm of the PRM. 0 to not clip."}
     )
     prm_num_epochs: int = field(
-        default=1, metadata={"help": "Passes of the PRM over each rollout batch, one optimizer step each."}
+        default=1,
+        metadata={
+            "help": "Passes of the PRM over each rollout batch, in as many optimizer steps as the policy makes on it: "
+            "steps_per_generation / gradient_accumulation_steps, one by default."
+        },
     )
     prm_replay_batches: int = field(
         default=0,
         metadata={
-            "help": "Earlier rollout batches that the PRM is trained on again with each new one, one optimizer step each."
+            "help": "Earlier rollout batches that the PRM is trained on again with each new one, in as many optimizer steps."
         },
     )
     prm_replay_steps: int | None = field(
@@ -383,6 +394,31 @@ class PRIMEConfig(GRPOConfig):
         if self.prm_micro_batch_size is None:
             self.prm_micro_batch_size = self.per_device_train_batch_size
 
+    def for_models(self, policy_is_adapter: bool, prm_is_adapter: bool, trained_beta: float | None) -> PRIMEConfig:
+        """
+        A copy with the defaults that depend on what is trained: of an adapter each weight has to move further than of the
+        whole model.
+
+        Args:
+            policy_is_adapter (`bool`): Whether only an adapter of the policy is trained.
+            prm_is_adapter (`bool`): The same of the PRM.
+            trained_beta (`float`, *optional*): Reward scale that the PRM was trained with before.
+
+        Returns:
+            [`PRIMEConfig`]: with `learning_rate`, `prm_learning_rate` and `prm_beta`.
+        """
+        # Scores are sums over tokens: a larger scale keeps those of short completions from being all near zero
+        tokens = self.max_completion_length
+        beta = 0.05 if tokens is None else min(0.5, max(0.05, 50 / tokens))
+        chosen = {
+            "learning_rate": (1e-5, SUITS_ADAPTERS) if policy_is_adapter else (5e-7, ""),
+            "prm_learning_rate": (1e-4, SUITS_ADAPTERS) if prm_is_adapter else (1e-5, ""),
+            "prm_beta": (beta, f"for completions of at most {tokens} tokens" if beta > 0.05 else ""),
+        }
+        if trained_beta is not None:
+            chosen["prm_beta"] = (trained_beta, "with which the PRM was trained")
+        return with_defaults(self, chosen)
+
     @property
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch over all processes, those generated on top by `oversample_factor` included."""
@@ -392,6 +428,11 @@ class PRIMEConfig(GRPOConfig):
         """Generation batches of a run of so many steps of the policy; the last one may be used in part."""
         micro_batches = max_steps * self.gradient_accumulation_steps
         return -(-micro_batches // (self.steps_per_generation * self.num_iterations))
+
+    @property
+    def mini_batches(self) -> int:
+        """Optimizer steps on a generation batch, of the policy in each of `num_iterations`, of the PRM in each epoch."""
+        return max(1, self.steps_per_generation // self.gradient_accumulation_steps)
 
     def combination_settings(self, trust: float) -> dict[str, Any]:
         """The keyword arguments of [`~trl_prime.advantages.combine_rewards`], process rewards weighted by the trust in the PRM."""
@@ -423,13 +464,13 @@ class PRIMEConfig(GRPOConfig):
             setattr(self, name, value)
 
     def _check_ranges(self) -> None:
-        if not self.prm_beta > 0 or not math.isfinite(self.prm_beta):
+        if self.prm_beta is not None and (not self.prm_beta > 0 or not math.isfinite(self.prm_beta)):
             raise ValueError(
                 f"prm_beta is {self.prm_beta}, but the reward scale must be positive. The paper uses 0.05."
             )
         for name in ("prm_learning_rate", "prm_weight_decay", "prm_max_grad_norm", "outcome_weight", "process_weight"):
             value = getattr(self, name)
-            if not value >= 0 or not math.isfinite(value):
+            if value is not None and (not value >= 0 or not math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, but must be zero or a positive number.")
         for name in ("outcome_gamma", "process_gamma"):
             if not 0 <= getattr(self, name) <= 1:
@@ -467,7 +508,8 @@ class PRIMEConfig(GRPOConfig):
                 f"prm_lr_scheduler_kwargs is {kwargs}, but prm_lr_scheduler_type={name!r} takes no arguments. Leave one of them "
                 "out."
             )
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.prm_learning_rate)
+        rate = 1e-5 if self.prm_learning_rate is None else self.prm_learning_rate
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
         try:
             make_schedule(optimizer, self, num_training_steps=self.prm_warmup_steps + 1000)
         except (TypeError, ValueError, ArithmeticError) as error:

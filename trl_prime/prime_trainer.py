@@ -46,7 +46,7 @@ from .checks import (
     warn_of_uneven_saving,
 )
 from .hub import PAPER, POLICY_TAGS, add_policy_section, hub_dataset, warn_of_failed_pushes
-from .implicit_prm.build import build_prm, fuse_lm_heads, warn_of_rounding
+from .implicit_prm.build import build_prm, fuse_lm_heads, kind_of_start, warn_of_rounding
 from .implicit_prm.files import check_loaded_policy, check_prm_state, downloaded_prm, whole_checkpoint
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
@@ -140,6 +140,8 @@ class PRIMETrainer(GRPOTrainer):
         if isinstance(prm_model, str) and not os.path.isdir(prm_model):
             prm_model = downloaded_prm(prm_model) or prm_model
         check_before_loading(grpo, prm_model, prm_peft_config, reward_combination)
+        has_adapter = grpo.get("peft_config") is not None or isinstance(model, PeftModel)
+        args = grpo["args"] = args.for_models(has_adapter, *kind_of_start(prm_model, prm_peft_config))
 
         super().__init__(**grpo)
         let_threads_finish_at_exit()

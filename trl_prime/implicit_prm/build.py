@@ -20,7 +20,7 @@ from ..hub import cached_commit
 from .adapters import with_adapter
 from .backends import unshared
 from .copies import check_apart, compute_head_in_float32
-from .files import is_saved_prm
+from .files import is_saved_prm, local_folder
 from .logps import can_fuse_lm_head, fuse_lm_head
 from .model import ImplicitPRM
 
@@ -116,6 +116,25 @@ def build_prm(
             compute_head_in_float32(model)
     check_apart(policy, prm.model, prm.reference)
     return prm
+
+
+def kind_of_start(start: Any, peft_config: PeftConfig | None) -> tuple[bool, float | None]:
+    """
+    What is known of a PRM before anything is loaded.
+
+    Args:
+        start: As of [`build_prm`].
+        peft_config ([`~peft.PeftConfig`], *optional*): Of a new adapter.
+
+    Returns:
+        `tuple[bool, float | None]`: whether an adapter will be trained, and the reward scale of a PRM that was trained before.
+    """
+    if is_saved_prm(start):
+        saved = local_folder(start)[1]
+        return saved["adapter"], saved["beta"]
+    if isinstance(start, ImplicitPRM):
+        return isinstance(start.model, PeftModel), start.beta
+    return peft_config is not None or isinstance(start, PeftModel), None
 
 
 def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -1,17 +1,44 @@
-"""Optimizer and learning-rate schedule of the PRM, as `Trainer` would make them under the `prm_*` settings."""
+"""Optimizer and learning-rate schedule of the PRM, as `Trainer` would make them under the `prm_*` settings, and default rates."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from ..prime_config import PRIMEConfig
+
+logger = logging.get_logger(__name__)
+
+Settings = TypeVar("Settings", bound=TrainingArguments)
+SUITS_ADAPTERS = "which suits an adapter"
+
+
+def with_defaults(args: Settings, defaults: dict[str, tuple[float, str]]) -> Settings:
+    """
+    Settings with defaults that depend on the models.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Stays as it is.
+        defaults (`dict[str, tuple[float, str]]`): By field its value where there is `None`, and the reason, which is logged, or an
+            empty text for the value that users expect.
+
+    Returns:
+        [`~transformers.TrainingArguments`]: a copy.
+    """
+    args = copy.copy(args)
+    for name, (value, reason) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            if reason:
+                logger.warning(f"{name} is not set: {value:.3g} is used, {reason}.")
+    return args
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, args: PRIMEConfig, num_training_steps: int) -> LRScheduler:

@@ -1,4 +1,4 @@
-"""Training the implicit PRM on rollout batches: one optimizer step per batch, and replay.
+"""Training the implicit PRM on rollout batches: mini-batches of whole groups, one optimizer step each, and replay.
 
 Covered: gradient accumulation over micro-batches that gives the gradient of the whole batch on all processes, whatever the
 micro-batch size and wherever rows without label are; optimizer and schedule; state for resuming. Not covered: when to
@@ -85,18 +85,19 @@ class PRMUpdater:
         args = self.args
         for group in self._scheduled.param_groups:
             group["lr"] = group.get("initial_lr", group["lr"])
-        num_steps = num_rollout_batches * args.prm_num_epochs * (1 + self._num_replayed(args.prm_replay_batches))
-        self.scheduler = make_schedule(self._scheduled, args, num_steps)
+        num_passes = num_rollout_batches * args.prm_num_epochs * (1 + self._num_replayed(args.prm_replay_batches))
+        self.scheduler = make_schedule(self._scheduled, args, num_passes * args.mini_batches)
 
     @property
     def can_score(self) -> bool:
         """
         Whether the next update's own forward passes give the log-probabilities of the PRM as it is now: all gradients of a
-        step are taken before it moves. A pass of its own is needed for losses that compare scores, where a replayed batch
-        is trained on first, and with dropout.
+        step are taken before it moves. A pass of its own is needed for several mini-batches, for losses that compare scores,
+        where a replayed batch is trained on first, and with dropout.
         """
+        moves_between = self.args.mini_batches > 1 or self.replay
         compares = self.args.prm_loss_type in COMPARING_LOSSES
-        return not compares and not self.replay and not _has_dropout(self.prm.model)
+        return not moves_between and not compares and not _has_dropout(self.prm.model)
 
     def update(self, batch: PRMBatch) -> PRMUpdate:
         """
@@ -118,12 +119,15 @@ class PRMUpdater:
         for epoch in range(args.prm_num_epochs):
             drawn = [self.replay[i] for i in sorted(rng.sample(range(len(self.replay)), num_replayed))]
             for replayed in drawn:
-                results.append(self._step(replayed, keep_scores=args.prm_update == "reverse")[0])
-            # The scores taken before the update are still those of the present PRM at the very first step
-            fresh = epoch == 0 and not drawn and args.prm_update != "before"
-            result, logps = self._step(batch, keep_scores=fresh or args.prm_update == "reverse")
-            results.append(result)
-            seen_logps.append(logps)
+                for rows in self._mini_batches(replayed):
+                    results.append(self._step(replayed, rows, keep_scores=args.prm_update == "reverse")[0])
+            seen_logps.append(torch.zeros_like(batch.ref_logps))
+            for number, rows in enumerate(self._mini_batches(batch)):
+                # The scores taken before the update are still those of the present PRM at the very first step
+                fresh = epoch == number == 0 and not drawn and args.prm_update != "before"
+                result, logps = self._step(batch, rows, keep_scores=fresh or args.prm_update == "reverse")
+                results.append(result)
+                seen_logps[-1] += logps
         if self.replay.maxlen:
             self.replay.append(batch)
         made = [result for result in results if result is not None]
@@ -139,18 +143,27 @@ class PRMUpdater:
     def _num_replayed(self, num_kept: int) -> int:
         return num_kept if self.args.prm_replay_steps is None else min(num_kept, self.args.prm_replay_steps)
 
-    def _step(self, batch: PRMBatch, keep_scores: bool) -> tuple[tuple[float, float] | None, torch.Tensor]:
+    def _mini_batches(self, batch: PRMBatch) -> list[torch.Tensor]:
+        """`(B,)` bool, this process's rows of each mini-batch: every n-th group, so that all processes have a like share."""
+        first = self.accelerator.process_index * len(batch.labels)
+        rows = torch.arange(first, first + len(batch.labels), device=batch.labels.device)
+        number = rows // self.args.num_generations % self.args.mini_batches
+        return [number == i for i in range(self.args.mini_batches)]
+
+    def _step(
+        self, batch: PRMBatch, rows: torch.Tensor, keep_scores: bool
+    ) -> tuple[tuple[float, float] | None, torch.Tensor]:
         """
-        One optimizer step on the mean loss over the rows that count on all processes: loss and gradient norm, or `None` where
-        none counts, and the `(B, T)` log-probabilities that it saw, zero in rows that do not count.
+        One optimizer step on the mean loss over those of the `(B,)` rows that count, on all processes: loss and gradient norm,
+        or `None` where none counts, and the `(B, T)` log-probabilities that it saw, zero in rows that do not count.
         """
         args = self.args
         seen_logps = torch.zeros_like(batch.ref_logps)
         peer_scores = peer_labels = None
         if args.prm_loss_type in COMPARING_LOSSES:
-            peer_scores = batch.group_scores if keep_scores else self._group_scores(batch)
+            peer_scores = batch.group_scores if keep_scores else self._group_scores(batch, rows)
             peer_labels = batch.group_labels
-        counted = counted_rows(batch.labels, batch.policy_mask, args.prm_loss_type, peer_labels)
+        counted = rows & counted_rows(batch.labels, batch.policy_mask, args.prm_loss_type, peer_labels)
         num_counted_per_process = self.accelerator.gather(counted.sum().view(1))
         total = int(num_counted_per_process.sum())
         if total == 0:
@@ -208,9 +221,12 @@ class PRMUpdater:
         rate = min(max((total / count - guess_rate) / (1 - guess_rate), 0.02), 0.98)
         return math.log(rate / (1 - rate))
 
-    def _group_scores(self, batch: PRMBatch) -> torch.Tensor:
-        """`(B, K)` scores by the present PRM of the whole group of each row; a group may be split over processes."""
-        rows = batch.has_tokens
+    def _group_scores(self, batch: PRMBatch, rows: torch.Tensor) -> torch.Tensor:
+        """
+        `(B, K)` scores by the present PRM of the whole group of each of the `(B,)` rows, zero in others; a group may be split
+        over processes.
+        """
+        rows = rows & batch.has_tokens
         with self.accelerator.autocast():
             logps = self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self.backend.num_passes(rows))
         scores = outcome_scores(logps - batch.ref_logps, batch.policy_mask, self.prm.beta)

@@ -32,7 +32,7 @@ class OfflinePRMConfig(TrainingArguments):
         beta (`float`, *optional*, defaults to `0.05`):
             Scale of the process reward, in reward per nat: `beta * (log pi_phi - log pi_ref)`. The score of a completion is
             a sum over its tokens, so beta should scale with one over the completion length: 0.05 is for thousands of
-            tokens, 0.5 to 1 for tens. An online run that goes on with this PRM needs the same `prm_beta`.
+            tokens, 0.5 to 1 for tens. An online run that goes on with this PRM keeps it unless `prm_beta` is set.
         step_delimiter (`str`, *optional*, defaults to `"\n"`):
             What ends a reasoning step; saved with the PRM, not used in training.
 
@@ -59,7 +59,7 @@ class OfflinePRMConfig(TrainingArguments):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]; the learning rate, beta, a single
     > epoch and the length are those of the published runs of arXiv 2412.01981 (which had 64 rows a step, for an 8B model):
-    > - `learning_rate`: Defaults to `5e-7` instead of `5e-5`. LoRA needs more, 1e-5 to 3e-4.
+    > - `learning_rate`: Defaults to `5e-7` instead of `5e-5`, and for an adapter to `1e-4`.
     > - `num_train_epochs`: Defaults to `1` instead of `3`.
     > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
@@ -70,8 +70,8 @@ class OfflinePRMConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(
-        default=5e-7, metadata={"help": "The initial learning rate. LoRA needs more, 1e-5 to 3e-4."}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "The initial learning rate. Defaults to 5e-7, and to 1e-4 for an adapter."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     gradient_checkpointing: bool = field(

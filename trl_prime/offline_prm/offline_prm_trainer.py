@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..hub import hub_dataset, settings_table
 from ..implicit_prm.accuracies import absolute_accuracy, pad_groups, pairwise_accuracy
 from ..implicit_prm.backends import make_backend
-from ..implicit_prm.build import build_prm, warn_of_rounding
+from ..implicit_prm.build import build_prm, kind_of_start, warn_of_rounding
 from ..implicit_prm.files import (
     CONFIG_NAME,
     downloaded_prm,
@@ -38,6 +38,7 @@ from ..implicit_prm.files import (
 from ..implicit_prm.logps import check_scoring, completion_logps
 from ..implicit_prm.losses import dpo_pair_losses, kto_reference_point, kto_row_losses, outcome_scores, prm_row_losses
 from ..implicit_prm.model import ImplicitPRM, end_token_ids
+from ..implicit_prm.optimizer import SUITS_ADAPTERS, with_defaults
 from ..process_exit import let_threads_finish_at_exit
 from ..texts import TextFormat
 from .examples import OutcomeCollator, completion_rows, mismatched_rows, prepare_dataset
@@ -103,6 +104,8 @@ class OfflinePRMTrainer(Trainer):
             args = OfflinePRMConfig("implicit-prm")
         if isinstance(model, str) and not os.path.isdir(model):
             model = downloaded_prm(model) or model
+        rate = (1e-4, SUITS_ADAPTERS) if kind_of_start(model, peft_config)[0] else (5e-7, "")
+        args = with_defaults(args, {"learning_rate": rate})
         if isinstance(model, ImplicitPRM):
             processing_class = model.tokenizer
         elif processing_class is None:
