@@ -346,6 +346,7 @@ def test_a_run_that_has_trained_on_everything_gets_no_held_out_part(tmp_path, mo
         ({"tools": "python"}, "eval_split_size is 4, but a policy with tools"),
         ({"task": "running_sums"}, "the task 'running_sums' has held-out problems of its own"),
         ({"eval_samples": 0}, "eval_samples is 0"),
+        ({"reward_funcs": "majority"}, "reward_funcs begins with 'majority'"),
         ({"fsdp": "full_shard"}, "FSDP shards it"),
     ],
 )

@@ -247,6 +247,11 @@ def _build(
     reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]
     if not reward_funcs and task:
         reward_funcs = list(task.reward_funcs)
+    if held_out is not None and reward_funcs and getattr(reward_funcs[0], "__name__", None) == "majority_reward":
+        raise ValueError(
+            "reward_funcs begins with 'majority', which tells how far completions agree, but held-out accuracy is measured by the "
+            "first reward function. Leave eval_split_size out, and evaluate by trl-prime eval on problems with answers."
+        )
     prm_peft_config = None
     if script_args.prm_use_peft:
         prm_peft_config = LoraConfig(
