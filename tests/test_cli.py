@@ -9,14 +9,16 @@ import pytest
 import torch
 from helpers import train_flags
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import trl_prime
 from trl_prime import ImplicitPRM, PRIMEConfig
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.launching import parse_launched_arguments
-from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types
+from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types, check_policy_is_whole
+from trl_prime.evaluation.held_out import generate
+from trl_prime.evaluation.sampling import TransformersSampler
 from trl_prime.reports.run_files import save_settings
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -226,3 +228,143 @@ def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"trl-prime {trl_prime.__version__}\n"
+
+
+# --- A held-out part of one file ---
+
+SEEN = []
+
+
+def noting_reward(prompts, completions, solution, **kwargs):
+    """A stand-in that notes what it is asked about."""
+    SEEN.append([prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts])
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [float(sum(map(ord, text)) % 2) for text in texts]
+
+
+@pytest.fixture
+def held_out_run(tmp_path, model_path):
+    """`trl-prime train` on a file with twelve problems, half of them twice; returns the prompts of each phase."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{i}+1", "answer": f"#### {i + 1}"} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[::2]]))
+
+    def run(expected=0, **settings):
+        SEEN.clear()
+        settings = {
+            "reward_funcs": f"{__name__}.noting_reward",
+            "eval_split_size": 4,
+            "eval_samples": 2,
+            "prompt_suffix": "give the number",
+            "per_device_eval_batch_size": 8,
+            **settings,
+        }
+        assert main(train_flags(tmp_path, model_path, data, **settings)) == expected
+        # Greedy and sampled completions, before and after
+        before, after = SEEN[:2], SEEN[-2:]
+        return before, [prompt for prompts in SEEN[2:-2] for prompt in prompts], after
+
+    return run
+
+
+def read(tmp_path, name):
+    return json.loads((tmp_path / "run" / name).read_text())
+
+
+def test_a_held_out_part_is_measured_before_and_after_and_never_trained_on(held_out_run, tmp_path, capsys):
+    before, trained, after = held_out_run()
+    assert before == after
+    greedy, sampled = before
+    assert len(set(greedy)) == 4 and sampled == [prompt for prompt in greedy for _ in range(2)]
+    assert all(prompt.endswith("+1\n\ngive the number") for prompt in greedy)
+    assert trained and not set(trained) & set(greedy)
+    results = read(tmp_path, "results.json")
+    assert set(results["before"]) == set(results["after"]) == {"greedy", "sampled"}
+    assert set(results["prm"]) == {"pairwise_accuracy", "accuracy"}
+    printed = capsys.readouterr().out
+    assert f"Held out {len(greedy)} rows, {18 - len(greedy)} are left to train on." in printed
+    assert "policy accuracy, greedy" in printed and str(tmp_path / "run" / "results.json") in printed.replace("\n", "")
+    # What was measured after training is the policy that was saved
+    model, tokenizer = (kind.from_pretrained(tmp_path / "run") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    messages = [[{"role": "user", "content": prompt}] for prompt in greedy]
+    scores = noting_reward(messages, generate(model, tokenizer, messages, max_new_tokens=8), None)
+    assert results["after"]["greedy"] == pytest.approx(sum(scores) / len(scores))
+
+
+def test_a_held_out_part_is_sampled_in_batches_and_rendered_as_in_training(held_out_run, monkeypatch):
+    batches, sample = [], TransformersSampler.__call__
+
+    def spy(self, prompts, seeds):
+        batches.append((len(prompts), self.text_format.chat_template_kwargs["loud"]))
+        return sample(self, prompts, seeds)
+
+    monkeypatch.setattr(TransformersSampler, "__call__", spy)
+    held_out_run(chat_template_kwargs='{"loud": true}', per_device_eval_batch_size=4, max_steps=1)
+    greedy = len(SEEN[0])
+    sizes = [min(4, num - start) for num in (greedy, 2 * greedy) for start in range(0, num, 4)]
+    assert batches == [(size, True) for size in sizes] * 2 and max(sizes) == 4
+
+
+def test_a_held_out_part_of_plain_prompts_is_evaluated_while_training(held_out_run, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "plain_prompts": "true", "eval_split_size": 0.3}
+    before, seen, _ = held_out_run(**settings)
+    assert len(set(before[0])) == 4, "30 % of twelve prompts, rounded up"
+    assert set(before[0]) < set(seen), "evaluations during training are on the same problems"
+    history = read(tmp_path, "trainer_state.json")["log_history"]
+    assert [row["step"] for row in history if "eval_reward" in row] == [1, 2]
+
+
+def test_a_resumed_run_keeps_its_held_out_part(held_out_run, tmp_path, capsys):
+    before, *_ = held_out_run(max_steps=1, save_strategy="steps", save_steps=1)
+    changes = ({"seed": 7}, {"eval_split_size": 5}, {"data_seed": 7}, {"prompt_suffix": "give a number"})
+    for change in changes:
+        capsys.readouterr()
+        held_out_run(expected=2, resume_from_checkpoint="true", **change)
+        assert "The held-out problems are not those that the run in" in capsys.readouterr().err
+    assert held_out_run(resume_from_checkpoint="true")[0] == before
+    assert read(tmp_path, "trainer_state.json")["global_step"] == 2
+
+
+def test_a_run_that_has_trained_on_everything_gets_no_held_out_part(tmp_path, model_path, held_out_run, capsys):
+    flags = train_flags(
+        tmp_path, model_path, tmp_path / "data.jsonl", max_steps=1, save_strategy="steps", save_steps=1
+    )
+    flags[flags.index("--reward_funcs") + 1] = f"{__name__}.noting_reward"
+    assert main([*flags, "--prompt_suffix", "give the number"]) == 0
+    held_out_run(expected=2, resume_from_checkpoint="true")
+    assert "it has trained on some of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"eval_split_size": 0}, "eval_split_size is 0. Give a whole number of prompts, 2 or more, or a share"),
+        ({"eval_split_size": 1.0}, "eval_split_size is 1. Give"),
+        ({"eval_split_size": 12}, "eval_split_size is 12, which holds out 12 prompts, but the data set has 12"),
+        ({"dataset_streaming": "true"}, "of a data set that is streamed"),
+        ({"dataset_test_split": "test"}, "dataset_test_split is 'test', but a run has one held-out part"),
+        ({"tools": "python"}, "eval_split_size is 4, but a policy with tools"),
+        ({"task": "running_sums"}, "the task 'running_sums' has held-out problems of its own"),
+        ({"eval_samples": 0}, "eval_samples is 0"),
+        ({"reward_funcs": "majority"}, "reward_funcs begins with 'majority'"),
+        ({"fsdp": "full_shard"}, "FSDP shards it"),
+    ],
+)
+def test_a_held_out_part_that_cannot_be_is_refused_before_a_model_is_loaded(
+    held_out_run, monkeypatch, capsys, settings, said
+):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads a model"))
+    held_out_run(expected=2, **settings)
+    assert said in capsys.readouterr().err
+
+
+def test_zero3_shards_what_is_to_be_measured(monkeypatch):
+    args = SimpleNamespace(fsdp=None, deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    check_policy_is_whole(args)
+    args.deepspeed_plugin.zero_stage = 3
+    with pytest.raises(ValueError, match="ZeRO-3 shards it. Use ddp or zero2"):
+        check_policy_is_whole(args)
+    args.deepspeed_plugin = None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP shards it"):
+        check_policy_is_whole(args)

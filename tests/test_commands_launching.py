@@ -148,12 +148,17 @@ def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
         "reward_funcs: trl_prime.tasks.running_sums.running_sum_reward\n"
         "accelerate_config: cpu\nmain_process_port: 0\nuse_cpu: true\nbf16: false\ngradient_checkpointing: false\n"
         "per_device_train_batch_size: 4\nnum_generations: 8\nmax_completion_length: 8\nmax_steps: 2\nlogging_steps: 1\n"
+        "eval_split_size: 3\neval_samples: 2\nper_device_eval_batch_size: 4\n"
         'disable_tqdm: true\nreport_to: none\nsave_strategy: "no"\n'
     )
     assert main(["train", "--config", str(recipe), "--num_processes", "2"]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (tmp_path / "run" / "prm" / "model.safetensors").is_file()
+    # Three problems, shared by two processes
+    accuracies = json.loads((tmp_path / "run" / "results.json").read_text())["after"]
+    for name, num in (("greedy", 3), ("sampled", 6)):
+        assert accuracies[name] * num == pytest.approx(round(accuracies[name] * num))
 
 
 def test_a_command_leaves_the_process_group(tmp_path, capsys):

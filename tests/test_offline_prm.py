@@ -18,12 +18,12 @@ from transformers import RwkvConfig
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.cli import main
+from trl_prime.data.splits import split_by_prompt
 from trl_prime.implicit_prm.losses import OFFLINE_LOSS_TYPES
 from trl_prime.offline_prm.data import (
     adapt_outcomes,
     load_outcome_dataset,
     pairs_of_labelled,
-    split_by_prompt,
     to_labelled,
     to_pairs,
 )
@@ -133,16 +133,6 @@ def test_preferences_with_a_prompt_inside_become_either_form():
         {"prompt": [ask], "completion": chosen[1:], "label": True},
         {"prompt": [ask], "completion": rejected[1:], "label": False},
     ]
-
-
-def test_a_prompt_is_on_one_side_of_a_split_only():
-    data = Dataset.from_list(labelled_rows(20))
-    rest, held_out = split_by_prompt(data, 0.25, seed=1)
-    assert not set(rest["prompt"]) & set(held_out["prompt"])
-    assert len(set(held_out["prompt"])) == 5 and len(rest) + len(held_out) == len(data)
-    assert split_by_prompt(data, 0.25, seed=2)[1]["prompt"][:] != held_out["prompt"][:]
-    with pytest.raises(ValueError, match="held_out_share is 1.0"):
-        split_by_prompt(data, 1.0)
 
 
 def test_published_layouts_of_labelled_completions(tmp_path):
@@ -494,7 +484,7 @@ def test_the_command_trains_on_a_local_file(tmp_path, model_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {"model_name_or_path": model_path, "dataset_name": data, "dataset_format": "gsm8k_solutions"}
-    flags = prm_flags(tmp_path, **recipe, use_peft="true", lora_target_modules="all-linear", held_out_share=0.2)
+    flags = prm_flags(tmp_path, **recipe, use_peft="true", lora_target_modules="all-linear", eval_split_size=0.2)
     assert main(flags) == 0
     printed = capsys.readouterr().out
     assert "ranks the better of two completions higher" in printed and "PRM:" in printed
@@ -504,6 +494,8 @@ def test_the_command_trains_on_a_local_file(tmp_path, model_path, capsys):
 
 
 def test_the_command_says_what_is_missing(tmp_path, model_path, capsys):
+    assert main(prm_flags(tmp_path, eval_split_size=1)) == 2
+    assert "eval_split_size is 1. Give" in capsys.readouterr().err
     assert main(prm_flags(tmp_path)) == 2
     assert "dataset_name" in capsys.readouterr().err
     data = tmp_path / "data.jsonl"

@@ -1,7 +1,8 @@
-"""The data set of a `trl-prime train` recipe: its fields, and how it is loaded."""
+"""The data set of a recipe: its fields, which part of it is held out, and how that of `trl-prime train` is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,73 @@ FORMAT_HELP = (
 
 
 @dataclass
-class DatasetArguments(ScriptArguments):
+class SplitArguments(ScriptArguments):
+    """
+    The held-out part of a recipe's data set.
+
+    Parameters:
+        dataset_test_split (`str`, *optional*): Split that is evaluated on where `eval_strategy` asks for it; `"test"` if not
+            given.
+        eval_split_size (`float`, *optional*): Hold out so many prompts of the train split, or this share of them, with all of
+            their rows. They are drawn by `data_seed`, or `seed`. Takes the place of a test split.
+    """
+
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split that is evaluated on where eval_strategy asks for it. Defaults to test."},
+    )
+    eval_split_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out so many prompts of the train split, or this share of them if below 1, and evaluate on them. Takes "
+            "the place of a test split."
+        },
+    )
+
+    def __post_init__(self):
+        from ..data.splits import check_split_size
+
+        if self.eval_split_size is None:
+            return
+        check_split_size(self.eval_split_size)
+        if self.dataset_test_split is not None:
+            raise ValueError(
+                f"eval_split_size is {self.eval_split_size:g} and dataset_test_split is {self.dataset_test_split!r}, but a run has "
+                "one held-out part. Leave one of them out."
+            )
+        if self.dataset_streaming:
+            raise ValueError(
+                f"eval_split_size is {self.eval_split_size:g}, but of a data set that is streamed no part can be drawn. Leave out "
+                "dataset_streaming, or give dataset_test_split and eval_strategy instead."
+            )
+
+    def load_splits(self, load: Callable[[str], Any], args: Any) -> tuple[Any, Any]:
+        """
+        The rows to train on and the held-out ones.
+
+        Args:
+            load (`Callable[[str], Dataset]`): Loads the split of a name, with a column `prompt`.
+            args ([`~transformers.TrainingArguments`]): Of the run.
+
+        Returns:
+            `tuple[Dataset, Dataset | None]`: None where nothing is to be evaluated on.
+
+        Raises:
+            ValueError: Nothing would be left to train on.
+        """
+        from ..data.splits import split_by_prompt
+
+        train_dataset = load(self.dataset_train_split)
+        if self.eval_split_size is not None:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return split_by_prompt(train_dataset, self.eval_split_size, seed)
+        if args.eval_strategy != "no":
+            return train_dataset, load(self.dataset_test_split or "test")
+        return train_dataset, None
+
+
+@dataclass
+class DatasetArguments(SplitArguments):
     """
     The data set of a recipe.
 

@@ -1,7 +1,8 @@
 """`trl-prime eval`: measure a policy, and a PRM on its samples, on a benchmark; or a PRM on ProcessBench.
 
 `trl-prime eval --model_name_or_path MODEL --benchmark math500 [--prm_name_or_path PRM]`. The output folder holds
-`samples.jsonl`, written as it goes, and `summary.json`. A run that was stopped goes on where it was.
+`samples.jsonl`, written as it goes, and `summary.json`. A run that was stopped goes on where it was. `--compare A B` compares
+what two runs have left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ class EvalArguments:
         calibration_fraction (`float`): ProcessBench: share of the rows that the threshold is chosen on, where none is given.
         output_dir (`str`, *optional*): Defaults to `eval/MODEL/BENCHMARK`.
         overwrite (`bool`): Start anew instead of going on.
+        compare (`list[str]`, *optional*): Output folders of two finished evaluations of policies on the same problems: nothing
+            is evaluated, but the paired difference is printed, and written to `comparison.json` in `output_dir` if given. Only
+            `k`, `seed` and `output_dir` go with it.
     """
 
     model_name_or_path: str | None = field(
@@ -157,6 +161,12 @@ class EvalArguments:
     )
     output_dir: str | None = field(default=None, metadata={"help": "Defaults to eval/MODEL/BENCHMARK."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on."})
+    compare: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Output folders of two evaluations: the paired difference. Goes with k, seed and output_dir."
+        },
+    )
 
     @property
     def judges_prm(self) -> bool:
@@ -166,6 +176,9 @@ class EvalArguments:
     def __post_init__(self):
         from ..evaluation.benchmarks import BENCHMARKS
 
+        if self.compare is not None:
+            self._check_compare()
+            return
         if self.benchmark is not None and self.benchmark not in BENCHMARKS and not self.judges_prm:
             known = [*BENCHMARKS, "processbench"]
             raise ValueError(f"benchmark is {self.benchmark!r}, which is unknown. {nearest(self.benchmark, known)}")
@@ -203,10 +216,27 @@ class EvalArguments:
                 "vllm_tensor_parallel_size, or device_map: auto."
             )
 
+    def _check_compare(self) -> None:
+        if len(self.compare) != 2:
+            raise ValueError(
+                f"compare has {len(self.compare)} folders, but takes two, A and B, which is compared with A."
+            )
+        for field_ in fields(self):
+            if (
+                field_.name not in ("compare", "k", "seed", "output_dir")
+                and getattr(self, field_.name) != field_.default
+            ):
+                raise ValueError(
+                    f"{field_.name} is {getattr(self, field_.name)!r}, but compare reads two evaluations and makes none. Leave one "
+                    "of them out."
+                )
+
 
 def prepare(argv: list[str]) -> Callable[[], int]:
-    """The job of evaluating."""
+    """The job of evaluating, or of comparing two evaluations."""
     (args,) = parse_arguments([EvalArguments], argv, prog="trl-prime eval")
+    if args.compare is not None:
+        return _prepare_comparison(args)
     evaluate = _prepare_prm(args) if args.judges_prm else _prepare_policy(args)
 
     def job() -> int:
@@ -215,6 +245,26 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         summary = json.loads(json.dumps({"settings": vars(args), **evaluate()}), parse_constant=lambda _: None)
         path.write_text(json.dumps(summary, indent=2) + "\n")
         print(f"Summary: {path}")
+        return 0
+
+    return job
+
+
+def _prepare_comparison(args: EvalArguments) -> Callable[[], int]:
+    """Read and compare two evaluations; the returned function prints the difference."""
+    from ..evaluation.comparison import compare, differing_settings
+    from ..evaluation.tables import print_comparison
+
+    evaluations, metrics = compare(args.compare, _equal_answers(), args.k, args.seed)
+    paths = [evaluation.path for evaluation in evaluations]
+
+    def job() -> int:
+        print_comparison(metrics, paths, differing_settings(*evaluations))
+        if args.output_dir:
+            path = Path(args.output_dir) / "comparison.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"compare": paths, "metrics": metrics}, indent=2) + "\n")
+            print(f"Comparison: {path}")
         return 0
 
     return job

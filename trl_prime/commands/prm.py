@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ScriptArguments
-
+from .dataset_arguments import SplitArguments
 from .launching import check_launch, check_report_to, launch_if_asked, parse_launched_arguments
 from .train import check_model_name, model_init_kwargs, resume_point
 
 
 @dataclass
-class OfflinePRMScriptArguments(ScriptArguments):
+class OfflinePRMScriptArguments(SplitArguments):
     """
     The fields of a recipe beside those of [`OfflinePRMConfig`] and [`~trl.ModelConfig`].
 
@@ -28,8 +27,6 @@ class OfflinePRMScriptArguments(ScriptArguments):
             [`~trl_prime.offline_prm.data.OUTCOME_FORMATS`], with options if need be, `labelled(completion='answer')`. Not given,
             the data set has `prompt`, `completion` and `label`, or `prompt`, `chosen` and `rejected`. `dataset_name` may be a
             local file or folder.
-        held_out_share (`float`, *optional*): Hold out this share of the prompts of the train split for evaluation. Not given,
-            `dataset_test_split` is evaluated on where `eval_strategy` asks for it.
         system_prompt (`str`, *optional*): System prompt of every row; replaces the one that is there.
         prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
     """
@@ -40,13 +37,6 @@ class OfflinePRMScriptArguments(ScriptArguments):
             "help": "How the rows of dataset_name (Hub, local file or folder) are adapted: labelled or gsm8k_solutions, with "
             "options if need be: labelled(completion='answer', label='is_right'). Not given, the data set has prompt, "
             "completion and label, or prompt, chosen and rejected."
-        },
-    )
-    held_out_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Hold out this share of the prompts of the train split for evaluation. Not given, dataset_test_split is "
-            "evaluated on where eval_strategy asks for it."
         },
     )
     system_prompt: str | None = field(
@@ -125,10 +115,10 @@ def _train(trainer: Any, script_args: OfflinePRMScriptArguments, resume_from: st
 
 
 def _load_data(script_args: OfflinePRMScriptArguments, args: Any) -> tuple[Any, Any]:
-    from ..offline_prm.data import load_outcome_dataset, split_by_prompt
+    from ..offline_prm.data import load_outcome_dataset, with_prompt
 
     def load(split: str) -> Any:
-        return load_outcome_dataset(
+        dataset = load_outcome_dataset(
             script_args.dataset_name,
             script_args.dataset_format,
             split=split,
@@ -136,13 +126,9 @@ def _load_data(script_args: OfflinePRMScriptArguments, args: Any) -> tuple[Any, 
             system_prompt=script_args.system_prompt,
             prompt_suffix=script_args.prompt_suffix,
         )
+        return with_prompt(dataset)
 
-    train_dataset = load(script_args.dataset_train_split)
-    if script_args.held_out_share is not None:
-        return split_by_prompt(train_dataset, script_args.held_out_share, args.seed)
-    if args.eval_strategy != "no":
-        return train_dataset, load(script_args.dataset_test_split)
-    return train_dataset, None
+    return script_args.load_splits(load, args)
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

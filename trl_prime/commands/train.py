@@ -31,6 +31,10 @@ TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
 }
+SPLITS_BY_HAND = (
+    "eval_strategy: steps with dataset_train_split: 'train[:90%]' and dataset_test_split: 'train[90%:]' evaluates "
+    "while the run trains."
+)
 # These variables tell a process that it is one of several
 _GROUP = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -53,7 +57,7 @@ class PRIMEScriptArguments(DatasetArguments):
         prm_use_peft (`bool`): Train the PRM as a LoRA adapter.
         prm_lora_r, prm_lora_alpha (`int`): Rank and scale of that adapter.
         prm_lora_target_modules (`list[str]`, *optional*): Its layers; those of the policy's adapter, or all linear ones.
-        eval_samples (`int`): Sampled completions per held-out problem, before and after, of a task.
+        eval_samples (`int`): Sampled completions per held-out problem of a task or of `eval_split_size`, before and after.
     """
 
     task: str | None = field(
@@ -89,10 +93,26 @@ class PRIMEScriptArguments(DatasetArguments):
         metadata={"help": "Layers of the PRM's adapter. Defaults to those of the policy's, or all linear layers."},
     )
     eval_samples: int = field(
-        default=4, metadata={"help": "Sampled completions per held-out problem of a task, before and after training."}
+        default=4,
+        metadata={
+            "help": "Sampled completions per held-out problem of a task or of eval_split_size, before and after training."
+        },
     )
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.eval_samples < 1:
+            raise ValueError(f"eval_samples is {self.eval_samples}, but must be at least 1.")
+        if self.eval_split_size is not None and self.task:
+            raise ValueError(
+                f"eval_split_size is {self.eval_split_size:g}, but the task {self.task!r} has held-out problems of its own. "
+                "Leave it out."
+            )
+        if self.eval_split_size is not None and self.tools:
+            raise ValueError(
+                f"eval_split_size is {self.eval_split_size:g}, but a policy with tools is not measured before and after "
+                f"training, because that takes one completion a problem. Leave it out: {SPLITS_BY_HAND}"
+            )
         if isinstance(self.task_kwargs, str):
             try:
                 self.task_kwargs = json.loads(self.task_kwargs)
@@ -112,8 +132,8 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     resume_from = resume_point(args)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
-    trainer, task = _build(script_args, args, model_args)
-    return functools.partial(_train, trainer, task, script_args, model_args, resume_from, argv)
+    trainer, held_out = _build(script_args, args, model_args, resume_from)
+    return functools.partial(_train, trainer, held_out, script_args, model_args, resume_from, argv)
 
 
 def resume_point(args: Any) -> str | None:
@@ -167,8 +187,30 @@ def _types() -> list[type]:
     return [PRIMEScriptArguments, PRIMEConfig, ModelConfig]
 
 
-def _build(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tuple[Any, Task | None]:
-    """The trainer, and the task if the recipe has one."""
+@dataclass(frozen=True)
+class HeldOut:
+    """
+    These are problems that a run is measured on before and after training.
+
+    Attributes:
+        problems (`Dataset`): Their rows.
+        step_labels (`Callable`, *optional*): See [`~trl_prime.tasks.task.Task`].
+    """
+
+    problems: Any
+    step_labels: Callable[[str, str], list[bool]] | None = None
+
+    def version(self) -> str:
+        """Short hash of the rows."""
+        from ..evaluation.resumable import digest
+
+        return digest(self.problems[:])
+
+
+def _build(
+    script_args: PRIMEScriptArguments, args: Any, model_args: Any, resume_from: str | None
+) -> tuple[Any, HeldOut | None]:
+    """The trainer, and what it is measured on before and after training."""
     from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
 
@@ -178,28 +220,38 @@ def _build(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tup
     from ..sandbox.tool import load_tool
     from ..specs import load_object
 
-    task = None
+    task = held_out = None
+    if script_args.task or script_args.eval_split_size is not None:
+        check_policy_is_whole(args)
     if script_args.task:
         if script_args.task not in TASKS and "." not in script_args.task:
             raise ValueError(f"task is {script_args.task!r}, which is unknown. {nearest(script_args.task, TASKS)}")
         task = _load_task(script_args, args)
         model, train_dataset, eval_dataset = task.model, task.train_dataset, task.eval_dataset
+        held_out = HeldOut(task.eval_dataset, task.step_labels)
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
         with args.main_process_first(desc="loading the data set"):
-            train_dataset = load_split(
-                script_args, script_args.dataset_train_split, model, chat_template_kwargs=args.chat_template_kwargs
+            train_dataset, eval_dataset = script_args.load_splits(
+                lambda split: load_split(script_args, split, model, chat_template_kwargs=args.chat_template_kwargs),
+                args,
             )
-            eval_dataset = None
-            if args.eval_strategy != "no":
-                eval_dataset = load_split(
-                    script_args, script_args.dataset_test_split, model, chat_template_kwargs=args.chat_template_kwargs
-                )
+        if script_args.eval_split_size is not None:
+            held_out = HeldOut(eval_dataset)
+            if args.process_index == 0:
+                print(f"Held out {len(eval_dataset)} rows, {len(train_dataset)} are left to train on.", flush=True)
     else:
         raise ValueError("Give either `task`, or `model_name_or_path` and `dataset_name`.")
+    if resume_from is not None:
+        check_same_split(Path(resume_from).parent, held_out)
     reward_funcs = [load_reward_func(name) for name in script_args.reward_funcs or []]
     if not reward_funcs and task:
         reward_funcs = list(task.reward_funcs)
+    if held_out is not None and reward_funcs and getattr(reward_funcs[0], "__name__", None) == "majority_reward":
+        raise ValueError(
+            "reward_funcs begins with 'majority', which tells how far completions agree, but held-out accuracy is measured by the "
+            "first reward function. Leave eval_split_size out, and evaluate by trl-prime eval on problems with answers."
+        )
     prm_peft_config = None
     if script_args.prm_use_peft:
         prm_peft_config = LoraConfig(
@@ -225,7 +277,49 @@ def _build(script_args: PRIMEScriptArguments, args: Any, model_args: Any) -> tup
     )
     if not args.disable_tqdm:
         MetricsProgressCallback.replace_default(trainer, "PRIME", PRIME_METRICS)
-    return trainer, task
+    return trainer, held_out
+
+
+def check_policy_is_whole(args: Any) -> None:
+    """
+    Refuse to measure a policy of which each process has only a part.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Of the run.
+
+    Raises:
+        ValueError: The launcher asks for FSDP or ZeRO-3.
+    """
+    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if is_zero3 or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise ValueError(
+            "A task or eval_split_size measures the policy before and after training, for which every process needs all of "
+            f"it, but {'ZeRO-3' if is_zero3 else 'FSDP'} shards it. Use ddp or zero2. Or leave eval_split_size out: "
+            f"{SPLITS_BY_HAND}"
+        )
+
+
+def check_same_split(run: Path, held_out: HeldOut | None) -> None:
+    """
+    Refuse to go on with other held-out problems than a run began with: it has trained on some of them.
+
+    Args:
+        run (`Path`): Folder of the run that is resumed.
+        held_out ([`HeldOut`], *optional*): What it would be measured on.
+
+    Raises:
+        ValueError: Its settings tell of other problems, or of none.
+    """
+    from ..reports.run_files import SETTINGS_NAME
+
+    path = run / SETTINGS_NAME
+    if held_out is None or not path.is_file():
+        return
+    if json.loads(path.read_text()).get("held_out_problems") != held_out.version():
+        raise ValueError(
+            f"The held-out problems are not those that the run in '{run}' began with, and it has trained on some of them. Give "
+            "the eval_split_size, seed and data that it began with, or start anew in another output_dir."
+        )
 
 
 def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
@@ -255,13 +349,13 @@ def _prepare_alone(path: str, output_dir: str, seed: int, kwargs: dict[str, Any]
 
 def _train(
     trainer: Any,
-    task: Task | None,
+    held_out: HeldOut | None,
     script_args: PRIMEScriptArguments,
     model_args: Any,
     resume_from: str | None,
     argv: list[str],
 ) -> int:
-    """Train and save; on a task, measure before and after. Returns the exit code."""
+    """Train and save; with held-out problems, measure before and after. Returns the exit code."""
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ..reports.progress import plot_learning_curve, print_saved, print_summary
@@ -269,11 +363,14 @@ def _train(
 
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     if trainer.accelerator.is_main_process:
-        save_settings(output_dir, script_args, model_args, args)
-    measures = task is not None and trainer.accelerator.is_main_process
-    if measures:
-        before = _measure(trainer, task, script_args.eval_samples, with_prm=False)[0]
-        print(f"Held-out accuracy before: {before['greedy']:.1%} greedy, {before['sampled']:.1%} sampled", flush=True)
+        version = {} if held_out is None else {"held_out_problems": held_out.version()}
+        save_settings(output_dir, script_args, model_args, args, version)
+    if held_out is not None:
+        before = _measure(trainer, held_out, script_args.eval_samples, with_prm=False)[0]
+        if trainer.accelerator.is_main_process:
+            print(
+                f"Held-out accuracy before: {before['greedy']:.1%} greedy, {before['sampled']:.1%} sampled", flush=True
+            )
     with _resume_hint(trainer, argv):
         trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(args.output_dir)
@@ -282,12 +379,13 @@ def _train(
     if trainer.accelerator.is_main_process:
         plot_learning_curve(trainer.state.log_history, output_dir / CURVE_NAME)
         saved["learning curve"] = output_dir / CURVE_NAME
-    if measures:
-        after, prm = _measure(trainer, task, script_args.eval_samples)
-        results = {"before": before, "after": after, "prm": prm}
-        (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
-        saved["results"] = output_dir / RESULTS_NAME
-        print_summary(before, after, prm)
+    if held_out is not None:
+        after, prm = _measure(trainer, held_out, script_args.eval_samples)
+        if trainer.accelerator.is_main_process:
+            results = {"before": before, "after": after, "prm": prm}
+            (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+            saved["results"] = output_dir / RESULTS_NAME
+            print_summary(before, after, prm)
     if trainer.accelerator.is_main_process:
         print_saved(saved, _next_commands(output_dir, output_dir / PRM_FOLDER))
     if args.push_to_hub:
@@ -343,21 +441,24 @@ def resume_command(argv: list[str], step: int, output_dir: Path) -> str:
 
 
 def _measure(
-    trainer: Any, task: Any, num_samples: int, with_prm: bool = True
+    trainer: Any, held_out: HeldOut, num_samples: int, with_prm: bool = True
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Accuracies of the policy and of the PRM on the held-out problems of a task."""
+    """Accuracies of the policy and, on the first process, of the PRM. All processes share the policy's problems."""
     from ..evaluation.held_out import measure_policy, measure_prm
 
     accuracies, dataset, completions, rewards = measure_policy(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
-        task.eval_dataset,
+        held_out.problems,
         trainer.reward_funcs[0],
         max_new_tokens=trainer.args.max_completion_length,
         num_samples=num_samples,
+        batch_size=trainer.args.per_device_eval_batch_size,
         seed=trainer.args.seed,
+        text_format=trainer.implicit_prm.text_format,
+        accelerator=trainer.accelerator,
     )
     prm: dict[str, float] = {}
-    if with_prm and trainer.implicit_prm.reference is not None:
-        prm = measure_prm(trainer.implicit_prm, dataset, completions, rewards, num_samples, task.step_labels)
+    if with_prm and trainer.accelerator.is_main_process and trainer.implicit_prm.reference is not None:
+        prm = measure_prm(trainer.implicit_prm, dataset, completions, rewards, num_samples, held_out.step_labels)
     return accuracies, prm

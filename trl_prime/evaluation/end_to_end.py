@@ -153,6 +153,32 @@ class SampleTable:
         return vote(self.groups, self.correct[self.answered], subsets, weights)
 
 
+def values_by_metric(samples: SampleTable, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """
+    What each problem contributes to each metric.
+
+    Args:
+        samples ([`SampleTable`]): P problems with n samples each.
+        ks (`list[int]`): For pass@k.
+
+    Returns:
+        `dict[str, np.ndarray]`: `(P,)` between 0 and 1 for each of `greedy`, `pass@k`, `avg@n` and `maj@n`, as far as they
+        apply. NaN stands for a problem without answers to vote on.
+    """
+    values = {}
+    if samples.greedy:
+        values["greedy"] = np.array([is_correct(row["reward"]) for row in samples.greedy], dtype=np.float64)
+    if samples.n:
+        num_correct = samples.correct.sum(axis=1)
+        for k in ks:
+            values[f"pass@{k}"] = pass_at_k(samples.n, num_correct, k)
+        values[f"avg@{samples.n}"] = samples.rewards.mean(axis=1)
+        if samples.answered.any():
+            values[f"maj@{samples.n}"] = np.full(len(samples.answered), np.nan)
+            values[f"maj@{samples.n}"][samples.answered] = samples.vote(draws(samples.n, samples.n))
+    return values
+
+
 def summarize_samples(samples: SampleTable, ks: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """
     Accuracies of a policy, each with its 95 % bootstrap interval over problems.
@@ -166,16 +192,6 @@ def summarize_samples(samples: SampleTable, ks: Sequence[int], seed: int = 0) ->
         `dict`: counts, and `metrics`: `greedy`, `pass@k`, `avg@n` (the mean reward, which differs from pass@1 only where
         there are part marks) and, over the problems with answers, `maj@n`, as far as they apply.
     """
-    metrics = {}
-    if samples.greedy:
-        metrics["greedy"] = mean_with_interval([is_correct(row["reward"]) for row in samples.greedy], seed=seed)
-    if samples.n:
-        num_correct = samples.correct.sum(axis=1)
-        for k in ks:
-            metrics[f"pass@{k}"] = mean_with_interval(pass_at_k(samples.n, num_correct, k), seed=seed)
-        metrics[f"avg@{samples.n}"] = mean_with_interval(samples.rewards.mean(axis=1), seed=seed)
-        if samples.answered.any():
-            metrics[f"maj@{samples.n}"] = mean_with_interval(samples.vote(draws(samples.n, samples.n)), seed=seed)
     rows = samples.greedy + samples.rows
     return {
         "num_problems": len({row["problem"] for row in rows}),
@@ -185,7 +201,10 @@ def summarize_samples(samples: SampleTable, ks: Sequence[int], seed: int = 0) ->
         "num_truncated": sum(row["truncated"] for row in rows),
         "num_without_answer": sum(row.get("answer") == NO_ANSWER for row in rows),
         "mean_tokens": sum(row["tokens"] for row in rows) / max(len(rows), 1),
-        "metrics": metrics,
+        "metrics": {
+            name: mean_with_interval(values[~np.isnan(values)], seed=seed)
+            for name, values in values_by_metric(samples, ks).items()
+        },
     }
 
 

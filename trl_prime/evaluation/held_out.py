@@ -1,4 +1,4 @@
-"""Measures of a policy and its PRM on the held-out problems of a task.
+"""Measures of a policy and its PRM on the held-out problems of a run.
 
 Covered: accuracy by greedy decoding and by sampling; the PRM's accuracy on those samples, and how well it finds the first
 wrong step where a task knows the truth of each step. Not covered: pass@k, best-of-N, benchmarks (`end_to_end.py`).
@@ -6,10 +6,12 @@ wrong step where a task knows the truth of each step. Not covered: pass@k, best-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
 from ..implicit_prm.accuracies import absolute_accuracy, pairwise_accuracy
 from .judging import as_completions, judge
@@ -17,10 +19,12 @@ from .sampling import SamplingSettings, TransformersSampler
 from .statistics import first_error_auc
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..implicit_prm import ImplicitPRM
+    from ..texts import TextFormat
 
 
 def generate(
@@ -32,6 +36,7 @@ def generate(
     temperature: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
+    text_format: TextFormat | None = None,
 ) -> list[Any]:
     """
     One completion for each prompt, in the prompts' format.
@@ -44,11 +49,12 @@ def generate(
         temperature (`float`): 0 is greedy.
         batch_size (`int`): Prompts at a time.
         seed (`int`): Seed of the one random stream that all samples are drawn from.
+        text_format ([`~trl_prime.texts.TextFormat`], *optional*): How the run renders messages.
 
     Returns:
         `list[str]` or `list[list[dict]]`: as `prompts`.
     """
-    sampler = TransformersSampler(model, tokenizer, SamplingSettings(max_new_tokens, temperature or 1.0))
+    sampler = TransformersSampler(model, tokenizer, SamplingSettings(max_new_tokens, temperature or 1.0), text_format)
     stream = torch.Generator(model.device).manual_seed(seed)
     completions: list[Any] = []
     for start in range(0, len(prompts), batch_size):
@@ -74,27 +80,50 @@ def measure_policy(
     num_samples: int = 4,
     batch_size: int = 64,
     seed: int = 0,
+    text_format: TextFormat | None = None,
+    accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, float], Dataset, list[Any], torch.Tensor]:
     """
     Accuracy on held-out problems.
 
     Args:
-        model, tokenizer, max_new_tokens, batch_size, seed: as in [`generate`].
+        model, tokenizer, max_new_tokens, batch_size, seed, text_format: as in [`generate`].
         dataset ([`~datasets.Dataset`]): N problems with a `prompt` column and those that `reward_func` reads.
         reward_func (`Callable`): Outcome reward; a completion that it cannot judge counts as wrong.
         num_samples (`int`): Completions per problem at temperature 1.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Its processes, all of which have to call this with the same
+            arguments, share the problems. Each gets the result of all.
 
     Returns:
         `tuple`: `{"greedy", "sampled"}` accuracies between 0 and 1; the problems, each repeated `num_samples` times; a
         sampled completion and its reward for each of those rows.
     """
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    greedy = outcomes(reward_func, dataset, generate(model, tokenizer, dataset["prompt"][:], **settings))
-    repeated = dataset.select([row for row in range(len(dataset)) for _ in range(num_samples)])
+    rank, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    # Each process has as many problems, some twice if need be, because reward functions may wait for those of the others
+    num_mine = math.ceil(len(dataset) / num_processes)
+    mine = [(rank + i * num_processes) % len(dataset) for i in range(num_mine)]
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed + rank}
+    settings["text_format"] = text_format
+    problems, repeated = dataset.select(mine), dataset.select(_repeat(mine, num_samples))
+    greedy = outcomes(reward_func, problems, generate(model, tokenizer, problems["prompt"][:], **settings))
     samples = generate(model, tokenizer, repeated["prompt"][:], temperature=1.0, **settings)
     sampled = outcomes(reward_func, repeated, samples)
+    if num_processes > 1:
+        found = {
+            row: (greedy[i], samples[i * num_samples : (i + 1) * num_samples], sampled.view(num_mine, -1)[i])
+            for i, row in enumerate(mine)
+        }
+        found = dict(gather_object(list(found.items())))
+        everything = [found[row] for row in range(len(dataset))]
+        repeated = dataset.select(_repeat(range(len(dataset)), num_samples))
+        greedy, sampled = torch.stack([row[0] for row in everything]), torch.cat([row[2] for row in everything])
+        samples = [sample for row in everything for sample in row[1]]
     accuracies = {"greedy": greedy.nan_to_num().mean().item(), "sampled": sampled.nan_to_num().mean().item()}
     return accuracies, repeated, samples, sampled
+
+
+def _repeat(rows: Iterable[int], times: int) -> list[int]:
+    return [row for row in rows for _ in range(times)]
 
 
 def measure_prm(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ def judge(
     Rewards of completions.
 
     Args:
-        reward_func (`Callable`): Outcome reward in TRL's form.
+        reward_func (`Callable`): Outcome reward in TRL's form, plain or async.
         problems ([`~datasets.Dataset`]): N rows with a `prompt` and the columns that `reward_func` reads.
         completions (`list`): A completion for each row, in the format of its prompt.
 
@@ -51,4 +53,6 @@ def judge(
         log_metric=lambda *_: None,
         **{name: problems[name][:] for name in problems.column_names if name not in ("prompt", "completion")},
     )
+    if inspect.isawaitable(rewards):
+        rewards = asyncio.run(rewards)
     return [None if reward is None else float(reward) for reward in rewards], logged

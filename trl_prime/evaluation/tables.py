@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +37,31 @@ def print_samples(summary: Mapping[str, Any], title: str) -> None:
         f"{summary['num_undecided']} could not be judged and count as wrong.",
         soft_wrap=True,
     )
+
+
+def print_comparison(metrics: Mapping[str, Mapping[str, float]], paths: Sequence[str], differing: str) -> None:
+    """
+    Print the result of [`~trl_prime.evaluation.comparison.compare`].
+
+    Args:
+        metrics (`dict`): The differences.
+        paths (`list[str]`): The folders of both evaluations.
+        differing (`str`): Settings in which they differ.
+    """
+    table = Table(caption="95 % paired bootstrap intervals")
+    table.add_column("")
+    for heading in ("A", "B", "B - A, points", "interval"):
+        table.add_column(heading, justify="right")
+    for name, row in metrics.items():
+        difference, low, high = (f"{100 * row[bound]:+.1f}" for bound in ("value", "low", "high"))
+        table.add_row(name, f"{row['first']:.1%}", f"{row['second']:.1%}", difference, f"{low} to {high}")
+    console = Console()
+    for letter, path in zip("AB", paths, strict=True):
+        console.print(f"{letter}: {path}", style="bold", soft_wrap=True, markup=False)
+    console.print(table)
+    console.print("An interval with 0 in it leaves open which is better.", soft_wrap=True)
+    if differing:
+        console.print(f"Settings of A and B that differ: {differing}.", soft_wrap=True, markup=False)
 
 
 def print_best_of_n(rows: list[Mapping[str, Any]]) -> None:

@@ -3,8 +3,7 @@
 Both forms are TRL's own. *Labelled*: `prompt`, `completion`, `label` (unpaired preference; a label is a bool or a number
 between 0 and 1, None where it is not known). *Pairs*: `prompt`, `chosen`, `rejected` (preference). Prompts and completions
 are text or messages. Covered: reading both, and two published layouts of labelled completions; making one form of the
-other; splitting so that no prompt is on both sides. Not covered: tokens, lengths and what is dropped for them
-(`offline_prm_trainer.py`).
+other. Not covered: a held-out part (`data/splits.py`); tokens, lengths and what is dropped for them (`offline_prm_trainer.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -213,18 +211,19 @@ def to_labelled(dataset: Dataset) -> Dataset:
     check_form(dataset)
     if set(dataset.column_names) >= LABELLED:
         return dataset
-    return unpair_preference_dataset(_with_prompt(dataset))
+    return unpair_preference_dataset(with_prompt(dataset))
 
 
 def to_pairs(dataset: Dataset, max_pairs_per_prompt: int | None = None, seed: int = 0) -> Dataset:
     """Return pairs as they are, and of labelled completions the pairs of [`pairs_of_labelled`]."""
     check_form(dataset)
     if set(dataset.column_names) >= PAIRS:
-        return _with_prompt(dataset)
+        return with_prompt(dataset)
     return pairs_of_labelled(dataset, max_pairs_per_prompt, seed)
 
 
-def _with_prompt(dataset: Dataset) -> Dataset:
+def with_prompt(dataset: Dataset) -> Dataset:
+    """Take the prompt out of pairs that hold it inside `chosen` and `rejected`; other rows are returned as they are."""
     return dataset if "prompt" in dataset.column_names else dataset.map(extract_prompt)
 
 
@@ -271,31 +270,3 @@ def group_by_prompt(prompts: Sequence[Any]) -> list[list[int]]:
     for i, prompt in enumerate(prompts):
         rows.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
     return list(rows.values())
-
-
-def split_by_prompt(dataset: Dataset, held_out_share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """
-    Hold out the completions of some of the prompts; no prompt is on both sides.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): Labelled completions or pairs.
-        held_out_share (`float`): Share of the prompts, rounded up to whole ones.
-        seed (`int`): Seed of the choice.
-
-    Returns:
-        `tuple`: the rest and the held-out rows, both in their order.
-
-    Raises:
-        ValueError: One of the sides would be empty.
-    """
-    groups = group_by_prompt(_with_prompt(dataset)["prompt"][:])
-    num_held_out = math.ceil(held_out_share * len(groups))
-    if not 0 < num_held_out < len(groups):
-        raise ValueError(
-            f"held_out_share is {held_out_share}, which holds out {num_held_out} of {len(groups)} prompts. Give a share between "
-            "0 and 1 that leaves some on both sides."
-        )
-    random.Random(seed).shuffle(groups)
-    held_out = sorted(row for rows in groups[:num_held_out] for row in rows)
-    rest = sorted(row for rows in groups[num_held_out:] for row in rows)
-    return dataset.select(rest), dataset.select(held_out)

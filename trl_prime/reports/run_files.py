@@ -33,11 +33,13 @@ def save_settings(output_dir: Path, *arguments: Any) -> None:
 
     Args:
         output_dir (`Path`): Folder of the run, made if needed.
-        *arguments: Dataclasses with settings; of a name that two of them have, the later one counts.
+        *arguments: Dataclasses or dicts with settings; of a name that two of them have, the later one counts.
     """
     settings: dict[str, Any] = {}
     for part in arguments:
-        settings |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+        if not isinstance(part, dict):
+            part = part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+        settings |= part
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / SETTINGS_NAME).write_text(
         json.dumps(_masked(settings), indent=2, sort_keys=True, default=str) + "\n"
