@@ -26,6 +26,7 @@ def print_environment() -> int:
     for name, value in {
         "trl-prime version": _version("trl-prime"),
         "Math-Verify version": _version("math-verify"),
+        "pint version": _version("pint"),
         "reasoning-gym version": _version("reasoning-gym"),
         "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
         "Machine": platform.machine(),

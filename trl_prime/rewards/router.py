@@ -103,7 +103,7 @@ class VerifierReward:
             ability (`list[str | None]`, *optional*): (B,) kind of each row: `"math"`, `"code"` or `"reasoning_gym"`.
             data_source (`list[str | None]`, *optional*): (B,) name of the data set that the row is from.
             solution (`list[str | None]`, *optional*): (B,) right answers of the mathematics rows.
-            tests (`list[str | None]`, *optional*): (B,) tests of the code rows, as JSON.
+            tests (`list[str | None]`, *optional*): (B,) tests of the code rows, as the code reward takes them.
             log_extra, log_metric (`Callable`, *optional*): TRL's hooks. A column that a verifier logs comes out in the
                 length of the batch, with None for the rows of other kinds.
             kwargs: Further columns (lists of B values are cut to the verifier's rows) and anything else (passed on).
