@@ -274,5 +274,6 @@ ROUTES = {
     ("GET", rf"/api/models/{_REPO}"): Handler.info,
     ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)"): Handler.info,
     ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?"): Handler.tree,
-    ("HEAD GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"): Handler.resolve,
+    # There are no data sets, and a user may still ask for one
+    ("HEAD GET", rf"(/datasets)?/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"): Handler.resolve,
 }

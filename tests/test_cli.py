@@ -109,8 +109,8 @@ def test_nothing_to_resume_from_is_told_before_a_model_is_loaded(tmp_path, capsy
 
 
 @pytest.mark.parametrize("option", ["model_name_or_path", "prm_model_name_or_path"])
-def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys, option):
-    assert main(train_flags(tmp_path, "no/model", "no/data", **{option: "./nowhere"})) == 2
+def test_a_folder_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys, model_path, option):
+    assert main(train_flags(tmp_path, model_path, "no/data", **{option: "./nowhere"})) == 2
     assert f"{option} is './nowhere', but there is no such folder" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """`trl-prime eval` from the command line to the summary, with tiny models and local files."""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 from trl_prime import ImplicitPRM
 from trl_prime.cli import main
+from trl_prime.commands.evaluate import _load_verifier
 from trl_prime.evaluation.benchmarks import BENCHMARKS
 from trl_prime.evaluation.end_to_end import SampleTable, sample_problems, summarize_samples
 from trl_prime.evaluation.resumable import ResumableRows
@@ -236,11 +238,11 @@ def test_process_bench_from_the_command_line(tmp_path, prm_path, capsys, monkeyp
     assert "Row 0" in capsys.readouterr().err
 
 
-def test_right_solutions_alone_are_refused_before_they_are_scored(tmp_path, capsys):
+def test_right_solutions_alone_are_refused_before_they_are_scored(tmp_path, capsys, prm_path):
     path = tmp_path / "bench.jsonl"
     row = {"problem": "1 plus 1", "steps": ["add", "it is 2"], "label": -1}
     path.write_text("".join(json.dumps({**row, "id": f"row-{i}"}) + "\n" for i in range(20)))
-    settings = {"benchmark": "processbench", "prm_name_or_path": tmp_path, "dataset_name": path}
+    settings = {"benchmark": "processbench", "prm_name_or_path": prm_path, "dataset_name": path}
     assert main(flags(**settings, output_dir=tmp_path / "out")) == 2
     assert "Of 4 solutions 4 are right" in capsys.readouterr().err
 
@@ -270,6 +272,60 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, caps
     monkeypatch.setenv("WORLD_SIZE", "2")
     evaluate(expected=2)
     assert "one process" in capsys.readouterr().err
+
+
+def test_scores_without_their_settings_are_refused_before_anything_is_sampled(evaluate, prm_path, tmp_path, capsys):
+    settings = {"prm_name_or_path": prm_path, "num_samples": 2, "limit": 2}
+    evaluate(**settings)
+    (scores,) = (tmp_path / "out").glob("prm_scores-*.jsonl")
+    for break_it in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        break_it(scores.with_suffix(".settings.json"))
+        # More samples would be needed, and none is made
+        (tmp_path / "out" / "samples.jsonl").write_text("")
+        capsys.readouterr()
+        evaluate(expected=2, **settings)
+        assert f"'{scores}' exists, but no readable '{scores.stem}.settings.json'" in capsys.readouterr().err
+        assert (tmp_path / "out" / "samples.jsonl").read_text() == ""
+    evaluate(overwrite="true", **settings)
+
+
+def silent_reward(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "reward_func, num_samples, said",
+    [
+        (f"{__name__}.digit_reward", 4, "num_samples is 4, and votes compare answers"),
+        (f"{__name__}.digit_reward", 0, None),
+        (f"{__name__}.silent_reward", 4, None),
+        ("code", 4, None),
+        ("verifier", 4, None),
+        ("math", 0, "Judging answers needs Math-Verify"),
+        ("majority", 4, "Judging answers needs Math-Verify"),
+    ],
+)
+def test_without_math_verify(reward_func, num_samples, said, problems, monkeypatch):
+    """Votes would end in a traceback when all is sampled; code needs none."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))
+    monkeypatch.setattr("trl_prime.rewards.registry._make", lambda *_: silent_reward)
+    rows = Dataset.from_dict({"prompt": ["x"], "tests": ['{"asserts": ["assert f() == 1"]}'], "ability": ["code"]})
+    if said is None:
+        assert callable(_load_verifier(reward_func, rows, num_samples))
+        return
+    with pytest.raises(ValueError, match=f"{said}.*trl-prime.math"):
+        _load_verifier(reward_func, rows, num_samples)
+
+
+def test_the_vote_is_checked_before_anything_is_sampled(evaluate, monkeypatch, tmp_path, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))
+    evaluate(expected=2)
+    assert "pip install trl-prime[math]. Or give num_samples: 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    summary, _ = evaluate(num_samples=0)
+    assert list(summary["metrics"]) == ["greedy"]
 
 
 def test_a_model_without_a_chat_template_takes_plain_prompts(evaluate, tokenizer, tmp_path, capsys):

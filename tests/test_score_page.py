@@ -243,4 +243,4 @@ def test_wrong_arguments_are_named(tmp_path, capsys):
     assert "no rows" in error_of("--input", str(empty))
     assert "--batch_size is 0" in error_of(*direct, "--batch_size", "0")
     assert "--beta is -1" in error_of(*direct, "--beta=-1")
-    assert "could not be loaded" in error_of(*direct)
+    assert "no such folder" in error_of(*direct)

@@ -1,4 +1,4 @@
-"""The Hub: model cards of a policy trained by PRIME and of its implicit PRM, and how a folder gets there.
+"""The Hub: whether a name can be loaded, model cards of a policy trained by PRIME and of its PRM, and how a folder gets there.
 
 What a card says is a pure function of settings; [`add_policy_section`] alone writes a file. What is pushed, and when, is decided in `prime_trainer.py` (the policy, by
 Trainer, and the PRM along with it) and in `ImplicitPRM.push_to_hub`.
@@ -12,8 +12,18 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -66,6 +76,63 @@ SETTINGS = (
     "loss_type",
     "beta",
 )
+
+
+# --- Names ---
+
+
+def check_reachable(
+    option: str, name: str, filenames: Sequence[str], *, repo_type: str = "model", revision: str | None = None
+) -> None:
+    """
+    Refuse the name of a model that is not in the cache and cannot be had from the Hub, or of a data set that cannot. One
+    request finds out, without the retries of a download.
+
+    Args:
+        option (`str`): The option that has this value, for the message.
+        name (`str`): The value, which is no local file or folder.
+        filenames (`list[str]`): Files of which a model in the cache has one. The Hub is asked for the first, and a repo
+            without it counts as reachable.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        revision (`str`, *optional*): Branch, tag or commit.
+
+    Raises:
+        ValueError: The name is none of the Hub, the Hub has nothing of that name or revision for this user, or it cannot be
+            reached.
+    """
+    kind = {"model": "model", "dataset": "data set"}[repo_type]
+    local = {"model": "folder", "dataset": "file or folder"}[repo_type]
+    said = f"{option} is {name!r}, which is"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{said} neither a local {local} nor a name on the Hub, OWNER/NAME. Mend it.") from error
+    if repo_type == "model" and any(
+        isinstance(try_to_load_from_cache(name, filename, revision=revision), str) for filename in filenames
+    ):
+        return
+    if is_offline_mode():
+        raise ValueError(
+            f"{said} neither a local {local} nor in the cache, and HF_HUB_OFFLINE forbids to download it. Load it once without "
+            f"HF_HUB_OFFLINE, or give a local {local}."
+        )
+    try:
+        get_hf_file_metadata(hf_hub_url(name, filenames[0], repo_type=repo_type, revision=revision))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{said} on the Hub, but not in the revision {revision!r}. Mend it.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{said} neither a local {local} nor a {kind} that the Hub lets you read. Mend the name, or ask for access on its "
+            "page and log in by `hf auth login`."
+        ) from error
+    except HfHubHTTPError:
+        pass  # it has no such file, or the Hub is busy, for which a download tries again
+    # The HTTP library differs between versions of huggingface_hub, and so do its errors
+    except Exception as error:
+        raise ValueError(
+            f"{said} neither a local {local} nor in the cache, and the Hub at {constants.ENDPOINT} cannot be reached ({error}). "
+            f"Mend the connection or HF_ENDPOINT, or give a local {local}."
+        ) from error
 
 
 # --- Cards ---

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..texts import encode_prompt
 from .arguments import parse_arguments
 from .dataset_arguments import FORMAT_HELP
+from .models import TOKENIZER_FILES, check_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,6 +96,7 @@ class DataArguments:
 def prepare(argv: list[str]) -> Callable[[], int]:
     """The job of showing, checking or converting a data set."""
     (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data")
+    check_model("tokenizer", arguments.tokenizer, filenames=TOKENIZER_FILES)
 
     from transformers import AutoTokenizer
 

@@ -7,6 +7,7 @@ what two runs have left.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..specs import nearest
 from .arguments import parse_arguments
+from .models import check_model, check_prm
 
 
 @dataclass
@@ -237,6 +239,10 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     (args,) = parse_arguments([EvalArguments], argv, prog="trl-prime eval")
     if args.compare is not None:
         return _prepare_comparison(args)
+    check_model("model_name_or_path", None if args.judges_prm else args.model_name_or_path, args.model_revision)
+    if args.prm_name_or_path:
+        references = {"reference_option": "prm_reference", "reference": args.prm_reference}
+        check_prm("prm_name_or_path", args.prm_name_or_path, args.prm_revision, **references)
     evaluate = _prepare_prm(args) if args.judges_prm else _prepare_policy(args)
 
     def job() -> int:
@@ -273,7 +279,7 @@ def _prepare_comparison(args: EvalArguments) -> Callable[[], int]:
 def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
     """Load the problems and check what can be checked; the returned function samples, judges and sums up."""
     dataset = _load_dataset(args)
-    reward_func = _load_verifier(args.reward_func, dataset)
+    reward_func = _load_verifier(args.reward_func, dataset, args.num_samples)
 
     from ..evaluation.end_to_end import (
         SampleTable,
@@ -282,7 +288,7 @@ def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
         summarize_best_of_n,
         summarize_samples,
     )
-    from ..evaluation.resumable import ResumableRows, digest, model_version
+    from ..evaluation.resumable import ResumableRows, check_has_settings, digest, model_version
     from ..evaluation.sampling import load_tokenizer
     from ..evaluation.statistics import sizes_up_to
     from ..evaluation.tables import print_best_of_n, print_samples
@@ -305,6 +311,10 @@ def _prepare_policy(args: EvalArguments) -> Callable[[], dict[str, Any]]:
         settings["chat_template_kwargs"] = text_format.chat_template_kwargs
     output_dir = _output_dir(args)
     written = ResumableRows(output_dir / "samples.jsonl", settings, args.overwrite)
+    if args.prm_name_or_path and not args.overwrite:
+        # What they are named by is known after the sampling, and whether one can be gone on with is not to be found out then
+        for path in output_dir.glob("prm_scores-*.jsonl"):
+            check_has_settings(path)
 
     def evaluate() -> dict[str, Any]:
         rows = sample_problems(
@@ -406,24 +416,43 @@ def _load_dataset(args: EvalArguments) -> Any:
     return dataset if args.limit is None else dataset.select(range(min(args.limit, len(dataset))))
 
 
-def _load_verifier(spec: str, dataset: Any) -> Callable:
-    """The reward function. Where a verifier cannot work on this machine, this says so before any model is loaded."""
+def _load_verifier(spec: str, dataset: Any, num_samples: int) -> Callable:
+    """The reward function. Where a verifier or the vote cannot work on this machine, this says so before a model is loaded."""
+    from ..rewards.math_rewards import check_installed
     from ..rewards.registry import load_reward_func
     from ..rewards.router import VerifierReward, row_kind
     from ..sandbox import SandboxUnavailable
+    from ..specs import parse_call
 
-    try:
-        if spec != "verifier":
-            return load_reward_func(spec)
+    name, kinds = parse_call(spec)[0], set()
+    if name == "verifier":
         columns = [name for name in ("ability", "data_source", "solution", "tests") if name in dataset.column_names]
         kinds = {row_kind(**row) for row in dataset.select_columns(columns)}
-        if not kinds - {None}:
+    try:
+        if spec != "verifier":
+            reward_func = load_reward_func(spec)
+        elif not kinds - {None}:
             raise ValueError(
                 "No row says which verifier is to judge it. Give dataset_format, or reward_func: math, code or another one."
             )
-        return VerifierReward(**{kind: {} for kind in ("math", "code") if kind in kinds})
+        else:
+            reward_func = VerifierReward(**{kind: {} for kind in ("math", "code") if kind in kinds})
     except (ImportError, SandboxUnavailable) as error:
         raise ValueError(str(error)) from error
+    # Programs are not voted on; a function that cannot log has no answers to compare
+    logs_answers = kinds - {None, "code"} if name == "verifier" else name != "code" and _takes_log_extra(reward_func)
+    if num_samples and logs_answers:
+        try:
+            check_installed()
+        except ImportError as error:
+            raise ValueError(
+                f"num_samples is {num_samples}, and votes compare answers by the math verifier. {error}. Or give num_samples: 0."
+            ) from error
+    return reward_func
+
+
+def _takes_log_extra(reward_func: Callable) -> bool:
+    return "log_extra" in inspect.signature(reward_func).parameters
 
 
 def _load_sampler(args: EvalArguments, tokenizer: Any, text_format: Any) -> Any:

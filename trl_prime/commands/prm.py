@@ -14,7 +14,8 @@ from typing import Any
 
 from .dataset_arguments import SplitArguments
 from .launching import check_launch, check_report_to, launch_if_asked, parse_launched_arguments
-from .train import check_model_name, model_init_kwargs, resume_point
+from .models import check_model
+from .train import model_init_kwargs, resume_point
 
 
 @dataclass
@@ -71,7 +72,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
             "dataset_streaming is True, but groups and lengths have to be known before training. Leave it out."
         )
     resume_from = resume_point(args)
-    check_model_name("model_name_or_path", model_args.model_name_or_path)
+    check_model("model_name_or_path", model_args.model_name_or_path, model_init_kwargs(args, model_args)["revision"])
 
     from trl import get_peft_config, get_quantization_config
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import parse_arguments
+from .models import check_prm
 
 if TYPE_CHECKING:
     from ..reports.score_page import Completion
@@ -90,6 +91,7 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         completions = read_rows(args.input)
     else:
         completions = _row_completions({"prompt": args.prompt, "completions": args.completion}, "--completion")
+    check_prm("prm_name_or_path", args.prm_name_or_path, reference_option="reference", reference=args.reference)
 
     from rich.console import Console
     from rich.markup import escape

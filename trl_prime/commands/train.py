@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..specs import nearest
 from .dataset_arguments import DatasetArguments, load_split
 from .launching import check_launch, check_report_to, launch_if_asked, parse_launched_arguments
+from .models import check_model
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -130,8 +131,9 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     check_launch(args.world_size, args.bf16)
     check_report_to(args.report_to)
     resume_from = resume_point(args)
-    check_model_name("model_name_or_path", model_args.model_name_or_path)
-    check_model_name("prm_model_name_or_path", script_args.prm_model_name_or_path)
+    check_model("model_name_or_path", model_args.model_name_or_path, model_init_kwargs(args, model_args)["revision"])
+    prm_revision = (args.prm_model_init_kwargs or {}).get("revision")
+    check_model("prm_model_name_or_path", script_args.prm_model_name_or_path, prm_revision)
     trainer, held_out = _build(script_args, args, model_args, resume_from)
     return functools.partial(_train, trainer, held_out, script_args, model_args, resume_from, argv)
 
@@ -156,17 +158,6 @@ def resume_point(args: Any) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     return whole_checkpoint(True if str(wanted).lower() == "true" else wanted, args.output_dir)
-
-
-def check_model_name(option: str, name: str | None) -> None:
-    """
-    Refuse a path of a model that is not there, before anything is loaded.
-
-    Raises:
-        ValueError: It is written as a path, but is no folder.
-    """
-    if name and (name.startswith((".", "~")) or Path(name).is_absolute()) and not Path(name).is_dir():
-        raise ValueError(f"{option} is {name!r}, but there is no such folder.")
 
 
 def model_init_kwargs(args: Any, model_args: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.load import CachedDatasetModuleFactory
 
 from ..specs import check_options, nearest, parse_call
 from ..texts import prompt_text
@@ -333,7 +334,25 @@ def read_rows(
             return load_dataset(str(path), name=config, split=split, streaming=streaming)
     if suffix in _READERS or path.is_absolute() or name_or_path.startswith((".", "~")):
         raise ValueError(f"dataset_name is {name_or_path!r}, but there is no such file or folder.")
+    if not name_or_path.startswith(("hf://", "buckets/")):
+        # Not at the top: reading local files loads no framework
+        from ..hub import check_reachable
+
+        try:
+            check_reachable("dataset_name", name_or_path, ["README.md"], repo_type="dataset")
+        except ValueError:
+            if not _is_cached(name_or_path):
+                raise
     return load_dataset(name_or_path, name=config, split=split, streaming=streaming)
+
+
+def _is_cached(name: str) -> bool:
+    """Whether `datasets` has loaded this data set before, so that it can do so again without the Hub."""
+    try:
+        CachedDatasetModuleFactory(name).get_module()
+    except (AssertionError, FileNotFoundError):  # the first for a name that is none of the Hub
+        return False
+    return True
 
 
 def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -44,12 +44,8 @@ class ResumableRows:
             self.path.unlink(missing_ok=True)
         if not self.path.exists():
             self._settings_path.write_text(json.dumps(settings, indent=2) + "\n")
-        elif not self._settings_path.exists():
-            raise ValueError(
-                f"'{self.path}' exists, but not '{self._settings_path.name}', which tells what made it. Give another output_dir, "
-                "or start anew by overwrite: true."
-            )
         else:
+            check_has_settings(self.path)
             self._check(json.loads(self._settings_path.read_text()), settings)
             self._read()
 
@@ -91,6 +87,20 @@ class ResumableRows:
                 size += len(line)
         with self.path.open("r+b") as file:
             file.truncate(size)
+
+
+def check_has_settings(path: Path) -> None:
+    """Raise a ValueError unless the settings that made the rows of a file are beside it, and can be read."""
+    settings_path = path.with_suffix(".settings.json")
+    try:
+        known = isinstance(json.loads(settings_path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"'{path}' exists, but no readable '{settings_path.name}', which tells what made it. Give another output_dir, or "
+            "start anew by overwrite: true."
+        )
 
 
 def digest(value: Any) -> str:

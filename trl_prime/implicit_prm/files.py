@@ -146,24 +146,27 @@ def saved_prm_card(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Mo
     )
 
 
-def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat | None:
+def saved_settings(path_or_repo: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     """
-    How text is written for a saved PRM, or for the policy of a run whose `prm/` holds one.
+    The settings of a saved PRM, or of the PRM of a run, whose `prm/` holds it.
 
     Args:
         path_or_repo (`str`): Folder or Hub id.
         **hub: `revision`, `token`, `cache_dir`.
 
     Returns:
-        [`TextFormat`]: `None` if there is no PRM, or one that does not say.
+        `dict`: Content of `implicit_prm.json`; empty if there is no PRM.
     """
     try:
         names = [name for name in (f"prm/{CONFIG_NAME}", CONFIG_NAME) if _has(path_or_repo, name, **hub)]
     except OSError:
-        return None  # who loads it as a model says why that fails
-    if not names:
-        return None
-    saved = json.loads(Path(cached_file(path_or_repo, names[0], **hub)).read_text()).get("text_format")
+        return {}  # who loads it as a model says why that fails
+    return json.loads(Path(cached_file(path_or_repo, names[0], **hub)).read_text()) if names else {}
+
+
+def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat | None:
+    """How text is written for a saved PRM or the policy of its run, see [`saved_settings`]; `None` if that is not known."""
+    saved = saved_settings(path_or_repo, **hub).get("text_format")
     return None if saved is None else TextFormat(**saved)
 
 

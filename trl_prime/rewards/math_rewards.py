@@ -14,6 +14,13 @@ from .worker_pool import WorkerPool
 _WARM_UP = (r"[-\frac{\pi^2}{8}, 2\sqrt{x})\text{ km}", r"\{1, (x+1)^2\}")
 
 
+def check_installed() -> None:
+    """Raise an ImportError that says what to install, if answers cannot be judged."""
+    for module, name in (("math_verify", "Math-Verify"), ("pint", "pint")):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"Judging answers needs {name}: pip install trl-prime[math]")
+
+
 class MathReward:
     r"""
     Reward function for TRL: 1.0 if the final answer of a completion equals the gold answer, 0.0 if not, None if that could
@@ -63,9 +70,7 @@ class MathReward:
         undecided: float | None = None,
         boxed_only: bool = False,
     ):
-        for module, name in (("math_verify", "Math-Verify"), ("pint", "pint")):
-            if importlib.util.find_spec(module) is None:
-                raise ImportError(f"Judging answers needs {name}: pip install trl-prime[math]")
+        check_installed()
         if undecided is not None and not isinstance(undecided, (int, float)):
             raise ValueError(f"undecided is {undecided!r}, but must be a number or None.")
         self.__name__ = "math_reward"  # TRL logs it by this name

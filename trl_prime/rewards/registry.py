@@ -89,12 +89,15 @@ def load_verifier(name: str, options: dict[str, Any] | None = None, spec: str | 
 
     Raises:
         ValueError: An option is unknown.
+        ImportError: What it judges by is not installed.
     """
     module_name, function_name, class_name = VERIFIERS[name]
     module = importlib.import_module(f".{module_name}", __package__)
     if name == "code" and options is None:
         options = {}  # it is made now, so that an unsafe machine is refused before a model is loaded
     if options is None:
+        if name in ("math", "majority"):  # the functions would find out at the first batch
+            importlib.import_module(".math_rewards", __package__).check_installed()
         return getattr(module, function_name)
     if class_name is None:
         raise ValueError(f"reward_funcs has {spec or name!r}, but {name!r} takes no options. Write {name!r}.")
