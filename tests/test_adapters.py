@@ -623,3 +623,32 @@ def test_files_that_cannot_be_read_are_told_in_a_sentence(tmp_path, name, conten
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}', which could not be read: .*{reason}"):
         load_prime_dataset(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "prompts, said",
+    [
+        ([5, 6], "Row 0 has the prompt '5', which is neither text nor messages"),
+        ([[{"role": "user"}]], "neither text nor messages with a role and a content"),
+        ([[], []], r"Row 0 has an empty prompt"),
+        ([None, None], r"Row 0 has an empty prompt"),
+        (["a", "", None], r"Row 1 has an empty prompt \(2 rows have\)"),
+        ([[{"role": "user", "content": "a"}], None], r"Row 1 has an empty prompt \(1 rows have\)"),
+    ],
+)
+def test_prompts_without_a_format_are_text_or_messages(prompts, said, streaming):
+    """A stream is looked at by its first row only."""
+    dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    if streaming:
+        dataset = dataset.to_iterable_dataset()
+    if streaming and "Row 1" in said:
+        adapt_dataset(dataset)
+        return
+    with pytest.raises(ValueError, match=said):
+        adapt_dataset(dataset)
+
+
+def test_a_folder_without_data_files(tmp_path):
+    with pytest.raises(ValueError, match=f"dataset_name is '{tmp_path}', which could not be read: "):
+        load_prime_dataset(str(tmp_path))

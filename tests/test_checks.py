@@ -282,6 +282,12 @@ class NeedsSolution:
         return [1.0] * len(completions)
 
 
+def test_a_reward_function_without_kwargs_is_refused_before_a_model_is_loaded(make_trainer):
+    rows = Dataset.from_list([{"prompt": "1="}] * 2)
+    with pytest.raises(ValueError, match=r"'<lambda>' takes no 'completion_ids'.*Add \*\*kwargs"):
+        make_trainer(model="no/such-model", train_dataset=rows, reward_funcs=lambda prompts, completions: [1.0])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_columns_are_refused_before_a_model_is_loaded(make_trainer, streaming):
     def refuse(match, rows, **kwargs):

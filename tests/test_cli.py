@@ -165,6 +165,12 @@ def test_an_unknown_task_names_the_nearest(tmp_path, capsys):
     assert "running_sums" in capsys.readouterr().err
 
 
+def test_arguments_that_a_task_does_not_take(tmp_path, capsys):
+    flags = ["--task", "running_sums", "--task_kwargs", '{"digits": 3}', "--output_dir", str(tmp_path)]
+    assert main(["train", *flags, "--use_cpu", "true", "--bf16", "false"]) == 2
+    assert "task is 'running_sums', which does not take task_kwargs {'digits': 3}" in capsys.readouterr().err
+
+
 def test_a_run_needs_a_model_and_data(tmp_path, capsys):
     assert main(["train", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]) == 2
     assert "dataset_name" in capsys.readouterr().err

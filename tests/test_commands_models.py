@@ -1,6 +1,7 @@
 """Models and data sets that a command cannot have: one sentence with option, value and remedy, before anything is loaded."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -149,3 +150,34 @@ def test_a_prm_whose_reference_is_not_known_or_not_there(tmp_path, tokenizer, ca
     assert main(["eval", *flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert "does not name its reference model. Give prm_reference" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b""])
+def test_weights_that_cannot_be_read(model_path, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(model_path, folder)
+    check_model("model", str(folder))
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"model is '{folder}', but its weights in 'model.safetensors' .*git lfs pull"
+    ):
+        check_model("model", str(folder))
+
+
+def test_a_folder_without_a_tokenizer(model_path, tmp_path):
+    folder = tmp_path / "model"
+    build_model().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"a folder without a tokenizer.*save_pretrained\("):
+        check_model("model", str(folder))
+    check_model("reference", str(folder), needs_tokenizer=False)
+    check_model("model", model_path)
+
+
+@pytest.mark.parametrize("settings", [{"attn_implementation": "nope"}, {"device_map": "nope"}, {"use_vllm": "true"}])
+def test_what_a_library_refuses_while_eval_loads_is_a_sentence(settings, model_path, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1=", "solution": "2"}) + "\n")
+    flags = {"model_name_or_path": model_path, "dataset_name": data, "output_dir": tmp_path / "out", **settings}
+    assert main(["eval", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]) == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith(f"trl-prime: model_name_or_path is '{model_path}', which could not be loaded: ")

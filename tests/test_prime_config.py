@@ -171,6 +171,7 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
         ({"num_generations": 1}, ["num_generations", "1", "2 or more"]),
         ({"num_generations": None}, ["num_generations", "None"]),
         ({"fp16": True}, ["fp16", "bf16"]),
+        ({"temperature": 0.0}, ("temperature is 0.0", "positive")),
         ({"prm_beta": 0.0}, ["prm_beta", "0.0", "positive"]),
         ({"prm_beta": -1.0}, ["prm_beta", "-1.0", "positive"]),
         ({"prm_beta": float("nan")}, ["prm_beta", "nan"]),

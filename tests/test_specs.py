@@ -45,6 +45,9 @@ def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     assert load_object("module_of_a_recipe.REWARD") == 3
+    (tmp_path / "module_of_no_python.py").write_text("def reward(:\n")
+    with pytest.raises(ValueError, match="'module_of_no_python.reward' could not be loaded: invalid syntax"):
+        load_object("module_of_no_python.reward")
 
 
 def test_call_form_is_parsed_and_not_evaluated():

@@ -188,7 +188,15 @@ def _check_chat_template(grpo: dict[str, Any]) -> None:
 
 
 def _check_reward_columns(func: Callable, columns: set[str]) -> None:
-    for name, parameter in inspect.signature(func).parameters.items():
+    parameters = inspect.signature(func).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        unknown = sorted({"prompts", "completions", "completion_ids", "trainer_state"} - {*parameters})
+        if unknown:
+            raise ValueError(
+                f"The reward function '{getattr(func, '__name__', type(func).__name__)}' takes no {unknown[0]!r}, but TRL passes "
+                "that and every column of the data set. Add **kwargs to its arguments."
+            )
+    for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.KEYWORD_ONLY,
             parameter.POSITIONAL_OR_KEYWORD,

@@ -464,6 +464,8 @@ class PRIMEConfig(GRPOConfig):
             setattr(self, name, value)
 
     def _check_ranges(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, but must be positive: rollouts are sampled.")
         if self.prm_beta is not None and (not self.prm_beta > 0 or not math.isfinite(self.prm_beta)):
             raise ValueError(
                 f"prm_beta is {self.prm_beta}, but the reward scale must be positive. The paper uses 0.05."

@@ -64,7 +64,7 @@ def load_object(path: str) -> Any:
         The object.
 
     Raises:
-        ValueError: There is no such module or name.
+        ValueError: There is no such module or name, or the module is no Python.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -73,7 +73,7 @@ def load_object(path: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, SyntaxError) as error:
         raise ValueError(f"'{path}' could not be loaded: {error}.") from error
     if not hasattr(module, name):
         public = [attribute for attribute in vars(module) if not attribute.startswith("_")]

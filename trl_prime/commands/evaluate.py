@@ -7,10 +7,11 @@ what two runs have left.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -460,37 +461,49 @@ def _load_sampler(args: EvalArguments, tokenizer: Any, text_format: Any) -> Any:
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     if args.use_vllm:
-        return VLLMSampler(
+        with _loading("model_name_or_path", args.model_name_or_path):
+            return VLLMSampler(
+                args.model_name_or_path,
+                tokenizer,
+                settings,
+                text_format,
+                revision=args.model_revision,
+                dtype=args.dtype,
+                tensor_parallel_size=args.vllm_tensor_parallel_size,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                max_model_len=args.vllm_max_model_length,
+            )
+    with _loading("model_name_or_path", args.model_name_or_path):
+        model = load_policy(
             args.model_name_or_path,
-            tokenizer,
-            settings,
-            text_format,
-            revision=args.model_revision,
+            args.model_revision,
+            args.device_map,
             dtype=args.dtype,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            max_model_len=args.vllm_max_model_length,
+            attn_implementation=args.attn_implementation,
         )
-    model = load_policy(
-        args.model_name_or_path,
-        args.model_revision,
-        args.device_map,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-    )
     return TransformersSampler(model, tokenizer, settings, text_format)
 
 
 def _load_prm(args: EvalArguments) -> Any:
     from ..implicit_prm.build import load_prm
 
-    return load_prm(
-        args.prm_name_or_path,
-        revision=args.prm_revision,
-        reference=args.prm_reference,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-    )
+    with _loading("prm_name_or_path", args.prm_name_or_path):
+        return load_prm(
+            args.prm_name_or_path,
+            revision=args.prm_revision,
+            reference=args.prm_reference,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+        )
+
+
+@contextlib.contextmanager
+def _loading(option: str, name: str) -> Iterator[None]:
+    """Around loading of a model in the middle of the work: what the libraries refuse is foreseen and told in a sentence."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        raise OSError(f"{option} is {name!r}, which could not be loaded: {error}") from error
 
 
 def _prm_settings(args: EvalArguments) -> dict[str, Any]:

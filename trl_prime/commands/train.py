@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shlex
@@ -319,6 +320,12 @@ def _load_task(script_args: PRIMEScriptArguments, args: Any) -> Task:
     path = TASKS.get(script_args.task, script_args.task)
     arguments = (args.output_dir, args.seed, script_args.task_kwargs or {})
     prepare = load_object(path)
+    try:
+        inspect.signature(prepare).bind(Path(args.output_dir), seed=args.seed, **arguments[2])
+    except TypeError as error:
+        raise ValueError(
+            f"task is {script_args.task!r}, which does not take task_kwargs {arguments[2]}: {error}."
+        ) from error
     if args.process_index == 0:
         print(f"Preparing the task '{script_args.task}' ...", flush=True)
     with args.main_process_first(desc="preparing the task"):

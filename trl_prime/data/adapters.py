@@ -27,12 +27,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.load import CachedDatasetModuleFactory
 
 from ..specs import check_options, nearest, parse_call
-from ..texts import prompt_text
+from ..texts import is_text_or_messages, prompt_text
 from ..version import __version__
 from .formats import DATASET_FORMATS, PROMPT_SUFFIXES
 from .rows import MalformedRow, with_system_prompt
@@ -142,6 +143,7 @@ def adapt_dataset(
     suffix = _suffix_text(prompt_suffix)
     if format is None:
         _check_trl_form(present)
+        _check_prompts(dataset)
         if system_prompt or suffix:
             # No features are given, so that columns that the adapter does not know keep their types
             dataset = dataset.map(_dress, fn_kwargs={"system_prompt": system_prompt, "suffix": suffix})
@@ -258,6 +260,27 @@ def _check_trl_form(present: list[str]) -> None:
         logger.warning(f"The data set{guess}; without dataset_format its columns are passed on as they are.")
 
 
+def _check_prompts(dataset: Dataset | IterableDataset) -> None:
+    """Refuse prompts that are neither text nor messages, and empty ones. Rows have one type, so the first shows the form."""
+    prompt = next(iter(dataset), {}).get("prompt", "text")
+    empty = [] if prompt else [0]
+    if isinstance(dataset, Dataset) and len(dataset):
+        column = dataset.with_format("arrow")[:]["prompt"]
+        length = pyarrow.compute.list_value_length if isinstance(prompt, list) else pyarrow.compute.binary_length
+        if isinstance(prompt, (list, str)):
+            lengths = pyarrow.compute.fill_null(length(column), 0)
+            empty = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, 0)).to_pylist()
+    if empty:
+        raise ValueError(
+            f"Row {empty[0]} has an empty prompt ({len(empty)} rows have). Take them out of the data set."
+        )
+    if not is_text_or_messages(prompt):
+        raise ValueError(
+            f"Row 0 has the prompt {str(prompt)[:80]!r}, which is neither text nor messages with a role and a content. Give "
+            'dataset_format, or make prompts [{"role": "user", "content": ...}].'
+        )
+
+
 def guess_format(columns: Iterable[str]) -> str | None:
     """
     The data format that rows with these columns look like.
@@ -298,7 +321,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     # A file without a row ends in a StopIteration, which must not leave a generator
-    except (DatasetGenerationError, UnicodeDecodeError, StopIteration) as error:
+    except (DatasetGenerationError, FileNotFoundError, UnicodeDecodeError, StopIteration) as error:
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
