@@ -124,7 +124,7 @@ def write_run(folder, history=None, **files):
 
 def write_completions(folder, step, rows):
     (folder / "completions").mkdir(exist_ok=True)
-    ours = {name: f"prime/{name}" for name in ("outcome", "process_reward", "trained")}
+    ours = {name: f"prime/{name}" for name in ("outcome", "process_reward", "trained", "gold")}
     rows = [{ours.get(name, name): value for name, value in row.items()} for row in rows]
     # A reward function has a column of its own by the name of one of ours
     table = pyarrow.Table.from_pylist([{"step": step, "outcome": "judged by hand", **row} for row in rows])

@@ -98,6 +98,9 @@ def test_lowest_step():
     assert lowest_step(torch.tensor([-1.0])) is None
     assert lowest_step(torch.tensor([NAN, 0.2])) is None
     assert lowest_step(torch.tensor([])) is None
+    # A PRM that has learnt nothing yet gives no step less than another
+    assert lowest_step(torch.tensor([0.0, -0.0, NAN, 0.0])) is None
+    assert lowest_step(torch.tensor([0.0, 0.1])) == 0
 
 
 def test_positions_by_slow_loops():

@@ -216,6 +216,12 @@ def test_curves_follow_the_pointer_and_the_keys(report):
     assert shown_values(report) == pytest.approx([values[1] for values in rewards], rel=1e-3)
 
 
+def test_a_chart_of_one_point_has_its_axis(browse, tmp_path):
+    page = browse(run_report([read_run(write_run(tmp_path / "run", [{"step": 7, "reward": 0.25}]))], 0))
+    texts = page.evaluate("[...document.querySelectorAll('.chart text')].map((text) => text.textContent)")
+    assert {"7", "0.24", "0.26"} <= {*texts}
+
+
 def test_smoothing(report):
     report.click("#smooth")
     span = 39 / 20

@@ -2,16 +2,18 @@
 
 import logging
 import math
+from collections import defaultdict, deque
 
 import numpy
 import pandas
 import pytest
 import torch
 from conftest import build_model, distance, logged, row_rewards, same, weights
+from datasets import Dataset
 from helpers import BAND, FAILS, MIXED, PASSES, fixed_rollouts, loss_mask, metrics, slow_process_rewards
 
 from trl_prime.implicit_prm.accuracies import pairwise_accuracy
-from trl_prime.rollouts import combine_outcomes
+from trl_prime.rollouts import combine_outcomes, log_gold_answers
 
 NAN = math.nan
 
@@ -336,3 +338,42 @@ def test_filter_truncated_drops_the_group(train):
     assert loss_mask(trainer.outputs[0]).any(1).tolist() == [False] * 4 + [True] * 4
     trainer = train(reward_funcs=row_rewards(PASSES * 2), rollout_func=fixed_rollouts())
     assert loss_mask(trainer.outputs[0]).any(1).all()
+
+
+# --- Gold answers in the completions table ---
+
+
+@pytest.mark.parametrize("oversample_factor", [1, 2])
+def test_the_completions_table_has_the_gold_answer_of_each_row(train, oversample_factor):
+    rows = Dataset.from_list([{"prompt": f"{i}+1=", "solution": f"#### {i + 1}"} for i in range(8)])
+    settings = {"train_dataset": rows, "log_completions": True, "max_steps": 2, "oversample_factor": oversample_factor}
+    values = (*FAILS, *PASSES) * 2
+    trainer = train(reward_funcs=row_rewards(values), **settings, **BAND)
+    for step in (1, 2):
+        table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_0000{step}.parquet")
+        assert len(table) == 8 * oversample_factor == len({*table["prompt"]}) * 4
+        assert [*table["prime/gold"]] == [f"#### {int(prompt[0]) + 1}" for prompt in table["prompt"]]
+        # What the filter leaves out has one too
+        assert table["prime/trained"].sum() == 4 * oversample_factor
+
+
+def test_the_completions_table_of_code_has_no_gold_answers(train):
+    rows = Dataset.from_list([{"prompt": f"{i}+1=", "solution": None} for i in range(8)])
+    trainer = train(train_dataset=rows, log_completions=True, max_steps=1)
+    table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    assert "prime/gold" not in table.columns and "prime/outcome" in table.columns
+
+
+def test_gold_answers_stay_beside_their_prompts_when_batches_without_any_come_between():
+    def logged_after(*batches):
+        logs = {"prompt": deque(maxlen=6), "extra": defaultdict(lambda: deque(maxlen=6))}
+        for batch in batches:
+            logs["prompt"].extend(f"prompt of {answer}" for answer in batch)
+            log_gold_answers(logs, "gold", [{"solution": answer} for answer in batch])
+        assert "gold" not in logs["extra"] or len(logs["extra"]["gold"]) == len(logs["prompt"])
+        return [*logs["extra"].get("gold", [])]
+
+    assert logged_after([None, None], [1, None], ["3", "4"]) == [None, None, "1", None, "3", "4"]
+    assert logged_after(["1", "2"], [None, None]) == ["1", "2", None, None]
+    assert logged_after(["1", "2"], [None] * 6) == []
+    assert logged_after(["1", "2"], [None] * 6, ["3"] * 2) == [None] * 4 + ["3"] * 2

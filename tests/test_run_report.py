@@ -201,6 +201,29 @@ def test_best_and_worst_by_outcome_and_by_process_reward():
     assert best_and_worst([], 3) == []
 
 
+def test_what_got_no_reward_is_not_among_the_highest_outcomes():
+    rows = [row("p", "half", 0.5, 0.1), row("p", "wrong", 0.0, 0.0), row("p", "punished", -1.0, 0.0)]
+    lists = {title: [r["completion"] for r in chosen] for title, chosen in best_and_worst(rows, 3)}
+    assert lists["Highest outcome"] == ["half"] and lists["Lowest outcome"] == ["punished", "wrong"]
+    assert "Highest outcome" not in dict(best_and_worst(rows[1:], 3))
+
+
+def test_the_gold_answer_stands_beside_the_completion(tmp_path):
+    write_run(tmp_path, HISTORY)
+    long = "x" * 1000
+    rows = [
+        {**row("p", "so it is 4", 0.0, 0.5), "gold": "four\x1b", "answer": "4"},
+        {**row("p", "other text", 1.0, -0.5), "gold": long, "answer": None},
+        {**row("p", "program", 0.5, -0.5), "gold": None, "answer": None},
+    ]
+    write_completions(tmp_path, 10, rows)
+    text = Document(run_report([read_run(tmp_path)], 3)).text
+    assert "gold answerfour<U+001B>" in text and "answer found4" in text
+    assert f"gold answer{'x' * 300}" in text and "x" * 301 not in text
+    # Without one, as for code, nothing is said
+    assert text.count("gold answer") == 2 and text.count("answer found") == 1
+
+
 def test_without_a_prm_the_completions_are_shown_as_text(tmp_path):
     write_run(tmp_path, HISTORY)
     write_completions(tmp_path, 10, [row("p", "some text", 1.0, 0.5), row("p", "other text", 0.0, -0.5)])

@@ -50,6 +50,8 @@ _REWARD_KWARGS = {
 }
 # TRL adds these to rollouts with images, beside keys that begin with pixel_ or image_
 _VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
+# What has been said of batches that teach nothing, once in a process
+_IDLE_BATCHES: set[str] = set()
 
 
 # --- Before a model is loaded ---
@@ -330,13 +332,28 @@ def check_text_only(output: dict[str, Any]) -> None:
 # --- While a step is made ---
 
 
-def warn_of_idle_batch(passed: torch.Tensor, num_groups: int, args: PRIMEConfig) -> None:
-    """Warn once where none of the `(G,)` groups of a generation batch has passed the prompt filter."""
-    if not passed.any():
-        logger.warning_once(
-            f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and "
-            f"{args.accuracy_high}), but a generation batch needs {num_groups}. Nothing is learnt from such batches "
-            "(filter/pass_rate is 0)."
+def warn_of_idle_batch(
+    passed: torch.Tensor, num_groups: int, args: PRIMEConfig, metrics: dict[str, list[float]]
+) -> None:
+    """
+    Warn once where no group of a generation batch has passed the prompt filter, with what tells why.
+
+    Args:
+        passed (`torch.Tensor`): `(G,)` bool.
+        num_groups (`int`): Groups of a training batch.
+        args ([`PRIMEConfig`]): The configuration.
+        metrics (`dict`): What TRL has measured, by name; the last value of each is the batch's.
+    """
+    said = (
+        f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and {args.accuracy_high}), but "
+        f"a generation batch needs {num_groups}."
+    )
+    if not passed.any() and said not in _IDLE_BATCHES:
+        _IDLE_BATCHES.add(said)  # `warning_once` would take other numbers for another warning
+        reward, clipped = (metrics.get(name, [math.nan])[-1] for name in ("reward", "completions/clipped_ratio"))
+        logger.warning(
+            f"{said} Their mean reward is {reward:.3g}, and {clipped:.0%} of the completions were cut off at "
+            f"max_completion_length={args.max_completion_length}. Nothing is learnt from such batches (filter/pass_rate is 0)."
         )
 
 

@@ -57,7 +57,7 @@ from .process_rewards import aggregate_process_rewards, normalize_process_reward
 from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on, select_groups
 from .reports.run_files import TABLE_PREFIX
-from .rollouts import Rollouts, is_truncated, outcomes_and_labels, policy_mask, select_rows
+from .rollouts import Rollouts, is_truncated, log_gold_answers, outcomes_and_labels, policy_mask, select_rows
 from .texts import TextFormat
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ class PRIMETrainer(GRPOTrainer):
         # The policy generates, and the outcome rewards judge
         output = super()._generate_and_score_completions(inputs)
         check_text_only(output)
+        log_gold_answers(self._logs, TABLE_PREFIX + "gold", inputs)
         outcomes, labels = self._outcomes_and_labels()
         if not self.model.training:
             self._evaluate_prm(output, outcomes, labels)
@@ -295,7 +296,7 @@ class PRIMETrainer(GRPOTrainer):
             labels, num_generations, low=args.accuracy_low, high=args.accuracy_high, truncated=truncated
         )
         num_groups = args.generation_batch_size // num_generations
-        warn_of_idle_batch(passed, num_groups, args)
+        warn_of_idle_batch(passed, num_groups, args, self._metrics["train"])
         rows = rows_to_train_on(passed, num_groups, num_generations)
         trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
         self._log("filter/pass_rate", passed.float().mean())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from .processes import gather_padded, local_rows
@@ -69,6 +70,24 @@ class Rollouts:
         trained = torch.zeros_like(self.generated_outcomes, dtype=torch.bool).index_copy(0, self.rows, self.trains)
         columns = {"outcome": self.generated_outcomes, "process_reward": all_process, "trained": trained}
         return columns, all_advantages
+
+
+def log_gold_answers(logs: dict[str, Any], name: str, inputs: Sequence[dict[str, Any]]) -> None:
+    """
+    Add the gold answers of a batch to TRL's completions table, after TRL has added its prompts; where there are none, as for
+    code, the table has no such column.
+
+    Args:
+        logs (`dict`): What TRL makes the table of; the column goes to its `"extra"`.
+        name (`str`): Name of the column.
+        inputs (`list[dict]`): This process's rows of the data set, one for each completion. Gold answers are in `solution`.
+    """
+    gold = gather_object([None if row.get("solution") is None else str(row["solution"]) for row in inputs])
+    column = logs["extra"][name]
+    column.extend(gold)
+    column.extendleft([None] * (len(logs["prompt"]) - len(column)))
+    if all(answer is None for answer in column):
+        del logs["extra"][name]
 
 
 def policy_mask(output: dict[str, Any]) -> torch.Tensor:

@@ -89,9 +89,9 @@ def relative_positions(num_units: int) -> list[float]:
 
 
 def lowest_step(step_rewards: torch.Tensor) -> int | None:
-    """Index of the step with the lowest reward, the first of equals; `None` without two steps that can be compared."""
+    """Index of the step with the lowest reward, the first of equals; `None` without two steps to compare, or if all are 0."""
     finite = step_rewards.isfinite()
-    if finite.sum() < 2:
+    if finite.sum() < 2 or not step_rewards[finite].any():
         return None
     return int(step_rewards.masked_fill(~finite, math.inf).argmin())
 

@@ -23,7 +23,7 @@ from ..hub import SETTINGS
 from ..implicit_prm.build import load_prm
 from ..implicit_prm.files import is_saved_prm
 from ..texts import can_be_scored, is_text_or_messages
-from .heat_map import finite
+from .heat_map import finite, visible_text
 from .page import render_page
 from .run_files import PRM_FOLDER, RESULTS_NAME, SETTINGS_NAME, TABLE_PREFIX, checkpoints
 from .score_page import Completion, card_data, make_cards, score_completions, step_scale, token_scale
@@ -31,6 +31,8 @@ from .score_page import Completion, card_data, make_cards, score_completions, st
 MAX_POINTS = 2000
 # Few readers open the other charts, which get fewer points
 MAX_OTHER_POINTS = 500
+# Some data sets have worked solutions in the place of gold answers
+MAX_ANSWER_LENGTH = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +401,8 @@ LISTS = (
 def best_and_worst(rows: Sequence[Mapping[str, Any]], num: int) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """
     The completions at the ends of the outcomes and of the process rewards. A completion is shown once: in a later list the
-    next one takes its place. Equal texts to equal prompts count as one completion.
+    next one takes its place. Equal texts to equal prompts count as one completion. What got no reward is not among the highest
+    outcomes, however few there are.
 
     Args:
         rows (`list[dict]`): Rows of a completions table. Those without the number that orders a list are left out of it.
@@ -412,6 +415,8 @@ def best_and_worst(rows: Sequence[Mapping[str, Any]], num: int) -> list[tuple[st
     for title, columns, descending in LISTS:
         first, second = columns
         known = [row for row in rows if _is_number(row.get(first))]
+        if title == "Highest outcome":
+            known = [row for row in known if row[first] > 0]
         keys = [(row[first], row[second] if _is_number(row.get(second)) else 0.0) for row in known]
         chosen: list[Mapping[str, Any]] = []
         for i in sorted(range(len(known)), key=keys.__getitem__, reverse=descending):
@@ -463,6 +468,10 @@ def completion_lists(run: Run, num: int) -> list[tuple[str, list[Completion]]]:
 
 def _shown(row: Mapping[str, Any]) -> Completion:
     facts = {}
+    # The second is what this package's verifiers log
+    for column, label in (("gold", "gold answer"), ("answer", "answer found")):
+        if row.get(column) is not None:
+            facts[label] = visible_text(str(row[column])[:MAX_ANSWER_LENGTH], mark_whitespace=False)
     for column, label in (("process_reward", "process reward then"), ("advantage", "advantage")):
         if _is_number(row.get(column)):
             facts[label] = f"{row[column]:+.3f}".replace("-", "−")

@@ -121,7 +121,7 @@
       svg("path", { class: "axis", d: `M${LEFT} ${y(tick).toFixed(1)}H${WIDTH - RIGHT}` }, picture);
       svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, picture).textContent = show(tick);
     }
-    if (chart.to > chart.from) for (const tick of ticks(chart.from, chart.to, 6)) {
+    for (const tick of chart.to > chart.from ? ticks(chart.from, chart.to, 6) : [chart.from]) {
       if (Number.isInteger(tick)) svg("text", { x: place(tick), y: HEIGHT - 4, "text-anchor": "middle" }, picture).textContent = show(tick);
     }
     chart.drawn = panel.series.map((series) => {
