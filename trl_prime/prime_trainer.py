@@ -252,7 +252,6 @@ class PRIMETrainer(GRPOTrainer):
         if not self.model.training:
             self._evaluate_prm(output, outcomes, labels)
             return output
-        # Groups worth learning from
         rollouts = self._keep_groups(output, outcomes, labels)
         # The PRM scores the batch and learns from it
         policy = self.accelerator.unwrap_model(self.model)
@@ -398,7 +397,6 @@ class PRIMETrainer(GRPOTrainer):
                 self._logs["advantages"].pop()
             self._logs["advantages"].extend(advantages.tolist())
         for name, values in columns.items():
-            # Reward functions may log columns of any other name
             self._logs["extra"][TABLE_PREFIX + name].extend(values.tolist())
 
     # --- The policy loss: TRL's, of advantages that differ from token to token and of rows that may be left out ---
