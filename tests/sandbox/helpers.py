@@ -48,11 +48,13 @@ NUMBERS = {
     "x86_64": {"socket": 41, "clone": 56, "ptrace": 101, "mount": 165, "umount2": 166, "unshare": 272, "setns": 308}
     | {"process_vm_readv": 310, "shmget": 29, "msgget": 68, "memfd_create": 319, "bpf": 321, "userfaultfd": 323}
     | {"vmsplice": 278, "keyctl": 250, "syslog": 103, "perf_event_open": 298, "io_setup": 206, "prlimit64": 302}
-    | {"shmat": 30, "shmctl": 31, "semop": 65, "semctl": 66, "msgsnd": 69, "msgrcv": 70, "msgctl": 71},
+    | {"shmat": 30, "shmctl": 31, "semop": 65, "semctl": 66, "msgsnd": 69, "msgrcv": 70, "msgctl": 71}
+    | {"get_robust_list": 274},
     "aarch64": {"socket": 198, "clone": 220, "ptrace": 117, "mount": 40, "umount2": 39, "unshare": 97, "setns": 268}
     | {"process_vm_readv": 270, "shmget": 194, "msgget": 186, "memfd_create": 279, "bpf": 280, "userfaultfd": 282}
     | {"vmsplice": 75, "keyctl": 219, "syslog": 116, "perf_event_open": 241, "io_setup": 0, "prlimit64": 261}
-    | {"shmat": 196, "shmctl": 195, "semop": 193, "semctl": 191, "msgsnd": 189, "msgrcv": 188, "msgctl": 187},
+    | {"shmat": 196, "shmctl": 195, "semop": 193, "semctl": 191, "msgsnd": 189, "msgrcv": 188, "msgctl": 187}
+    | {"get_robust_list": 100},
 }[platform.machine()]  # fmt: skip
 
 

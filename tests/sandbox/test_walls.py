@@ -390,6 +390,8 @@ def traced(x):
     found.append(libc.process_vm_readv(tests, vector, 1, vector, 1, 0))
     found.append(libc.ptrace(16, tests, 0, 0))
     found.append(libc.syscall(438, libc.syscall(434, tests, 0), 3, 0))
+    # Asks for an address in another process, and nothing but that process's own will denies it
+    found.append(libc.syscall($ROBUST_LIST, tests, buffer, buffer))
     for name in ("mem", "fd/3", "environ"):
         try:
             os.open(f"/proc/{tests}/{name}", os.O_RDWR)
@@ -421,13 +423,14 @@ def planted():
         "assert folder()[1] == ['json.py', 'math.py', 'planted.py', 're.py']",
     ]
     tests = {"setup": setup, "asserts": asserts, "names": ["traced", "folder"], "entry_point": None}
-    verdicts = list(sandbox.examine(INTRUDER.replace("$SIGNALS", "()"), tests, LIMITS, 60))
+    source = INTRUDER.replace("$SIGNALS", "()").replace("$ROBUST_LIST", str(NUMBERS["get_robust_list"]))
+    verdicts = list(sandbox.examine(source, tests, LIMITS, 60))
     assert [verdict["error"] for verdict in verdicts] == [""] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
 def test_a_solution_that_signals_its_tests_does_not_pass_by_it(sandbox, box, number):
-    source = INTRUDER.replace("$SIGNALS", f"({int(number)},)")
+    source = INTRUDER.replace("$SIGNALS", f"({int(number)},)").replace("$ROBUST_LIST", "0")
     asserts = ["assert f(1) == 2", "assert f(1) == 2", "assert f(3) == 3"]
     tests = {"setup": "", "asserts": asserts, "entry_point": "f"}
     passed = [verdict["passed"] for verdict in sandbox.examine(source, tests, Limits(wall_seconds=3), 20)]
@@ -440,7 +443,7 @@ def test_a_solution_that_signals_its_tests_does_not_pass_by_it(sandbox, box, num
 
 def test_tests_that_the_solution_ends_have_failed(first_landlock):
     """The first version of Landlock does not keep signals from the tests."""
-    source = INTRUDER.replace("$SIGNALS", f"({int(signal.SIGKILL)},)")
+    source = INTRUDER.replace("$SIGNALS", f"({int(signal.SIGKILL)},)").replace("$ROBUST_LIST", "0")
     tests = {"setup": "", "asserts": ["assert f(3) == 3"] * 2, "entry_point": "f"}
     assert [verdict["passed"] for verdict in first_landlock.examine(source, tests, LIMITS, 60)] == [False]
 
