@@ -23,9 +23,7 @@ def main():
             gradient_accumulation_steps=8,
             num_generations=8,
             max_completion_length=512,
-            learning_rate=1e-6,
-            prm_learning_rate=1e-5,
-            prm_beta=0.1,  # about 0.05 at thousands of tokens, 0.5 at tens
+            # Not given, learning_rate, prm_learning_rate and prm_beta follow what is trained and how long completions are
             # A line of a program is a step
             process_reward_granularity="step",
             # Programs that almost pass are few: twice as many are generated, and groups with right and wrong ones kept

@@ -27,10 +27,7 @@ def main():
             gradient_accumulation_steps=8,
             num_generations=4,
             max_completion_length=512,
-            # Adapters take larger rates than the defaults, which are for full training
-            learning_rate=1e-5,
-            prm_learning_rate=1e-4,
-            prm_beta=0.1,  # about 0.05 at thousands of tokens, 0.5 at tens
+            # Not given, learning_rate, prm_learning_rate and prm_beta follow what is trained and how long completions are
             max_steps=200,
             logging_steps=1,
             # Accuracy on held-out problems, before the first step and after every 50
