@@ -4,7 +4,9 @@ import copy
 import functools
 import gc
 import inspect
+import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -19,13 +21,16 @@ import huggingface_hub
 import pytest
 import torch
 import transformers.utils.hub
+import trl
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import constants
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
+import trl_prime
 from trl_prime import ImplicitPRM, PRIMEConfig, PRIMETrainer
 from trl_prime.advantages import RolloutRewards
 from trl_prime.implicit_prm.updater import PRMUpdater
@@ -232,6 +237,73 @@ def train(make_trainer):
         return trainer
 
     return run
+
+
+# --- Code for readers: docs and examples ---
+
+SHORT = {"max_completion_length": 4, "max_steps": 1, "gradient_accumulation_steps": 1}
+QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+
+
+@pytest.fixture(scope="session")
+def run_path(model_path, tmp_path_factory):
+    """The folder of a finished run with adapters."""
+    folder = str(tmp_path_factory.mktemp("runs") / "my-run")
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer = PRIMETrainer(
+        model_path,
+        parity_reward,
+        PRIMEConfig(folder, per_device_train_batch_size=8, logging_steps=1, **{**SHORT, **QUIET, "max_steps": 2}),
+        Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(8)]),
+        peft_config=adapter,
+        prm_peft_config=adapter,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return folder
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch, model_path, run_path):
+    """
+    A folder to run in where the names of models, runs and data sets are those of tiny local ones, which is where `from_pretrained`
+    and `load_dataset` look first, and configurations of TRL and PRIME whose runs are short.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen").mkdir()
+    for name in ("Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct"):
+        os.symlink(model_path, f"Qwen/{name}")
+    shutil.copytree(run_path, "runs/my-run")
+    sums = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "solution": str(2 * i)} for i in range(8)]
+    gsm8k = [{"question": f"{i}+{i}=?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(8)]
+    mbpp = [
+        {
+            "task_id": i,
+            "text": f"Add {i}.",
+            "code": f"def f(x): return x + {i}",
+            "test_list": [f"assert f(1) == {i + 1}"],
+        }
+        for i in range(8)
+    ]
+    for folder, config, rows in (
+        ("trl-lib/DeepMath-103K", "default", sums),
+        ("openai/gsm8k", "main", gsm8k),
+        ("google-research-datasets/mbpp", "full", mbpp),
+    ):
+        Path(folder).mkdir(parents=True)
+        splits = [f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "test")]
+        for split in ("train", "test"):
+            Path(folder, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        front = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{''.join(splits)}---\n"
+        Path(folder, "README.md").write_text(front)
+    for package, name, config in ((trl_prime, "PRIMEConfig", PRIMEConfig), (trl, "GRPOConfig", GRPOConfig)):
+        short = functools.partial(_short, config)
+        monkeypatch.setattr(package, name, short, raising=False)
+
+
+def _short(config, *args, **kwargs):
+    return config(*args, **{**kwargs, **SHORT, **QUIET})
 
 
 @pytest.fixture

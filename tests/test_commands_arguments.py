@@ -5,11 +5,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import get_args, get_type_hints
 
 import pytest
 
+from trl_prime import OfflinePRMConfig
 from trl_prime.cli import COMMANDS, main
-from trl_prime.commands.arguments import help_text, parse_arguments
+from trl_prime.commands.arguments import ArgumentReader, help_text, parse_arguments
+from trl_prime.commands.evaluate import EvalArguments
+from trl_prime.commands.prm import OfflinePRMScriptArguments
 from trl_prime.commands.train import _types
 
 
@@ -81,6 +85,48 @@ def test_a_line_means_what_the_flag_means(tmp_path, line, flags):
     assert from_file == from_flags != Arguments()
     name = line.split(":")[0]
     assert type(getattr(from_file, name)) is type(getattr(from_flags, name))
+
+
+def test_words_before_the_flags_are_values_of_the_positional_fields():
+    def words(*argv, positional=("title", "names")):
+        return parse_arguments([Arguments], argv, "trl-prime test", positional=positional)[0]
+
+    assert words("a", "b", "c", "--width", "7") == Arguments(title="a", names=["b", "c"], width=7)
+    assert words("a") == Arguments(title="a")
+    assert words("b", "c", positional=["names"]) == Arguments(names=["b", "c"])
+    assert words() == Arguments()
+
+
+def test_every_optional_field_can_be_emptied_by_a_flag(tmp_path):
+    """`none` is no value where the hint of a field allows None, but where `none` is a word with a meaning (report_to)."""
+    for types in (_types(), [EvalArguments], [OfflinePRMScriptArguments, OfflinePRMConfig]):
+        reader = ArgumentReader(types, prog="trl-prime test", add_help=False)
+        hints = {name: hint for cls in types for name, hint in get_type_hints(cls).items()}
+        optional = [name for name in reader.fields if type(None) in get_args(hints[name])]
+        assert len(optional) > 10
+        for name in set(optional) - {"report_to"}:
+            reader.set_defaults(**{name: ["what the recipe sets"]})
+            for word in ("none", "None"):
+                parsed, rest = reader.parse_known_args([f"--{name}", word])
+                assert getattr(parsed, name) is None and not rest, name
+        others = {name for name, hint in hints.items() if name in reader.fields and hint is str}
+        for name in others:
+            action = reader.fields[name]
+            if not action.choices:
+                assert getattr(reader.parse_known_args([f"--{name}", "none"])[0], name) == "none"
+    reader = ArgumentReader(_types(), prog="trl-prime test", add_help=False)
+    reader.set_defaults(report_to=["wandb"])
+    assert reader.parse_known_args(["--report_to", "none"])[0].report_to == "none"
+
+
+def test_none_is_no_value_in_flags_and_files(tmp_path):
+    text = "title: a\nnames: [b]\noptions: {c: 1}\n"
+    emptied = parse(tmp_path, text, "--title", "none", "--names", "none", "--options", "none")
+    assert emptied == Arguments() == parse(tmp_path, "title: none\nnames: none\noptions: none\n")
+    # Among other names it is one
+    assert parse(tmp_path, text, "--names", "none", "x").names == ["none", "x"]
+    with pytest.raises(ValueError, match="invalid int value: 'none'"):
+        parse(tmp_path, "width: none")
 
 
 def test_flags_win_and_the_rest_is_the_default(tmp_path):

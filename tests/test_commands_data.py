@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from trl_prime.cli import main
 from trl_prime.commands import env
+from trl_prime.commands.arguments import recipe_folder
 from trl_prime.commands.data import unjudged_rows
 from trl_prime.data.adapters import load_prime_dataset
 from trl_prime.sandbox import SandboxUnavailable
@@ -23,30 +24,31 @@ def gsm8k(tmp_path):
     return path
 
 
-def data(path, *flags):
-    return main(["data", "--dataset_name", str(path), "--dataset_format", "gsm8k", *flags])
+def data(action, path, *flags):
+    return main(["data", action, str(path), "--dataset_format", "gsm8k", *flags])
 
 
 def test_rows_are_shown_as_the_chat_template_writes_them(gsm8k, model_path, capsys):
-    assert data(gsm8k, "--show", "1") == 0
+    assert data("show", gsm8k, "--max_rows", "1") == 0
     printed = capsys.readouterr().out
-    assert "[user] 0 [plus] 1" in printed and "solution: 2" in printed and "row 1" not in printed
-    assert data(gsm8k, "--show", "2", "--tokenizer", model_path) == 0
+    assert "[user] 0 [plus] 1" in printed and "solution: 2" in printed and "malformed" not in printed
+    assert data("show", gsm8k, "--tokenizer", model_path) == 0
     printed = capsys.readouterr().out
     assert "user:0 [plus] 1" in printed and "assistant:" in printed
-    assert "2 [plus] 1" in printed  # the second row is malformed
+    # Three rows, of which the second is malformed
+    assert "row 2 ─" in printed and "2 [plus] 1" in printed and "3 [plus] 1" not in printed
+    assert "1 malformed:\n  row 1: the answer ends in 'no number'" in printed
 
 
 def test_check_names_the_rows_and_what_is_wrong(gsm8k, model_path, capsys):
-    flags = ["--check", "--tokenizer", model_path, "--max_prompt_length", "20"]
-    assert data(gsm8k, *flags) == 2
+    assert data("check", gsm8k, "--tokenizer", model_path, "--max_prompt_length", "20") == 2
     printed = capsys.readouterr().out
     assert "4 rows, 1 malformed\n  row 1: the answer ends in 'no number'" in printed
     # "user:0plus1assistant:": the tokenizer knows neither white space nor brackets
     assert "prompts of 21 to 21 tokens, median 21" in printed
     assert "3 prompts with more than 20 tokens\n  row 0: 21 tokens\n  row 2" in printed
     assert "1 rows whose gold answer or tests cannot be judged\n  row 3: the gold answer '\\\\frac{1}{'" in printed
-    assert data(gsm8k, "--check", "--max_rows", "1") == 0
+    assert data("check", gsm8k, "--max_rows", "1") == 0
     assert "1 rows, 0 malformed" in capsys.readouterr().out
 
 
@@ -74,26 +76,41 @@ def test_gold_answers_and_tests_that_cannot_be_judged():
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_converted_rows_are_read_back_without_a_format(gsm8k, tmp_path, suffix):
     output = tmp_path / f"adapted{suffix}"
-    assert data(gsm8k, "--output", str(output), "--prompt_suffix", "math") == 0
+    assert data("convert", gsm8k, "--output", str(output), "--prompt_suffix", "math") == 0
     adapted = load_prime_dataset(str(gsm8k), "gsm8k", prompt_suffix="math", on_error="skip")
     assert list(load_prime_dataset(str(output))) == list(adapted)
     assert len(adapted) == 3
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "action, flags, said",
     [
-        (["--output", "adapted.csv"], "end in .jsonl or .parquet"),
-        (["--output", "rows.jsonl"], "there already"),
-        (["--show", "0"], "show is 0"),
-        (["--max_prompt_length", "5"], "--tokenizer"),
-        (["--dataset_split", "test"], "has only the split 'train'"),
+        ("convert", ["--output", "adapted.csv"], "end in .jsonl or .parquet"),
+        ("convert", ["--output", "rows.jsonl"], "there already"),
+        ("convert", [], "convert needs --output"),
+        ("convert", ["--output", "new.jsonl", "--tokenizer", "m"], "leave --tokenizer out"),
+        ("check", ["--output", "new.jsonl"], "check writes no file: use convert"),
+        ("show", ["--max_rows", "0"], "max_rows is 0"),
+        ("check", ["--max_prompt_length", "5"], "`check` and --tokenizer"),
+        ("show", ["--max_prompt_length", "5", "--tokenizer", "m"], "`check` and --tokenizer"),
+        ("show", ["--dataset_split", "test"], "has only the split 'train'"),
+        ("shwo", [], "invalid choice: 'shwo' (choose from"),
     ],
 )
-def test_wrong_options(gsm8k, monkeypatch, capsys, flags, said):
+def test_wrong_options(gsm8k, monkeypatch, capsys, action, flags, said):
     monkeypatch.chdir(gsm8k.parent)
-    assert data("rows.jsonl", *flags) == 2
+    assert data(action, "rows.jsonl", *flags) == 2
     assert said in capsys.readouterr().err
+
+
+def test_words_that_are_missing_or_too_many(gsm8k, capsys):
+    for words, said in (
+        ([], "arguments are required: --action, --dataset_name"),
+        (["show"], "arguments are required: --dataset_name"),
+        (["show", str(gsm8k), "rows"], "can make nothing of 'rows'"),
+    ):
+        assert main(["data", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_env_tells_versions_and_the_sandbox(capsys):
@@ -101,7 +118,8 @@ def test_env_tells_versions_and_the_sandbox(capsys):
     printed = capsys.readouterr().out
     for line in (f"trl-prime version: {__version__}", "PyTorch version", "TRL version", "PEFT version", "Math-Verify"):
         assert line in printed
-    assert "Hub: offline" in printed
+    assert "Hub: offline" in printed and f"Recipes: {recipe_folder()}" in printed
+    assert (recipe_folder() / "quickstart.yaml").is_file()
 
 
 def test_env_tells_why_there_is_no_sandbox(monkeypatch):
@@ -115,7 +133,7 @@ def test_env_tells_why_there_is_no_sandbox(monkeypatch):
 def test_check_of_rows_that_no_verifier_can_judge(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1+1=", "gold": "2"}\n')
-    assert main(["data", "--dataset_name", str(path), "--check"]) == 0
+    assert main(["data", "check", str(path)]) == 0
     said = capsys.readouterr().out
     assert "1 rows without 'solution' and 'tests'" in said and "question_answer(answer='...')" in said
     assert "cannot be judged" not in said

@@ -29,8 +29,8 @@ COMMANDS = {
     "eval, data": ("dataset_name", ["eval", "--model_name_or_path", "MODEL"]),
     "score": ("prm_name_or_path", ["score", "--prompt", "a", "--completion", "b"]),
     "score, reference": ("reference", ["score", "--prm_name_or_path", "MODEL", "--prompt", "a", "--completion", "b"]),
-    "data": ("dataset_name", ["data"]),
-    "data, tokenizer": ("tokenizer", ["data", "--dataset_name", "ROWS"]),
+    "data": ("dataset_name", ["data", "show"]),
+    "data, tokenizer": ("tokenizer", ["data", "show", "ROWS"]),
 }
 
 

@@ -136,7 +136,7 @@ def test_the_command_prints_and_writes_the_difference(folders, tmp_path, capsys)
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["0", "2"], "different problems or prompts (prompt_suffix: None and 'none')"),
+        (["0", "2"], "different problems or prompts (prompt_suffix: 'benchmark' and None)"),
         (["0", "3"], "different problems or prompts (limit: None and 5)"),
         (["0", "nowhere"], "nowhere', which holds no samples.jsonl"),
         (["0"], "compare has 1 folders, but takes two"),

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import io
 import json
-import os
 import pkgutil
 import re
 import shlex
@@ -35,7 +34,9 @@ from trl_prime.rewards.registry import trl_rewards
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "benchmarks").glob("*.md"))
-TOP = [ROOT / file for file in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/README.md")]
+TOP = [
+    ROOT / file for file in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/README.md", "examples/README.md")
+]
 PAGES = [*TOP, *DOCS, *NOTEBOOKS]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
@@ -58,38 +59,21 @@ def pages_with(language):
 # --- Python ---
 
 
-@pytest.fixture
-def stand_ins(tmp_path, monkeypatch, model_path):
-    """
-    A folder to run in where the names of models and data sets on the Hub are those of tiny local ones, which is where
-    `from_pretrained` and `load_dataset` look first, and a `PRIMEConfig` whose runs are short.
-    """
-    monkeypatch.chdir(tmp_path)
-    Path("Qwen").mkdir()
-    os.symlink(model_path, "Qwen/Qwen2.5-0.5B-Instruct")
-    data = Path("trl-lib/DeepMath-103K")
-    data.mkdir(parents=True)
-    rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}], "solution": str(2 * i)} for i in range(8)]
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = Path("openai/gsm8k")
-    data.mkdir(parents=True)
-    rows = [{"question": f"{i}+{i}=?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(8)]
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (data / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n")
-
-    def short_config(*args, **kwargs):
-        short = {"max_completion_length": 4, "max_steps": 1, "gradient_accumulation_steps": 1}
-        quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-        return PRIMEConfig(*args, **{**kwargs, **short, **quiet})
-
-    monkeypatch.setattr(trl_prime, "PRIMEConfig", short_config, raising=False)
-
-
 @pytest.mark.parametrize("page", pages_with("python"), ids=name)
 def test_python_blocks_run_in_order(page, stand_ins):
     namespace = {"__name__": "__main__"}
     for i, code in enumerate(blocks(page, "python")):
         exec(compile(code, f"{page.name}, block {i + 1}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", pages_with("diff"), ids=name)
+def test_diffs_turn_code_that_runs_into_code_that_runs(page, stand_ins):
+    for i, diff in enumerate(blocks(page, "diff")):
+        lines = diff.splitlines()
+        assert all(line[:1] in ("-", "+", " ") for line in lines if line)
+        for sign in "-+":
+            code = "\n".join(line[1:] for line in lines if line[:1] in (sign, " ", ""))
+            exec(compile(code, f"{page.name}, diff {i + 1}, {sign}", "exec"), {"__name__": "__main__"})
 
 
 # --- Recipes and commands ---
@@ -138,7 +122,7 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
             given = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
             assert given - {"config", "help"} <= fields(command), words
         for word in words:
-            if word.startswith(("recipes/", "benchmarks/", "docs/", "tests/")):
+            if word.startswith(("recipes/", "examples/", "benchmarks/", "docs/", "tests/")):
                 assert (ROOT / word).exists(), word
 
 
@@ -146,7 +130,7 @@ def test_shell_blocks_use_commands_fields_targets_and_files_that_exist(page):
 
 # Pages tell a reader to write these, or name them as an example
 OF_THE_READER = {"my_module.py", "tasks/verify.py"}
-FOLDERS = ("trl_prime", "recipes", "benchmarks", "docs", "tests")
+FOLDERS = ("trl_prime", "recipes", "examples", "benchmarks", "docs", "tests")
 OPTIONS_OF_BENCHMARKS = {
     flag for path in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r'"--([\w-]+)"', path.read_text())
 }

@@ -222,6 +222,30 @@ def test_a_reference_that_is_not_on_the_hub_goes_along(hub, train, model_path, s
     assert ("path/to/the/base/model" in card.text) is (peft is not None)
 
 
+@pytest.mark.parametrize("settings", [{}, {"prm_reference": "policy"}], ids=["frozen", "policy"])
+@pytest.mark.parametrize("push_to_hub", [True, False], ids=["by the run", "by hand"])
+def test_where_a_local_base_lies_stays_on_this_machine(
+    hub, train, tmp_path, monkeypatch, model_path, push_to_hub, settings
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    os.symlink(model_path, "model")
+    settings |= {"save_strategy": "steps", "hub_strategy": "checkpoint"}
+    trainer = train(
+        model="./model", peft_config=lora(), prm_peft_config=lora(), max_steps=1, push_to_hub=push_to_hub, **settings
+    )
+    trainer.args.hub_model_id = "me/run"
+    trainer.push_to_hub()
+    files = hub.files(trainer.hub_model_id)
+    named = {
+        json.loads(content)["base_model_name_or_path"]
+        for path, content in files.items()
+        if path.endswith("adapter_config.json")
+    }
+    assert named == {"./model"}
+    assert not [path for path, content in files.items() if str(tmp_path / "here").encode() in content]
+
+
 def test_without_a_reference_of_its_own_the_loader_has_to_name_one(hub, train, model_path, caplog):
     transformers.utils.logging.enable_propagation()
     trainer = train(model=model_path, prm_reference="policy", max_steps=1, push_to_hub=True, hub_model_id="me/run")

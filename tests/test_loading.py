@@ -1,13 +1,14 @@
-"""Saved PRMs as they come back: data type, architecture, adapters, and the settings of the run that takes them."""
+"""Saved PRMs and policies as they come back: data type, architecture, adapters and their base, settings of the run that takes them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import build_model, same
 from datasets import Dataset
 from helpers import ragged_batch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Qwen3_5Config,
@@ -141,6 +142,40 @@ def test_unset_rates_and_scale_follow_the_models_of_a_run(tmp_path, tokenizer, m
         # The first step of Adam moves each weight by its rate, and these begin at zero
         moved = [weights.detach().abs().max().item() for name, weights in model.named_parameters() if "lora_B" in name]
         assert max(moved) == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.parametrize("start", ["path", "instance"])
+def test_what_was_trained_from_a_relative_path_loads_from_any_folder(
+    tmp_path, monkeypatch, train, model_path, tokenizer, start
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(model_path, "model")
+    model = "./model" if start == "path" else AutoModelForCausalLM.from_pretrained("./model", dtype=torch.float32)
+    trainer = train(model=model, peft_config=lora(), prm_peft_config=lora(), save_strategy="steps", max_steps=1)
+    trainer.save_model()
+    monkeypatch.chdir("/")
+    base, prompt = str(tmp_path / "here" / "model"), torch.tensor([[5, 6, 7]])
+    run = tmp_path / "run"
+    trained = trainer.model.eval()(prompt).logits
+    for folder in (run, run / "checkpoint-1"):
+        adapters = (folder, folder / "prm" / "adapter") if start == "path" else (folder,)
+        for adapter in adapters:
+            assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+        for load in (AutoModelForCausalLM.from_pretrained, AutoPeftModelForCausalLM.from_pretrained, load_policy):
+            torch.testing.assert_close(load(str(folder), dtype=torch.float32).eval()(prompt).logits, trained)
+        assert ImplicitPRM.from_pretrained(folder).score(PROMPTS, COMPLETIONS)
+
+
+def test_a_prm_measured_against_the_policy_names_its_start_by_an_absolute_path(
+    tmp_path, monkeypatch, train, model_path
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(model_path, "model")
+    train(model="model", prm_reference="policy", max_steps=1).save_model()
+    monkeypatch.chdir("/")
+    assert ImplicitPRM.from_pretrained(tmp_path / "run").reference_name == str(tmp_path / "here" / "model")
 
 
 def test_replaced_settings_are_told_with_both_values(random_prm, monkeypatch):

@@ -3,8 +3,11 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -16,7 +19,8 @@ from trl.scripts import sft
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, PRIMEConfig
 from trl_prime.cli import main
-from trl_prime.commands import launching
+from trl_prime.commands import arguments, launching
+from trl_prime.commands.arguments import recipe_path
 from trl_prime.commands.prm import OfflinePRMScriptArguments
 from trl_prime.commands.train import PRIMEScriptArguments
 from trl_prime.tasks.task import Task
@@ -155,10 +159,8 @@ def converted(recipe, data):
     """The folder that the recipe's own `trl-prime data` command writes."""
     command = shlex.split(re.search(r"^#   trl-prime (data .*)", recipe.read_text(), re.M)[1])
     folder = data.with_name(yaml.safe_load(recipe.read_text())["dataset_name"])
-    for flag, value in (("--dataset_name", data), ("--output", folder / "train.jsonl")):
-        if flag == "--output":
-            assert command[command.index(flag) + 1] == f"{folder.name}/train.jsonl"
-        command[command.index(flag) + 1] = str(value)
+    assert command[:2] == ["data", "convert"] and command[-1] == f"{folder.name}/train.jsonl"
+    command[2], command[-1] = str(data), str(folder / "train.jsonl")
     assert main(command) == 0
     return folder
 
@@ -214,3 +216,49 @@ def test_header_names_the_command_and_batches_add_up(recipe):
 def test_readme_lists_every_recipe():
     listed = set(re.findall(r"^\| `([^`]+\.yaml)`", (FOLDER / "README.md").read_text(), re.M))
     assert listed == {str(path.relative_to(FOLDER)) for path in RECIPES}
+
+
+# --- By name ---
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.yaml", "recipes/quickstart.yaml"):
+        assert recipe_path(name) == FOLDER / "quickstart.yaml"
+    names = [path.relative_to(FOLDER).with_suffix("").as_posix() for path in RECIPES]
+    assert [recipe_path(name) for name in names] == RECIPES
+    Path("quickstart").mkdir()  # the folder of a run, say
+    assert recipe_path("quickstart") == FOLDER / "quickstart.yaml"
+    for name in ("quickstart.yaml", "recipes/quickstart.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("seed: 1\n")
+        assert recipe_path(name) == Path(name)
+    with pytest.raises(ValueError, match=r"qwen2.5/prime/full of --config cannot .* mean 'qwen2.5-1.5b/prime/full'\?"):
+        recipe_path("qwen2.5/prime/full")
+    with pytest.raises(ValueError, match="no recipe has this name.$"):
+        recipe_path("my-run.yaml")
+
+
+def test_commands_take_the_name_of_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "quickstart", "--prm_beta", "0"]) == 2
+    assert "prm_beta is 0.0" in capsys.readouterr().err
+    assert main(["prm", "--config=gsm8k/prm/offline-ce", "--beta", "0", "--use_cpu", "true", "--bf16", "false"]) == 2
+    assert "beta is 0.0" in capsys.readouterr().err
+    assert main(["train", "--config", "quikstart"]) == 2
+    assert "Did you mean 'quickstart'?" in capsys.readouterr().err
+
+
+def test_the_wheel_brings_the_recipes(tmp_path, monkeypatch):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=FOLDER.parent, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    packed = tmp_path / "site" / "trl_prime" / "recipes"
+    assert {path.relative_to(packed) for path in packed.rglob("*.yaml")} == {p.relative_to(FOLDER) for p in RECIPES}
+    # As the installed package would find it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arguments, "__file__", str(tmp_path / "site" / "trl_prime" / "commands" / "arguments.py"))
+    assert recipe_path("quickstart") == packed / "quickstart.yaml"

@@ -16,7 +16,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure a policy and its PRM on benchmarks."),
     "score": ("score", "Show what an implicit PRM thinks of completions, token by token."),
     "report": ("report", "Write a page about a run, or about several to compare."),
-    "data": ("data", "Show, check or convert a data set as the trainer reads it."),
+    "data": ("data", "show, check or convert: a data set as the trainer reads it."),
     "env": ("env", "Versions, devices and sandbox of this machine, for bug reports."),
 }
 HELP = "`trl-prime COMMAND --help` lists the fields of a command, `trl-prime --version` tells the version."
@@ -30,7 +30,7 @@ exit codes:
 
 
 def usage() -> str:
-    lines = ["usage: trl-prime COMMAND [--config FILE.yaml] [--FIELD VALUE ...]", ""]
+    lines = ["usage: trl-prime COMMAND [--config FILE.yaml|RECIPE] [--FIELD VALUE ...]", ""]
     lines += [f"  {name:<8}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([*lines, "", HELP, EXIT_CODES.rstrip()])
 

@@ -47,7 +47,7 @@ from .checks import (
 )
 from .hub import PAPER, POLICY_TAGS, add_policy_section, hub_dataset, warn_of_failed_pushes
 from .implicit_prm.build import build_prm, fuse_lm_heads, kind_of_start, warn_of_rounding
-from .implicit_prm.files import check_loaded_policy, check_prm_state, downloaded_prm, whole_checkpoint
+from .implicit_prm.files import check_loaded_policy, check_prm_state, downloaded_prm, name_base, whole_checkpoint
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
 from .policy_loss import loss_scales, sequence_advantages
@@ -155,15 +155,13 @@ class PRIMETrainer(GRPOTrainer):
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_prm(prm_model, prm_peft_config, grpo["model"])
         self.prm_learner = PRMLearner(self.implicit_prm, self.accelerator, args)
-        # Whether the learner has the schedule of the present `train()`
-        self._prm_is_started = False
+        self._prm_is_started = False  # whether the learner has the schedule of the present `train()`
         self._rewards_per_func: torch.Tensor | None = None
         warn_of_uneven_saving(args)
         # TRL sizes the completions table to one generation batch
         if args.oversample_factor > 1:
             size = int(args.generation_batch_size * args.oversample_factor)
-            for column in ("images", "prompt", "completion", "advantages"):
-                self._logs[column] = deque(maxlen=size)
+            self._logs.update({c: deque(maxlen=size) for c in ("images", "prompt", "completion", "advantages")})
             for column in ("rewards", "extra"):
                 self._logs[column].default_factory = lambda: deque(maxlen=size)
 
@@ -191,6 +189,7 @@ class PRIMETrainer(GRPOTrainer):
         if args.prm_update != "none":
             option = "model_init_kwargs" if start is None else "prm_model_init_kwargs"
             warn_of_rounding(prm, "prm_learning_rate", args.prm_learning_rate, f"{option}={{'dtype': 'float32'}}")
+        name_base(policy, to_hub=args.push_to_hub)
         if args.push_to_hub:
             prm.reference_name = prm.portable_reference_name()
         fuse_lm_heads(prm, args.prm_fused_lm_head, self.accelerator.device.type == "cuda")
@@ -519,6 +518,7 @@ class PRIMETrainer(GRPOTrainer):
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        name_base(self.accelerator.unwrap_model(self.model), to_hub=True)
         self.implicit_prm.reference_name = self.implicit_prm.portable_reference_name()
         try:
             return super().push_to_hub(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Arguments of all commands: dataclass fields, from a YAML file (`--config`) and from flags, which win.
 
-A value of the file is read as the flag's would be. What is no field, and what is no value for one, is refused in a sentence
-before anything starts. `--help` fits a screen: all fields with their help where they do, else their names and defaults by
+The file is a path, or the name of a recipe of this package. A value of the file is read as the flag's would be, and `none` is
+no value where a field may have none. What is no field, and what is no value for one, is refused in a sentence before anything
+starts. `--help` fits a screen: all fields with their help where they do, else their names and defaults by
 group. `--help WORD` explains those with the word in their name or in the title of their group, `--help all` all of them.
 """
 
@@ -26,13 +27,15 @@ from trl import TrlParser
 from ..specs import did_you_mean
 
 WIDTH, SCREEN = 100, 45
+# The word that stands for no value, in flags and files
+NONE = "none"
 
 
 def parse_arguments(
     dataclass_types: Sequence[type],
     argv: Sequence[str],
     prog: str,
-    positional: str | None = None,
+    positional: Sequence[str] = (),
     ignore: Sequence[str] = (),
     epilog: str = "",
 ) -> tuple[Any, ...]:
@@ -43,7 +46,8 @@ def parse_arguments(
         dataclass_types (`list[type]`): Dataclasses with the fields that may be given. None may be called `config`.
         argv (`list[str]`): The words after the command's name.
         prog (`str`): Name of the command, for its messages.
-        positional (`str`, *optional*): The field, a list, that the words before the first flag are the values of.
+        positional (`list[str]`): Fields that the words before the first flag are the values of, one after the other; the last
+            of them takes the rest.
         ignore (`list[str]`): Further fields that the file may have, which are for someone else.
         epilog (`str`): Last lines of the help.
 
@@ -55,10 +59,13 @@ def parse_arguments(
             suit its field.
         SystemExit: The help was printed.
     """
-    show_help(dataclass_types, argv, prog, epilog)
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    if positional and words:
-        argv = [f"--{positional}", *words, *argv[len(words) :]]
+    show_help(dataclass_types, argv, prog, epilog, positional)
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv)) if positional else []
+    named = [
+        [f"--{name}", *(words[i:] if name == positional[-1] else words[i : i + 1])]
+        for i, name in enumerate(positional[: len(words)])
+    ]
+    argv = [*itertools.chain(*named), *argv[len(words) :]]
     parser = ArgumentReader(dataclass_types, prog=prog, allow_abbrev=False, add_help=False)
     flags, others = parser.read_file(argv)
     _, words = parser.parse_known_args(flags)
@@ -71,6 +78,21 @@ class ArgumentReader(TrlParser):
     """`TrlParser` that takes nothing silently and answers in sentences."""
 
     path: Path | None = None
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+        super().__init__(dataclass_types, **kwargs)
+        self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        # Where `none` is the default as a word (report_to), it has a meaning of its own
+        self.optional = {
+            action.dest
+            for action in self._actions
+            if action.default != NONE and type(None) in _kinds(self.hints.get(action.dest))
+        }
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.dest in self.optional and [word.lower() for word in arg_strings] == [NONE]:
+            return None
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}.")
@@ -92,9 +114,10 @@ class ArgumentReader(TrlParser):
         for name, value in _mapping(settings.pop("env", None) or {}, f"`env` of {self.path}").items():
             os.environ[name] = str(value)
         fields = self.fields
-        hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
         known = {
-            name: self._checked(fields[name], hints[name], value) for name, value in settings.items() if name in fields
+            name: self._checked(fields[name], self.hints[name], value)
+            for name, value in settings.items()
+            if name in fields
         }
         self.set_defaults_with_config(**known)
         return flags, {name: value for name, value in settings.items() if name not in fields}
@@ -112,6 +135,8 @@ class ArgumentReader(TrlParser):
 
     def _checked(self, action: argparse.Action, hint: Any, value: Any) -> Any:
         kinds = _kinds(hint)
+        if action.dest in self.optional and isinstance(value, str) and value.lower() == NONE:
+            return None
         if value is None and type(None) not in kinds:
             raise ValueError(f"{self.path} leaves {action.dest} empty: give it a value, or leave it out.")
         if value is None or type(value) in kinds or Any in kinds:
@@ -143,11 +168,45 @@ def _without_config(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     for i, word in enumerate(words):
         if word == "--config":
             if i + 1 == len(words) or words[i + 1].startswith("--"):
-                raise ValueError("--config has no value: give it the path of a YAML file.")
-            return words[:i] + words[i + 2 :], Path(words[i + 1])
+                raise ValueError("--config has no value: give it the path of a YAML file, or the name of a recipe.")
+            return words[:i] + words[i + 2 :], recipe_path(words[i + 1])
         if word.startswith("--config="):
-            return words[:i] + words[i + 1 :], Path(word.removeprefix("--config="))
+            return words[:i] + words[i + 1 :], recipe_path(word.removeprefix("--config="))
     return words, path
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent.parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_path(name: str) -> Path:
+    """
+    The file that `--config` names.
+
+    Args:
+        name (`str`): Path of a file, which wins; or the name of a recipe by its place in the folder of the recipes, for instance
+            `"quickstart"` or `"qwen2.5-1.5b/prime/full"`, also with `recipes/` before it or `.yaml` after it.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: There is no such file and no such recipe; names the nearest recipe.
+    """
+    folder = recipe_folder()
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    wanted = name.removeprefix("recipes/").removesuffix(".yaml")
+    if wanted in names and not os.path.isfile(name):
+        return folder / f"{wanted}.yaml"
+    if not os.path.exists(name):
+        raise ValueError(
+            f"The file {name} of --config cannot be read: No such file or directory, and no recipe has this name. "
+            f"{did_you_mean(wanted, names)}".strip()
+        )
+    return Path(name)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -176,7 +235,13 @@ def _kinds(hint: Any) -> set[Any]:
 # Help
 
 
-def show_help(dataclass_types: Sequence[type], argv: Sequence[str], prog: str, epilog: str = "") -> None:
+def show_help(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    prog: str,
+    epilog: str = "",
+    positional: Sequence[str] = (),
+) -> None:
     """
     Print the help and leave, if the words ask for it.
 
@@ -186,11 +251,17 @@ def show_help(dataclass_types: Sequence[type], argv: Sequence[str], prog: str, e
     """
     asked = [i for i, word in enumerate(argv) if word in ("-h", "--help")]
     if asked:
-        print(help_text(dataclass_types, prog, next(iter(argv[asked[0] + 1 :]), None), epilog))
+        print(help_text(dataclass_types, prog, next(iter(argv[asked[0] + 1 :]), None), epilog, positional))
         raise SystemExit(0)
 
 
-def help_text(dataclass_types: Sequence[type], prog: str, topic: str | None = None, epilog: str = "") -> str:
+def help_text(
+    dataclass_types: Sequence[type],
+    prog: str,
+    topic: str | None = None,
+    epilog: str = "",
+    positional: Sequence[str] = (),
+) -> str:
     """
     The help of a command.
 
@@ -200,17 +271,20 @@ def help_text(dataclass_types: Sequence[type], prog: str, topic: str | None = No
         topic (`str`, *optional*): `"all"`, or a word: only fields with it in their name or in the title of their group. Not
             given, what fits a screen of 45 lines.
         epilog (`str`): Last lines.
+        positional (`list[str]`): Fields whose values may stand before all flags, without their names.
 
     Raises:
         ValueError: No field has such a word.
     """
     fields = ArgumentReader(dataclass_types, prog=prog, add_help=False).fields
     groups = [group for cls in dataclass_types for group in _groups(cls)]
-    usage = f"usage: {prog} [--config FILE.yaml] [--FIELD VALUE ...]"
+    usage = " ".join(["usage:", prog, *map(str.upper, positional), "[--config FILE.yaml|RECIPE] [--FIELD VALUE ...]"])
     if topic is None:
         explained = "\n".join([usage, *_explained(groups, fields), *(["", epilog] if epilog else [])])
         return (
-            explained if explained.count("\n") < SCREEN else _overview(dataclass_types, groups, fields, usage, epilog)
+            explained
+            if explained.count("\n") < SCREEN
+            else _overview(dataclass_types, groups, fields, prog, usage, epilog)
         )
     word = topic.lstrip("-").replace("-", "_").lower()
     if word != "all":
@@ -264,6 +338,7 @@ def _overview(
     dataclass_types: Sequence[type],
     groups: list[tuple[str, list[str]]],
     fields: dict[str, argparse.Action],
+    prog: str,
     usage: str,
     epilog: str,
 ) -> str:
@@ -284,7 +359,6 @@ def _overview(
             lines += text
     inherited = [title for title, names in groups if names and not own & {*names}]
     count = sum(len(names) for _, names in groups) - len(own & {*fields})
-    prog = usage.split(" [")[0].removeprefix("usage: ")
     rest = f"`{prog} --help WORD` explains the fields with the word in their name or group, `--help all` every field"
     if inherited:
         rest += f", also the {count} more that are inherited (output_dir, max_steps, per_device_train_batch_size, ...)"

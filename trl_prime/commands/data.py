@@ -1,8 +1,8 @@
-"""`trl-prime data`: look at a data set as the trainer will read it, check it, and write it to a file.
+"""`trl-prime data ACTION NAME`: look at a data set as the trainer will read it, check it, or write it to a file.
 
-`--show N` prints rows, with `--tokenizer` as its chat template writes them. `--check` goes over all rows: what cannot be adapted
-and why, how long the prompts are, and whether each gold answer can be judged. `--output FILE` writes the adapted rows. What
-was asked for is done in this order; nothing asked for shows three rows.
+`show` prints the first rows, with `--tokenizer` as its chat template writes them. `check` goes over all rows: what cannot be
+adapted and why, how long the prompts are, and whether each gold answer can be judged. `convert` writes the adapted rows to the
+file `--output`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from ..texts import TextFormat
 
+ACTIONS = ("show", "check", "convert")
+# So many rows are shown where no number is given
+_SHOWN = 3
 WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet"}
 # So many of the bad rows are named
 _NAMED = 10
@@ -33,23 +36,30 @@ _WRONG = r"\boxed{-987654321}"
 @dataclass
 class DataArguments:
     """
-    The data set, and what is done with it.
+    What is done, and the data set.
 
     Parameters:
+        action (`str`): `"show"`: print the first rows. `"check"`: check all rows; the exit code is 2 if one is not as it has to
+            be. `"convert"`: write the rows to a file.
         dataset_name (`str`): Name on the Hub, or a local file or folder.
         dataset_config (`str`, *optional*): Configuration of a data set on the Hub.
         dataset_split (`str`): Split.
         dataset_format (`str`, *optional*): How its rows are adapted, see [`~trl_prime.data.formats.DATASET_FORMATS`].
         system_prompt (`str`, *optional*): System prompt of every row.
         prompt_suffix (`str`, *optional*): Appended to every prompt.
-        max_rows (`int`, *optional*): Use only the first rows.
+        max_rows (`int`, *optional*): Use only the first rows. Defaults to 3 for `"show"`, and to all.
         tokenizer (`str`, *optional*): Model, or folder of a run, whose chat template and tokens are meant.
-        show (`int`, *optional*): Print this many rows.
-        check (`bool`): Check all rows; the exit code is 2 if one is not as it has to be.
-        max_prompt_length (`int`, *optional*): Prompts with more tokens count as too long.
-        output (`str`, *optional*): File for the adapted rows without the malformed ones, `.jsonl` or `.parquet`.
+        max_prompt_length (`int`, *optional*): For `"check"`: prompts with more tokens count as too long.
+        output (`str`, *optional*): For `"convert"`: file for the adapted rows without the malformed ones, `.jsonl` or `.parquet`.
     """
 
+    action: str = field(
+        metadata={
+            "help": "show: print the first rows. check: find malformed rows, long prompts and gold answers that cannot be "
+            "judged; exit code 2 if there is one. convert: write the rows to a file.",
+            "choices": ACTIONS,
+        }
+    )
     dataset_name: str = field(metadata={"help": "Name on the Hub, or a local file or folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split."})
@@ -58,35 +68,36 @@ class DataArguments:
     prompt_suffix: str | None = field(
         default=None, metadata={"help": "Appended to every prompt: 'math' or 'code', the paper's, or a text."}
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": f"Use only the first rows. Defaults to {_SHOWN} for show, and to all."}
+    )
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Model, or folder of a run, whose chat template is shown and whose tokens are counted."},
     )
-    show: int | None = field(default=None, metadata={"help": "Print this many rows; 3 if nothing else is asked for."})
-    check: bool = field(
-        default=False,
-        metadata={
-            "help": "Check all rows: malformed ones, lengths of prompts, gold answers that cannot be judged. Exit code 2 if "
-            "there is one."
-        },
-    )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Prompts with more tokens count as too long; needs --tokenizer."}
+        default=None, metadata={"help": "For check: prompts with more tokens count as too long; needs --tokenizer."}
     )
     output: str | None = field(
-        default=None, metadata={"help": "Write the adapted rows, without malformed ones: FILE.jsonl or FILE.parquet."}
+        default=None,
+        metadata={"help": "For convert: file of the rows, without malformed ones: FILE.jsonl or FILE.parquet."},
     )
 
     def __post_init__(self):
-        if self.show is None and not self.check and self.output is None:
-            self.show = 3
-        for name in ("max_rows", "show", "max_prompt_length"):
+        for name in ("max_rows", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
-        if self.max_prompt_length is not None and not (self.tokenizer and self.check):
-            raise ValueError("max_prompt_length counts tokens while checking: give --tokenizer and --check too.")
+        if self.action == "show" and self.max_rows is None:
+            self.max_rows = _SHOWN
+        if self.max_prompt_length is not None and not (self.tokenizer and self.action == "check"):
+            raise ValueError("max_prompt_length counts tokens while checking: it goes with `check` and --tokenizer.")
+        if self.tokenizer is not None and self.action == "convert":
+            raise ValueError("convert writes messages, which no chat template has rendered: leave --tokenizer out.")
+        if self.output is None and self.action == "convert":
+            raise ValueError("convert needs --output, the file that it writes: FILE.jsonl or FILE.parquet.")
+        if self.output is not None and self.action != "convert":
+            raise ValueError(f"output is {self.output!r}, but {self.action} writes no file: use convert.")
         if self.output is not None and Path(self.output).suffix not in WRITERS:
             raise ValueError(f"output is {self.output!r}, but files are written that end in {' or '.join(WRITERS)}.")
         if self.output is not None and Path(self.output).exists():
@@ -95,7 +106,7 @@ class DataArguments:
 
 def prepare(argv: list[str]) -> Callable[[], int]:
     """The job of showing, checking or converting a data set."""
-    (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data")
+    (arguments,) = parse_arguments([DataArguments], argv, prog="trl-prime data", positional=["action", "dataset_name"])
     check_model("tokenizer", arguments.tokenizer, filenames=TOKENIZER_FILES)
 
     from transformers import AutoTokenizer
@@ -125,25 +136,33 @@ def prepare(argv: list[str]) -> Callable[[], int]:
     dataset = dataset.select(numbers)
 
     def job() -> int:
-        if arguments.show:
-            show_rows(dataset.select(range(min(arguments.show, len(dataset)))), tokenizer, text_format)
-        is_sound = True
-        if arguments.check:
+        if arguments.action == "show":
+            show_rows(dataset, numbers, malformed, tokenizer, text_format)
+        elif arguments.action == "check":
             is_sound = check_rows(dataset, numbers, malformed, tokenizer, arguments.max_prompt_length, text_format)
-        if arguments.output is not None:
+            return 0 if is_sound else 2
+        else:
             getattr(dataset, WRITERS[Path(arguments.output).suffix])(arguments.output)
             print(f"{len(dataset)} rows in {arguments.output}; {len(malformed)} malformed ones are left out.")
-        return 0 if is_sound else 2
+        return 0
 
     return job
 
 
-def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat | None = None) -> None:
+def show_rows(
+    dataset: Dataset,
+    numbers: list[int],
+    malformed: dict[int, str],
+    tokenizer: Any = None,
+    text_format: TextFormat | None = None,
+) -> None:
     """
     Print rows.
 
     Args:
-        dataset (`Dataset`): Adapted rows.
+        dataset (`Dataset`): Adapted rows, without malformed ones.
+        numbers (`list[int]`): Number of each of these rows in the source.
+        malformed (`dict[int, str]`): The malformed rows of the source: number and reason.
         tokenizer (*optional*): Its chat template writes the messages.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How a run has rendered them.
     """
@@ -152,14 +171,17 @@ def show_rows(dataset: Dataset, tokenizer: Any = None, text_format: TextFormat |
     from rich.text import Text
 
     console = Console()
-    for i, row in enumerate(dataset):
+    for number, row in zip(numbers, dataset, strict=True):
         text = Text()
         for name, value in row.items():
             if name in ("prompt", "messages"):
                 text.append(f"{_written(value, tokenizer, text_format, name == 'prompt')}\n")
             elif value is not None:
                 text.append(f"\n{name}: ", style="bold").append(_shortened(str(value)))
-        console.print(Panel(text, title=f"row {i}", title_align="left"))
+        console.print(Panel(text, title=f"row {number}", title_align="left"))
+    if malformed:
+        print(f"{len(malformed)} malformed:")
+        _name(malformed.values())
 
 
 def check_rows(

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from .arguments import parse_arguments
+from .arguments import parse_arguments, recipe_folder
 
 
 def prepare(argv: list[str]) -> Callable[[], int]:
@@ -33,6 +33,7 @@ def print_environment() -> int:
         "bubblewrap version": bubblewrap(),
         "Landlock version": landlock(),
         "Sandbox": sandbox(),
+        "Recipes": str(recipe_folder()),
         "Hub": "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online",
     }.items():
         print(f"- {name}: {value}")

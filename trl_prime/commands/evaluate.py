@@ -37,8 +37,8 @@ class EvalArguments:
         dataset_config, dataset_split, dataset_format (`str`, *optional*): Its configuration, split and format, see
             [`~trl_prime.data.adapters.load_prime_dataset`]. Default to the benchmark's.
         system_prompt (`str`, *optional*): System prompt of every problem.
-        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"`, `"code"`, a text, or `"none"`. Defaults to the
-            benchmark's.
+        prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"`, `"code"`, a text, `"benchmark"` for the
+            benchmark's, or nothing.
         on_malformed_row (`str`): `"raise"` or `"skip"`.
         plain_prompts (`bool`): Prompts are text, without a chat template.
         limit (`int`, *optional*): Only the first rows.
@@ -102,9 +102,9 @@ class EvalArguments:
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt of every problem."})
     prompt_suffix: str | None = field(
-        default=None,
+        default="benchmark",
         metadata={
-            "help": "Appended to every prompt: 'math' or 'code', the paper's, a text, or 'none'. Defaults to the benchmark's."
+            "help": "Appended to every prompt: 'math' or 'code', the paper's, a text, 'benchmark' for the benchmark's, or none."
         },
     )
     on_malformed_row: str = field(
@@ -401,14 +401,16 @@ def _load_dataset(args: EvalArguments) -> Any:
     known = PROCESS_BENCH if args.judges_prm else BENCHMARKS.get(args.benchmark)
     name = args.dataset_name or known.dataset
     split = args.dataset_split or ("train" if known is None or Path(name).expanduser().is_file() else known.split)
-    suffix = args.prompt_suffix or (known.prompt_suffix if known else None)
+    suffix = args.prompt_suffix
+    if suffix == "benchmark":
+        suffix = known.prompt_suffix if known else None
     dataset = load_prime_dataset(
         name,
         args.dataset_format or (known.format if known else None),
         split=split,
         config=args.dataset_config or (known.config if known and not args.dataset_name else None),
         system_prompt=args.system_prompt,
-        prompt_suffix=None if suffix == "none" else suffix,
+        prompt_suffix=suffix,
         plain_prompts=args.plain_prompts,
         on_error=args.on_malformed_row,
     )

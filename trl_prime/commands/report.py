@@ -48,7 +48,7 @@ class ReportArguments:
 
 def prepare(argv: list[str]) -> Callable[[], int]:
     """The job of writing the page."""
-    (args,) = parse_arguments([ReportArguments], argv, prog="trl-prime report", positional="runs")
+    (args,) = parse_arguments([ReportArguments], argv, prog="trl-prime report", positional=["runs"])
 
     from rich.console import Console
     from rich.markup import escape

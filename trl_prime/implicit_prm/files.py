@@ -170,6 +170,28 @@ def saved_text_format(path_or_repo: str | os.PathLike, **hub: Any) -> TextFormat
     return None if saved is None else TextFormat(**saved)
 
 
+# --- Adapters ---
+
+
+def name_base(model: torch.nn.Module, to_hub: bool) -> None:
+    """
+    Name the base model in the settings that an adapter is saved with.
+
+    A base that was loaded from a local folder is named by its absolute path, so that the adapter finds it from any folder. What
+    goes to the Hub has the path as it was given: where it lies on this machine is nobody's business there.
+
+    Args:
+        model (`nn.Module`): A model; only the adapters of a [`~peft.PeftModel`] name a base.
+        to_hub (`bool`): Whether the files are pushed.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    name = model.get_base_model().name_or_path
+    if os.path.isdir(name):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = name if to_hub else os.path.abspath(name)
+
+
 # --- Checkpoints ---
 
 

@@ -35,7 +35,7 @@ from .copies import (
     is_fresh,
     share_parameters,
 )
-from .files import CONFIG_NAME, local_folder, saved_prm_card
+from .files import CONFIG_NAME, local_folder, name_base, saved_prm_card
 from .loading import load_adapter, load_model
 from .logps import batch_completion_logps, check_scoring, unwrapped
 
@@ -440,17 +440,17 @@ class ImplicitPRM:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        reference_name, revision = self.reference_name, self.reference_revision
+        if self.reference_is_saved_in(path):
+            self.reference.save_pretrained(path / "reference", state_dict=reference_weights)
+            reference_name, revision = "reference", None
+        elif reference_name is not None and os.path.isdir(reference_name):
+            reference_name = os.path.abspath(reference_name)
         is_adapter = isinstance(self.model, PeftModel)
+        name_base(self.model, to_hub=reference_name in (None, "reference"))
         # Not in the folder itself: Trainer would take an adapter there for one of the policy
         self.model.save_pretrained(path / "adapter" if is_adapter else path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
-        reference_name, revision = self.reference_name, self.reference_revision
-        if self.reference is not None:
-            if self.reference_is_saved_in(path):
-                self.reference.save_pretrained(path / "reference", state_dict=reference_weights)
-                reference_name, revision = "reference", None
-            elif os.path.isdir(reference_name):
-                reference_name = os.path.abspath(reference_name)
         settings = {
             "beta": self.beta,
             "step_delimiter": self.step_delimiter,
