@@ -44,6 +44,7 @@ REPLACED = {
     "num_train_epochs": "1",
     "per_device_train_batch_size": None,
     "gradient_accumulation_steps": "1",
+    "steps_per_generation": "2",
     "max_completion_length": "8",
     "max_length": "256",
     "report_to": "none",
@@ -206,7 +207,7 @@ def test_header_names_the_command_and_batches_add_up(recipe):
         prompts, completions, total, per_device, accumulation, processes = (int(n or 1) for n in counted.groups())
         assert prompts * completions * total == per_device * accumulation * processes
         assert per_device == given["per_device_train_batch_size"]
-        assert accumulation == given["gradient_accumulation_steps"]
+        assert accumulation == given.get("steps_per_generation", given["gradient_accumulation_steps"])
         assert processes == given.get("num_processes", 1)
         assert completions == given.get("num_generations", 1)
     else:
