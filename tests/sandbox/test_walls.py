@@ -346,6 +346,11 @@ def test_no_secrets_of_the_environment(box, monkeypatch):
         assert secret.encode() not in b"".join(command for _, command in processes().values())
 
 
+def test_a_program_has_an_environment_of_its_own(sandbox):
+    result = sandbox.run("import os; print(*sorted(os.environ))", limits=LIMITS)
+    assert result.stdout.split() == [b"HOME", b"LANG", b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"PATH", b"TMPDIR"]
+
+
 @pytest.mark.parametrize("kind", ["run", "call", "examine"])
 def test_expected_results_are_out_of_reach(sandbox, kind):
     secret = f"XQ{secrets.token_hex(16)}"
