@@ -10,7 +10,7 @@ VENV ?= .venv
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: install quickstart test lint docs clean
+.PHONY: install quickstart test test-gpu lint docs clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ quickstart: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+# On a machine with one GPU; TORCH has to name a build for its CUDA
+test-gpu: install
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
