@@ -224,6 +224,8 @@ def test_data_is_not_streamed(make_offline):
         ({"beta": 0.0}, "beta is 0.0"),
         ({"desirable_weight": 2.0}, "loss_type='ce' has no weights"),
         ({"loss_type": "kto", "undesirable_weight": -1.0}, "undesirable_weight is -1.0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but must be at least 1"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05, but must be zero"),
         ({"loss_type": "kto", "per_device_train_batch_size": 1}, "Set both to 2 or more"),
         ({"max_pairs_per_prompt": 3}, "makes no pairs"),
         ({"max_length": 0}, "max_length is 0"),

@@ -172,6 +172,8 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
         ({"num_generations": None}, ["num_generations", "None"]),
         ({"fp16": True}, ["fp16", "bf16"]),
         ({"temperature": 0.0}, ("temperature is 0.0", "positive")),
+        ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size", "0", "at least 1"]),
+        ({"learning_rate": -1e-5}, ["learning_rate", "-1e-05", "positive"]),
         ({"prm_beta": 0.0}, ["prm_beta", "0.0", "positive"]),
         ({"prm_beta": -1.0}, ["prm_beta", "-1.0", "positive"]),
         ({"prm_beta": float("nan")}, ["prm_beta", "nan"]),

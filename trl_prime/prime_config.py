@@ -381,6 +381,10 @@ class PRIMEConfig(GRPOConfig):
                 f"num_generations is {self.num_generations}, but PRIME compares the completions of a prompt with each other: "
                 "set it to 2 or more (the paper uses 4)."
             )
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}, but must be at least 1."
+            )
         super().__post_init__()
         if self.fp16:
             raise ValueError(
@@ -470,7 +474,14 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"prm_beta is {self.prm_beta}, but the reward scale must be positive. The paper uses 0.05."
             )
-        for name in ("prm_learning_rate", "prm_weight_decay", "prm_max_grad_norm", "outcome_weight", "process_weight"):
+        for name in (
+            "learning_rate",
+            "prm_learning_rate",
+            "prm_weight_decay",
+            "prm_max_grad_norm",
+            "outcome_weight",
+            "process_weight",
+        ):
             value = getattr(self, name)
             if value is not None and (not value >= 0 or not math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, but must be zero or a positive number.")

@@ -138,6 +138,12 @@ class OfflinePRMConfig(TrainingArguments):
             )
         if not self.beta > 0 or not math.isfinite(self.beta):
             raise ValueError(f"beta is {self.beta}, but the reward scale must be positive. The paper uses 0.05.")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}, but must be at least 1."
+            )
+        if self.learning_rate is not None and (not self.learning_rate >= 0 or not math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be zero or a positive number.")
         for name in ("desirable_weight", "undesirable_weight"):
             weight = getattr(self, name)
             if not weight > 0 or not math.isfinite(weight):
