@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,19 @@ def test_beta_and_delimiter_can_be_given(prm_path, tmp_path):
     first, second = (json.loads((tmp_path / name).read_text())["completions"][0] for name in ("a.json", "b.json"))
     assert second["q"] == pytest.approx(3 * first["q"], rel=1e-4)
     assert first["steps"] == ["a+b<eos>"] and second["steps"] == ["a+", "b<eos>"]
+
+
+def test_a_prompt_is_the_users_message_for_a_prm_of_messages(prm_path, tmp_path, caplog):
+    path = Path(prm_path, "prm")
+    settings = json.loads((path / "implicit_prm.json").read_text())
+    settings["text_format"]["messages"] = True
+    (path / "implicit_prm.json").write_text(json.dumps(settings))
+    flags = ["--prompt", "1+1=", "--completion", "2", "--show", "0", "--json", str(tmp_path / "numbers.json")]
+    assert main(["score", "--prm_name_or_path", str(path), *flags]) == 0
+    (row,) = json.loads((tmp_path / "numbers.json").read_text())["completions"]
+    prompts = [[{"role": "user", "content": "1+1="}]], ["1+1="]
+    expected, text = (ImplicitPRM.from_pretrained(str(path)).score(prompt, ["2"])[0].reward for prompt in prompts)
+    assert row["q"] == pytest.approx(expected, abs=1e-6) and abs(expected - text) > 1e-3
 
 
 def test_rows_of_a_file(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ class ScoreArguments:
         input (`str`, *optional*): JSONL file. A row has a `prompt` (text or messages), a `completion` or a list of
             `completions` (text, or one assistant message), and may have an `outcome`, `label` or `reward`, and `truncated`,
             whether the completion was cut off (lists next to `completions`).
-        prompt (`str`, *optional*): A prompt in the place of a file.
+        prompt (`str`, *optional*): A prompt in the place of a file: the user's message where the PRM was trained on messages.
         completion (`list[str]`, *optional*): Its completions.
         html (`str`, *optional*): Page to write.
         json (`str`, *optional*): File to write the numbers to.
@@ -53,7 +53,12 @@ class ScoreArguments:
             "assistant message), and, if known, an outcome, label or reward, and truncated (lists next to completions)."
         },
     )
-    prompt: str | None = field(default=None, metadata={"help": "A prompt in the place of a file."})
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "A prompt in the place of a file: the user's message where the PRM was trained on messages."
+        },
+    )
     completion: list[str] | None = field(default=None, metadata={"help": "Completions of that prompt."})
     html: str | None = field(default=None, metadata={"help": "Write a page with the heat maps to this file."})
     json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
@@ -111,6 +116,10 @@ def prepare(argv: list[str]) -> Callable[[], int]:
         )
     except OSError as error:
         raise ValueError(f"The PRM '{args.prm_name_or_path}' could not be loaded: {error}") from error
+
+    if args.prompt is not None and prm.text_format.messages:
+        messages = [{"role": "user", "content": args.prompt}]
+        completions = [replace(completion, prompt=messages) for completion in completions]
 
     def job() -> int:
         scored = score_completions(prm, completions)
