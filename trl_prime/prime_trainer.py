@@ -451,7 +451,7 @@ class PRIMETrainer(GRPOTrainer):
         check_grad_norm(norm, self.state.global_step)
         if norm == 0:
             # No completion had anything to teach: without gradients the optimizer does not follow its momentum either
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()  # sets them to None; a DeepSpeed engine takes no argument
         self._log("filter/skipped_steps", norm == 0)
         return grad_norm
 
