@@ -3,7 +3,7 @@
 The file holds a list of settings: fields of `PRIMEConfig` and those that `train` takes out; with `offline`, those of
 `offline_prm_run.py`. Unless `sample` is set, the completions do not depend on random numbers, only on the place in the
 whole batch, so that runs on one and on several processes see the same. Each process writes the weights that it has,
-whole, and the main process its log.
+whole, and how they were distributed; the main process writes its log.
 """
 
 import json
@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from offline_prm_run import train_offline
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 from trl_prime import PRIMEConfig, PRIMETrainer
 
@@ -41,6 +44,43 @@ def make_reward(none_on_rank=None):
         return [float(sum(ids) % 2) if judged else None for ids in completion_ids]
 
     return reward
+
+
+def use_fsdp_on_cpu():
+    """
+    Make accelerate take an FSDP plugin on the CPU too, where it drops it without a word and would train by DDP.
+
+    It reads the plugin for the types of accelerators only, so one of them stands in for MULTI_CPU while it decides. Device and
+    process group are made before and stay those of the CPU.
+    """
+    initialize = AcceleratorState.__init__
+
+    def initialize_with_plugin(self, *args, fsdp_plugin=None, **kwargs):
+        if fsdp_plugin is not None and PartialState().distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+
+    AcceleratorState.__init__ = initialize_with_plugin
+
+
+def placement(model):
+    """Tell from a model itself how it is distributed."""
+    if hasattr(model, "zero_optimization_stage"):
+        return f"ZeRO-{model.zero_optimization_stage()}"
+    parameters = list(model.parameters())
+    if any(hasattr(p, "ds_id") for p in parameters):
+        return "ZeRO-3"
+    if any(isinstance(p, DTensor) for p in parameters):
+        return "DTensor" if all(isinstance(p, DTensor) for p in parameters) else "DTensor in part"
+    return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "whole"
+
+
+def save_distribution(folder, trainer, backend, prm):
+    """Write how a trained trainer distributed its models; `prm` is the model that the loss was computed by."""
+    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.prm.reference}
+    told = {part: placement(model) for part, model in models.items() if model is not None}
+    told |= {"type": trainer.accelerator.distributed_type.value, "backend": type(backend).__name__}
+    (folder / f"distribution_{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
 
 
 def full(tensor):
@@ -118,6 +158,7 @@ def train(settings):
     torch.save(
         {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"result_{rank}.pt"
     )
+    save_distribution(folder, trainer, trainer.prm_learner.backend, trainer.prm_learner.backend.model)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(trainer.state.log_history))
     trainer.save_model(str(folder / "final"))
@@ -125,9 +166,10 @@ def train(settings):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    use_fsdp_on_cpu()
     for settings in json.loads(Path(sys.argv[1]).read_text()):
         if settings.pop("offline", False):
-            train_offline(settings, gathered)
+            train_offline(settings, gathered, save_distribution)
         else:
             train(settings)
     # As a user's script it does not leave the process group: `launch` sees whether it ends well all the same

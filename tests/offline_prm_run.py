@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl_prime import OfflinePRMConfig, OfflinePRMTrainer
 
 
-def train_offline(settings, gathered):
+def train_offline(settings, gathered, save_distribution):
     folder = Path(settings["output_dir"])
     lora, evaluates = settings.pop("lora", False), settings.pop("eval", False)
     rows = [{"prompt": f"{i // 3}=", "completion": f"{37 * i % 101}", "label": i % 3 == 0} for i in range(48)]
@@ -47,5 +47,6 @@ def train_offline(settings, gathered):
     parts = {"prm": trainer.implicit_prm.model, "reference": trainer.implicit_prm.reference}
     rank = trainer.accelerator.process_index
     torch.save({part: gathered(model) for part, model in parts.items()}, folder / f"result_{rank}.pt")
+    save_distribution(folder, trainer, trainer._backend, trainer.model_wrapped)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(trainer.state.log_history))

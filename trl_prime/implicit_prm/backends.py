@@ -27,6 +27,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .logps import num_chunks, rope_boundary
@@ -190,12 +191,16 @@ class FullyShard(DataParallel):
             )
 
     def place(self) -> None:
-        fsdp2_prepare_model(self.accelerator, self.prm.model)
+        self._shard(self.prm.model)
         self.place_reference()
 
     def place_reference(self) -> None:
         if self.prm.reference is not None:
-            fsdp2_prepare_model(self.accelerator, self.prm.reference)
+            self._shard(self.prm.reference)
+
+    def _shard(self, model: nn.Module) -> None:
+        fsdp2_prepare_model(self.accelerator, model)
+        model.register_forward_hook(_reshard_after_scoring)
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         self.max_grad_norm = max_grad_norm or float("inf")
@@ -234,6 +239,18 @@ class FullyShard(DataParallel):
         set_model_state_dict(self.prm.model, weights, options=options)
 
 
+def _reshard_after_scoring(model: nn.Module, inputs: Any, outputs: Any) -> None:
+    """
+    Shard again what FSDP2 keeps whole on every process from the end of a forward pass until the backward pass.
+
+    A pass that scores has no backward pass: the head of the reference would stay whole for the rest of the run.
+    """
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def _map_tensors(value: Any, function: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
@@ -259,6 +276,11 @@ class ZeRO(DataParallel):
     def place_reference(self) -> None:
         from trl.models import prepare_deepspeed
 
+        if self.config.get("bf16", {}).get("enabled") is True:
+            # An engine rounds its model. If only one of the two were rounded, their difference would be a reward out of nothing.
+            for model in (self.prm.model, self.prm.reference):
+                if model is not None and not any(hasattr(p, "ds_id") for p in model.parameters()):
+                    model.bfloat16()
         if self.prm.reference is not None and self.stage == 3:
             prepare_deepspeed(self.prm.reference, self.accelerator)
         else:
