@@ -1,5 +1,6 @@
 """Functions that several test files share; fixtures, and what builds tiny models, are in `conftest.py`."""
 
+import copy
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from conftest import slow_log_probs
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
@@ -65,6 +66,13 @@ def ragged_batch(lengths=LENGTHS, seed=0):
 
 
 # --- Runs in this process ---
+
+
+def copied(model):
+    """A copy that computes by itself: TRL's forward on the instance is still that of the original."""
+    clone = copy.deepcopy(model)
+    (clone.get_base_model() if isinstance(clone, PeftModel) else clone).__dict__.pop("forward", None)
+    return clone
 
 
 def fixed_rollouts(change=(), env_mask=None, seed=0, lengths=(5, 8, 3, 6, 8, 2, 4, 7)):

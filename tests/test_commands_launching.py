@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -166,6 +168,18 @@ def test_a_command_leaves_the_process_group(tmp_path, capsys):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     assert main(["env"]) == 0
     assert not torch.distributed.is_initialized()
+
+
+def test_a_command_leaves_the_process_group_to_an_engine_in_its_process(tmp_path, monkeypatch, capsys):
+    """An engine of vLLM destroys the group when the interpreter ends, and prints a traceback where that was done before."""
+    engine = types.ModuleType("vllm.distributed.parallel_state")
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    # vLLM is loaded for its server as well, whose groups are elsewhere
+    for is_initialized in (True, False):
+        engine.model_parallel_is_initialized = lambda is_initialized=is_initialized: is_initialized
+        assert main(["env"]) == 0
+        assert torch.distributed.is_initialized() is is_initialized
 
 
 def test_trackers_that_are_not_there_are_told_before_a_model_is_loaded(monkeypatch, capsys, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from trl_prime.evaluation.resumable import ResumableRows, model_version
 from trl_prime.evaluation.sampling import (
@@ -167,8 +167,25 @@ def test_vllm_is_given_tokens_and_a_seed_for_each_prompt(vllm, tokenizer, adapte
     assert params[2]["seed"] == 12 and options["lora_request"] is None
     assert [(s.text, s.num_tokens, s.truncated) for s in samples[:2]] == [("2222", 4, True), ("23", 3, False)]
     VLLMSampler(adapter_path, tokenizer, settings)(PROMPTS, [1, 2, 3])
-    assert vllm[2]["model"] == model_path and vllm[2]["enable_lora"] and vllm[2]["max_lora_rank"] == 4
+    assert vllm[2]["model"] == model_path and vllm[2]["enable_lora"] and vllm[2]["max_lora_rank"] == 8
     assert vllm[3][2]["lora_request"] == ("adapter", 1, adapter_path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [({"r": 1}, 8), ({"r": 8}, 8), ({"r": 16}, 16), ({"r": 24}, 32), ({"r": 4, "rank_pattern": {"q_proj": 33}}, 64)],
+)
+def test_vllm_makes_room_for_the_largest_rank_of_an_adapter(vllm, tokenizer, model_path, tmp_path, ranks, expected):
+    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=model_path, **ranks).save_pretrained(str(tmp_path))
+    VLLMSampler(str(tmp_path), tokenizer, SamplingSettings(4))
+    assert vllm[0]["max_lora_rank"] == expected
+
+
+def test_vllm_is_given_no_adapter_that_it_does_not_take(vllm, tokenizer, model_path, tmp_path):
+    IA3Config(task_type="CAUSAL_LM", base_model_name_or_path=model_path).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="use_vllm is true, but the adapter is IA3, and vLLM takes LoRA only"):
+        VLLMSampler(str(tmp_path), tokenizer, SamplingSettings(4))
+    assert vllm == []
 
 
 def test_vllm_that_is_not_installed_is_asked_for(monkeypatch, tokenizer, model_path):

@@ -10,9 +10,11 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import build_model, build_tokenizer, distance, parity_reward, row_rewards, same, slow_log_probs, weights
 from datasets import Dataset
-from helpers import lora
+from helpers import copied, lora
+from packaging.version import Version
 from peft import PeftModel
 from trl.generation import vllm_generation
 
@@ -154,13 +156,6 @@ def engine(monkeypatch):
     monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", dict, raising=False)
     return engine
-
-
-def copied(model):
-    """A copy that computes by itself: TRL's forward on the instance is still that of the original."""
-    clone = copy.deepcopy(model)
-    (clone.get_base_model() if isinstance(clone, PeftModel) else clone).__dict__.pop("forward", None)
-    return clone
 
 
 class Run:
@@ -416,6 +411,45 @@ def test_evaluation_uses_the_engine_too(run):
     )
     assert result.engine.calls == [8, 4, 8, 4]
     assert result.engine.steps == [0, 1, 2]
+
+
+# --- Continuous batching by transformers ---
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.8"), reason="TRL wants transformers 5.8 for it")
+@pytest.mark.parametrize("adapters", [{}, {"peft_config": lora(), "prm_peft_config": lora()}], ids=["full", "lora"])
+def test_continuous_batching_generates_by_the_policy_as_it_is(make_trainer, adapters):
+    rows, seen = [{"prompt": "12345"[: 1 + i % 5] + f"+{i}="} for i in range(24)], []
+    result = Run(
+        make_trainer,
+        model=build_model(7, scale=4.0),
+        reward_funcs=row_rewards(MIXED),
+        reward_combination=lambda rewards: seen.append(rewards) or rewards.combine(),
+        train_dataset=Dataset.from_list(rows),
+        use_transformers_continuous_batching=True,
+        # Unset, the cache takes half of the machine's memory
+        transformers_continuous_batching_config={"num_blocks": 16, "page_size": 16, "max_batch_tokens": 64},
+        process_reward_norm="none",
+        num_generations=2,
+        top_k=1,
+        max_steps=3,
+        learning_rate=1e-2,
+        **adapters,
+    )
+    trainer, completions = result.trainer, set()
+    assert len(trainer.outputs) == len(result.policies) == len(seen) == 3
+    for policy, output in zip(result.policies, trainer.outputs, strict=True):
+        for prompt, completion in keys(output):
+            # With top_k 1 each token is the policy's first choice after those before it
+            logits = policy.eval()(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            torch.testing.assert_close(chosen, logits.max(1).values, atol=1e-4, rtol=0)
+            completions.add(completion)
+    assert len(completions) > 3
+    # Policy and PRM train with the attention that they had before
+    for model in (trainer.model, trainer.implicit_prm.model):
+        assert model.config._attn_implementation == "sdpa"
+    assert not seen[0].process_rewards.any() and seen[2].process_rewards.any()
 
 
 # --- rollout_func ---

@@ -78,7 +78,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """Destroy the process group, as PyTorch asks for, after its threads have finished, see `process_exit.py`."""
+    """
+    Destroy the process group, as PyTorch asks for, after its threads have finished, see `process_exit.py`.
+
+    An engine of vLLM in this process destroys its groups and this one at the end of the interpreter, and raises where they are gone.
+    """
+    vllm_groups = sys.modules.get("vllm.distributed.parallel_state")
+    if vllm_groups is not None and vllm_groups.model_parallel_is_initialized():
+        return
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         from .process_exit import let_threads_finish

@@ -180,6 +180,9 @@ class VLLMSampler:
         settings ([`SamplingSettings`]): How to sample.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How its run has rendered messages.
         **engine: Arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError: vLLM is not installed, or the adapter is no LoRA.
     """
 
     def __init__(
@@ -203,13 +206,20 @@ class VLLMSampler:
         self.lora = None
         adapter = adapter_folder(model_name_or_path, revision)
         if adapter is not None:
-            from peft import PeftConfig
+            from peft import PeftConfig, PeftType
             from vllm.lora.request import LoRARequest
 
             config = PeftConfig.from_pretrained(adapter)
+            if config.peft_type != PeftType.LORA:
+                raise ValueError(
+                    f"use_vllm is true, but the adapter is {config.peft_type.value}, and vLLM takes LoRA only. Leave use_vllm out, or "
+                    "give the adapter merged into its base"
+                )
             self.lora = LoRARequest("adapter", 1, str(adapter))
             model_name_or_path, revision = config.base_model_name_or_path, config.revision
-            engine |= {"enable_lora": True, "max_lora_rank": config.r}
+            rank = max(8, config.r, *config.rank_pattern.values())
+            # vLLM takes powers of two from 8 on
+            engine |= {"enable_lora": True, "max_lora_rank": 1 << (rank - 1).bit_length()}
         self.engine = vllm.LLM(model=model_name_or_path, revision=revision, **engine)
 
     def __call__(self, prompts: Sequence[Any], seeds: Sequence[int | None]) -> list[Sample]:
