@@ -10,7 +10,7 @@ VENV ?= .venv
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: install quickstart test test-gpu lint docs clean
+.PHONY: install quickstart test test-gpu test-deepspeed lint docs clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
+# DeepSpeed beside all else that is tested, in an environment of its own
+$(VENV)-deepspeed/.installed-deepspeed: pyproject.toml
+	$(MAKE) install VENV=$(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --editable ".[dev,deepspeed]"
+	touch $@
+
 quickstart: install
 	HF_HUB_OFFLINE=1 $(VENV)/bin/trl-prime train --config $(CONFIG) $(ARGS)
 
@@ -34,6 +40,10 @@ test: install
 test-gpu: install
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
+# ZeRO-2 and ZeRO-3 with two processes on the CPU, which `make test` skips
+test-deepspeed: $(VENV)-deepspeed/.installed-deepspeed
+	HF_HUB_OFFLINE=1 $(VENV)-deepspeed/bin/python -m pytest tests/test_distributed.py -k zero $(ARGS)
+
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
@@ -42,4 +52,4 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(VENV)-deepspeed runs site
