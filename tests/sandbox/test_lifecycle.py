@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,35 @@ def test_a_closed_sandbox_leaves_nothing_and_opens_again(box, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
     assert sandbox.run("print(1)").stdout == b"1\n"
     sandbox.close()
+
+
+@pytest.mark.parametrize("kind", ["run", "call", "examine", "the solution of examine"])
+def test_a_program_whose_walls_cannot_be_put_up_gets_no_verdict(tmp_path, monkeypatch, kind):
+    """Tests are the first process of their box, and their solution is the second."""
+    inside = tmp_path / "inside"
+    shutil.copytree(boxes._INSIDE, inside)
+    who = "os.getpid() != 1" if kind == "the solution of examine" else "True"
+    with open(inside / "isolation.py", "a") as file:
+        file.write(
+            "\n\n_make = private_filesystem\ndef private_filesystem(scratch_bytes):\n"
+            f"    if {who} and os.path.exists(os.path.dirname(os.path.abspath(__file__)) + '/fail'):\n"
+            "        raise OSError('no room')\n    _make(scratch_bytes)\n"
+        )
+    monkeypatch.setattr(boxes, "_INSIDE", inside)
+    source = "def f(x): return 1"
+    tests = {"setup": "", "asserts": ["assert f(1) == 1"] * 3, "entry_point": "f"}
+    with contextlib.closing(LocalSandbox("namespaces")) as sandbox:
+        actions = {
+            "run": lambda: [sandbox.run(source, limits=LIMITS)],
+            "call": lambda: list(sandbox.call(source, "f", [[1]], LIMITS, 60)),
+            "examine": lambda: list(sandbox.examine(source, tests, LIMITS, 60)),
+        }
+        action = actions[kind.split()[-1]]
+        (inside / "fail").touch()
+        with pytest.raises(SandboxUnavailable, match="no room"):
+            action()
+        (inside / "fail").unlink()
+        assert action()
 
 
 # --- Where there is no sandbox ---

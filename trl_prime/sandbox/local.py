@@ -193,7 +193,10 @@ class LocalSandbox:
                     self._hang_up(lifeline)
                     yield {"passed": False, "error": str(error)}
                     return
-                yield checked_verdict(message)
+                verdict = checked_verdict(message)
+                if not verdict["passed"] and _says_what_is_missing(lifeline):
+                    self._hang_up(lifeline)  # raises: the walls of the solution's process could not be put up
+                yield verdict
 
     def close(self) -> None:
         """End the sandbox and every program in it."""
@@ -436,6 +439,11 @@ def _communicate(
                 if not read(fd):
                     break
     return bytes(outputs[stdout]), bytes(outputs[stderr])
+
+
+def _says_what_is_missing(lifeline: socket.socket) -> bool:
+    """Whether a process has reported that it could not be set up."""
+    return _is_readable(lifeline) and lifeline.recv(16, socket.MSG_PEEK).startswith(b'{"setup"')
 
 
 def _is_readable(connection: socket.socket) -> bool:

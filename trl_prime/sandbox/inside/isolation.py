@@ -290,6 +290,7 @@ def filter_programs(shared: bool = False) -> tuple[bytes, bytes]:
     denied = _SYSTEM_CALLS[machine] | _NEW_SYSTEM_CALLS
     conditions = {number: _ARGUMENTS[name] for name, number in _ARGUMENT_CALLS[machine].items()}
     late = {number for name, number in (denied | _ARGUMENT_CALLS[machine]).items() if name in _MAKE_WALLS}
+    # The flags of clone3 lie in memory; the C library falls back to clone
     common = _filter_program(
         set(denied.values()) - late, {_CLONE3}, {number: conditions[number] for number in conditions.keys() - late}
     )

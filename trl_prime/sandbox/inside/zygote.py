@@ -320,9 +320,22 @@ class Zygote:
             os.dup2(fd, target)
         os.closerange(len(fds), kept[0])
         os.closerange(kept[-1] + 1, os.sysconf("SC_OPEN_MAX"))
+        # The callers' object is gone, and what fails from here on must be told too: it is no fault of the program's
+        with socket.socket(fileno=kept[0]) as lifeline:
+            try:
+                self._put_up_walls(job, "/tmp" if self.mode == "boxed" else scratch, rules, kept[1:])
+            except BaseException as error:
+                _send(lifeline, {"setup": f"{type(error).__name__}: {error}"})
+                os._exit(1)
+        if mode == "examine":
+            isolation.set_dumpable(False)
+        return _program(mode, source)
+
+    def _put_up_walls(
+        self, job: dict, scratch: str, rules: isolation.Landlock | None, to_supervisor: list[int]
+    ) -> None:
         if self.mode == "boxed":
             isolation.private_filesystem(job["scratch_bytes"])
-            scratch = "/tmp"
         os.chdir(scratch)
         # The limit of processes counts those of the user namespace, and without a box all of the user's
         others = {"boxed": lambda: 0, "landlock": lambda: None, "open": processes.count_threads_of_user}[self.mode]()
@@ -334,18 +347,14 @@ class Zygote:
         if rules:
             rules.restrict()
             listener = isolation.filter_system_calls(self.filter, shared=True)
-            with socket.socket(fileno=kept[1]) as to_supervisor:
-                socket.send_fds(to_supervisor, [b"l"], [listener])
+            with socket.socket(fileno=to_supervisor[0]) as supervisor:
+                socket.send_fds(supervisor, [b"l"], [listener])
             os.close(listener)
         elif self.mode == "boxed":
             isolation.filter_system_calls(self.filter)
-        os.close(kept[0])
         if self.mode != "boxed":
             os.environ.update(HOME=scratch, TMPDIR=scratch)
         os.umask(0o077)
-        if mode == "examine":
-            isolation.set_dumpable(False)
-        return _program(mode, source)
 
 
 class _Watch:
