@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .trunk import TrunkStates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,8 @@ class PRMBatch:
         group_labels (`torch.Tensor`): `(B, K)` labels of each row's whole group.
         group_scores (`torch.Tensor`, *optional*): `(B, K)` scores q of each row's whole group by the PRM as it was before it saw
             the batch. `None` where they come out of the first update (see [`~PRMUpdater.can_score`]).
+        trunk ([`~trl_prime.implicit_prm.trunk.TrunkStates`], *optional*): Hidden states with which the PRM's passes begin.
+            `None` where it computes all of its layers.
     """
 
     prompt_ids: torch.Tensor
@@ -33,11 +41,21 @@ class PRMBatch:
     labels: torch.Tensor
     group_labels: torch.Tensor
     group_scores: torch.Tensor | None = None
+    trunk: TrunkStates | None = None
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tensors that a model reads: prompt ids and mask, completion ids and mask."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+    @property
+    def saved_fields(self) -> dict[str, torch.Tensor | None]:
+        """The fields by name that a checkpoint keeps: hidden states are computed again."""
+        return {name: value for name, value in vars(self).items() if name != "trunk"}
+
+    def around(self, rows: torch.Tensor) -> AbstractContextManager:
+        """The context of the PRM's pass over `(b,)` rows of the batch."""
+        return contextlib.nullcontext() if self.trunk is None else self.trunk.use(rows)
 
     @property
     def has_tokens(self) -> torch.Tensor:

@@ -17,12 +17,13 @@ from ..process_rewards import implicit_process_rewards
 from ..processes import local_rows, masked_mean
 from ..rollouts import policy_mask
 from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
-from .backends import make_backend
+from .backends import DataParallel, make_backend
 from .batch import PRMBatch
 from .files import load_prm_state, save_prm, save_prm_state, saved_weights
 from .logps import batch_completion_logps
 from .losses import group_rows, label_log_odds, outcome_scores
 from .precision import PrecisionProbe
+from .trunk import SharedTrunk, TrunkStates, fits_in_memory, shared_trunk
 from .trust import Trust
 from .updater import PRMUpdater
 
@@ -69,7 +70,8 @@ class PRMLearner:
         self.updater: PRMUpdater | None = None
         self.trust = Trust()
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
-        self._is_placed = self._is_checked = False
+        self.trunk: SharedTrunk | None = None
+        self._is_placed = self._is_checked = self._is_compared = False
 
     # --- Placing and starting ---
 
@@ -119,18 +121,43 @@ class PRMLearner:
         """
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
-        prm, rows = self.prm, mask.any(1)
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
-        chosen = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
-        with self.accelerator.autocast():
-            if prm.reference is not None:
-                ref_logps = prm.reference_log_probs(*inputs, **chosen)
-            else:
-                ref_logps = batch_completion_logps(policy, *inputs, prm.micro_batch_size, **chosen)
+        ref_logps, states = self._reference_logps(inputs, mask.any(1), policy)
         # A completion without tokens has no score to be compared with
-        labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
+        labels = labels.masked_fill(~self.accelerator.gather(mask.any(1)), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
-        return PRMBatch(*inputs, mask, ref_logps, local_rows(labels, self.accelerator), group_labels)
+        return PRMBatch(*inputs, mask, ref_logps, local_rows(labels, self.accelerator), group_labels, trunk=states)
+
+    def _reference_logps(
+        self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor, policy: PreTrainedModel | None = None
+    ) -> tuple[torch.Tensor, TrunkStates | None]:
+        """
+        `(B, T)` log-probabilities of the reference, or of the policy where that is the reference, in the `(B,)` rows that are
+        wanted, and the hidden states that the PRM's passes begin with.
+        """
+        prm, states = self.prm, None
+        passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
+        with self.accelerator.autocast():
+            if prm.reference is None:
+                return batch_completion_logps(policy, *inputs, prm.micro_batch_size, **passes), None
+            if self._has_trunk(inputs, rows):
+                states = TrunkStates(self.trunk, inputs[1], inputs[3])
+                passes["around"] = states.keep
+            return prm.reference_log_probs(*inputs, **passes), states
+
+    def _has_trunk(self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor) -> bool:
+        """Whether PRM and reference share a trunk, and hidden states of these rows fit beside those of replayed batches."""
+        if not self._is_compared:
+            self._is_compared = True
+            checkpointing = self.args.gradient_checkpointing_kwargs or {}
+            if type(self.backend) is DataParallel and not checkpointing.get("use_reentrant"):
+                self.trunk = shared_trunk(self.prm)
+        if self.trunk is None:
+            return False
+        kept = [batch.trunk for batch in self.updater.replay] if self.updater is not None else []
+        num_kept = sum(states.num_bytes for states in kept if states is not None)
+        num_tokens = int((inputs[1].sum(1) + inputs[3].sum(1))[rows].sum())
+        return fits_in_memory(self.prm.reference, num_tokens, num_kept)
 
     def score(self, batch: PRMBatch, labels: torch.Tensor, num_generations: int, step: int) -> PRMScores:
         """
@@ -221,8 +248,9 @@ class PRMLearner:
     def _logps(self, batch: PRMBatch) -> torch.Tensor:
         """`(B, T)` log-probabilities under the present PRM of the rows that have any to score; zero elsewhere."""
         rows = batch.has_tokens
+        passes = {"rows": rows, "num_passes": self.backend.num_passes(rows), "around": batch.around}
         with self.accelerator.autocast():
-            return self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self.backend.num_passes(rows))
+            return self.prm.log_probs(*batch.inputs, **passes)
 
     def _scores(self, batch: PRMBatch, prm_logps: torch.Tensor, step: int) -> torch.Tensor:
         """`(B * processes,)` scores of the completions of all processes; NaN where there was nothing to score."""
@@ -269,3 +297,7 @@ class PRMLearner:
             if has_shared_optimizer:
                 state["updater"]["optimizer"] = state["optimizer"]
             self.updater.load_state_dict(state["updater"])
+            replay = self.updater.replay
+            for i, batch in enumerate(replay):
+                states = self._reference_logps(batch.inputs, batch.has_tokens)[1]
+                replay[i] = dataclasses.replace(batch, trunk=states)

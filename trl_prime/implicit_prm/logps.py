@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -167,22 +168,18 @@ def check_scoring(model: nn.Module) -> None:
     is_fused, passed = FUSED_LM_HEAD in vars(base), vars(base).get(_CHECKED, set())
     if is_fused in passed:
         return
-    device, config = base.get_input_embeddings().weight.device, base.config.get_text_config()
-    # A short row beside a longer one, so that it is padded before its prompt and after its completion
-    ids = (torch.arange(22, device=device).view(2, 11) * 7 + 3) % config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[0, :3] = mask[0, 8:] = 0
-    ids[mask == 0] = config.pad_token_id or 0
+    batch = prompt_ids, _, completion_ids, _ = example_rows(base)
+    ids = torch.cat([prompt_ids[:1, 3:], completion_ids[:1, :3]], dim=1)
     try:
-        padded = completion_logps(model, ids[:, :5], mask[:, :5], ids[:, 5:], mask[:, 5:])[0, :3]
+        padded = completion_logps(model, *batch)[0, :3]
     except AttributeError as error:
         if not is_fused:
             raise
         raise NotImplementedError(
             f"TRL's fused head does not run on {type(base).__name__} ({error}). Set prm_fused_lm_head=False."
         ) from error
-    logits = model(input_ids=ids[:1, 3:8], attention_mask=mask[:1, 3:8], use_cache=False).logits[:, 1:-1]
-    alone = selective_log_softmax(logits.float(), ids[:1, 5:8])[0]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 1:-1]
+    alone = selective_log_softmax(logits.float(), ids[:, 2:])[0]
     rounds = (
         any(parameter.dtype != torch.float32 for parameter in base.parameters())
         or torch.is_autocast_enabled(ids.device.type)
@@ -201,6 +198,36 @@ def check_scoring(model: nn.Module) -> None:
             "model of another architecture."
         )
     setattr(base, _CHECKED, {*passed, is_fused})
+
+
+def example_rows(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    A micro-batch to try a model on: a short row beside a longer one, so that it is padded before its prompt and after its
+    completion.
+
+    Args:
+        model (`nn.Module`): Causal LM.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: prompt ids and mask `(2, 5)`, completion ids and mask `(2, 6)`.
+    """
+    config = model.config.get_text_config()
+    ids = torch.arange(22, device=model.get_input_embeddings().weight.device).view(2, 11) * 7 + 3
+    ids %= config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[0, 8:] = 0
+    ids[mask == 0] = config.pad_token_id or 0
+    return ids[:, :5], mask[:, :5], ids[:, 5:], mask[:, 5:]
+
+
+def has_dropout(modules: Iterable[nn.Module]) -> bool:
+    """Whether a training pass differs from an evaluation pass by chance: dropout as a module or as a rate of attention."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in modules
+        for name, value in vars(module).items()
+        if "dropout" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
+    )
 
 
 class Float32Head(nn.Linear):
@@ -266,6 +293,7 @@ def batch_completion_logps(
     *,
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
+    around: Callable[[torch.Tensor], AbstractContextManager] = contextlib.nullcontext,
 ) -> torch.Tensor:
     """
     [`completion_logps`] of a whole batch without gradient, in the order of its rows whatever the micro-batches.
@@ -275,6 +303,8 @@ def batch_completion_logps(
         rows (`torch.Tensor`, *optional*): `(B,)` bool, rows that are wanted; the others stay zero.
         num_passes (`int`): Least number of forward passes. Where weights are sharded a pass is a joint act of all
             processes, and one with fewer rows must not leave the others waiting.
+        around (`Callable[[torch.Tensor], AbstractContextManager]`): Makes the context of the pass over `(b,)` rows, such as
+            [`~trl_prime.implicit_prm.trunk.TrunkStates.keep`].
 
     Returns:
         `torch.Tensor`: `(B, T)` float32.
@@ -290,7 +320,8 @@ def batch_completion_logps(
     try:
         check_scoring(model)
         for chunk in chunks:
-            logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs))
+            with around(chunk):
+                logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs))
         for _ in range(num_passes - len(chunks)):
             completion_logps(model, *(tensor[:1] for tensor in inputs))
     finally:

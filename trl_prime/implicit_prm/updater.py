@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..processes import local_rows
 from .batch import PRMBatch
-from .logps import completion_logps, length_sorted_chunks, num_chunks, rope_boundary
+from .logps import completion_logps, has_dropout, length_sorted_chunks, num_chunks, rope_boundary, unwrapped
 from .losses import COMPARING_LOSSES, counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
 from .optimizer import make_optimizer, make_schedule
 
@@ -70,7 +70,12 @@ class PRMUpdater:
         if args.gradient_checkpointing:
             prm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
             if isinstance(prm.model, PeftModel):
-                prm.model.enable_input_require_grads()
+                if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                    prm.model.enable_input_require_grads()
+                else:
+                    # Transformers asks for it, but only reentrant checkpoints need it: gradients would go through layers
+                    # below the adapter
+                    unwrapped(prm.model).disable_input_require_grads()
         optimizer = backend.prepare(lambda model: make_optimizer(model, args), args.prm_max_grad_norm)
         self._scheduled = optimizer
         self.start_schedule(num_rollout_batches)
@@ -97,7 +102,7 @@ class PRMUpdater:
         """
         moves_between = self.args.mini_batches > 1 or self.replay
         compares = self.args.prm_loss_type in COMPARING_LOSSES
-        return not moves_between and not compares and not _has_dropout(self.prm.model)
+        return not moves_between and not compares and not has_dropout(self.prm.model.modules())
 
     def update(self, batch: PRMBatch) -> PRMUpdate:
         """
@@ -181,7 +186,7 @@ class PRMUpdater:
         for i, chunk in enumerate(chunks):
             index = filler if chunk is None else chunk
             with self.backend.micro_batch(last=i == num_passes - 1):
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), batch.around(index):
                     logps = completion_logps(self.backend.model, *(tensor[index] for tensor in batch.inputs))
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.policy_mask[index], self.prm.beta)
                 losses = prm_row_losses(
@@ -227,17 +232,21 @@ class PRMUpdater:
         over processes.
         """
         rows = rows & batch.has_tokens
+        passes = {"num_passes": self.backend.num_passes(rows), "around": batch.around}
         with self.accelerator.autocast():
-            logps = self.prm.log_probs(*batch.inputs, rows=rows, num_passes=self.backend.num_passes(rows))
+            logps = self.prm.log_probs(*batch.inputs, rows=rows, **passes)
         scores = outcome_scores(logps - batch.ref_logps, batch.policy_mask, self.prm.beta)
         return local_rows(group_rows(self.accelerator.gather(scores), self.args.num_generations), self.accelerator)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs beside the weights: optimizer, schedule and, of this process, replay."""
+        """
+        The state that a resumed run needs beside the weights: optimizer, schedule and, of this process, replay, without hidden
+        states of the trunk.
+        """
         return {
             "optimizer": self.backend.optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
-            "replay": [vars(batch) for batch in self.replay],
+            "replay": [batch.saved_fields for batch in self.replay],
             "skipped_steps": self.skipped_steps,
             "intercept": self.intercept,
         }
@@ -252,13 +261,3 @@ class PRMUpdater:
                 PRMBatch(**{name: value if value is None else value.to(device) for name, value in fields.items()})
             )
         self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    """Whether a training pass differs from an evaluation pass by chance: dropout as a module or as a rate of attention."""
-    return any(
-        isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if "dropout" in name or "jitter" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
-    )
