@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import train_flags
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig
 
 import trl_prime
 from trl_prime import ImplicitPRM, PRIMEConfig
@@ -217,6 +218,57 @@ def test_trains_on_a_local_file_in_gsm8k_form(tmp_path, model_path, capsys):
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert sum("rewards/digits_reward/mean" in row for row in history) == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+LAST_LAYER = {"prm_use_peft": "true", "prm_lora_layers": 1, "max_steps": 1}
+
+
+def last_layer_flags(tmp_path, model_path, **settings):
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{i} plus 1", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suffix = {"system_prompt": "count", "prompt_suffix": "give the number"}
+    return train_flags(tmp_path, model_path, data, **suffix, **{**LAST_LAYER, **settings})
+
+
+def test_the_prm_may_be_an_adapter_of_the_last_layers(tmp_path, model_path):
+    flags = last_layer_flags(tmp_path, model_path)
+    assert main(flags) == 0
+    saved = load_file(tmp_path / "run" / "prm" / "adapter" / "adapter_model.safetensors")
+    layers = {name.split("layers.")[1][0] for name in saved}
+    assert layers == {"1"} and len(saved) == 2 * 7  # two factors of each matrix
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prm_lora_layers": 2}, "prm_lora_layers is 2, but must be from 1 to 1: the model has 2 layers."),
+        ({"prm_lora_layers": 0}, "prm_lora_layers is 0"),
+        ({"prm_lora_layers": 1, "prm_use_peft": "false"}, "Set prm_use_peft: true"),
+    ],
+)
+def test_layers_that_the_prm_cannot_be_an_adapter_of(tmp_path, model_path, capsys, monkeypatch, settings, said):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads a model"))
+    assert main(last_layer_flags(tmp_path, model_path, **settings)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_all_linear_of_the_last_layers_is_refused_in_a_mixture_of_experts(tmp_path, tokenizer, capsys):
+    """PEFT takes the experts of all layers, whatever it is told to exclude."""
+    shape = {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Qwen3MoeConfig(
+        **shape, vocab_size=44, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    assert main(last_layer_flags(tmp_path, tmp_path / "experts")) == 2
+    assert "Name modules, such as prm_lora_target_modules" in capsys.readouterr().err
 
 
 def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):

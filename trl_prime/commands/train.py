@@ -58,7 +58,9 @@ class PRIMEScriptArguments(DatasetArguments):
         prm_model_name_or_path (`str`, *optional*): Start of the implicit PRM; the policy's own start if not given.
         prm_use_peft (`bool`): Train the PRM as a LoRA adapter.
         prm_lora_r, prm_lora_alpha (`int`): Rank and scale of that adapter.
-        prm_lora_target_modules (`list[str]`, *optional*): Its layers; those of the policy's adapter, or all linear ones.
+        prm_lora_target_modules (`list[str]`, *optional*): Its modules; those of the policy's adapter, or all linear
+            ones.
+        prm_lora_layers (`int`, *optional*): How many of the last layers it is on, which a step is cheaper for; all if not given.
         eval_samples (`int`): Sampled completions per held-out problem of a task or of `eval_split_size`, before and after.
     """
 
@@ -92,7 +94,13 @@ class PRIMEScriptArguments(DatasetArguments):
     prm_lora_alpha: int = field(default=32, metadata={"help": "Scale of the PRM's adapter."})
     prm_lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Layers of the PRM's adapter. Defaults to those of the policy's, or all linear layers."},
+        metadata={"help": "Modules of the PRM's adapter. Defaults to those of the policy's, or all linear ones."},
+    )
+    prm_lora_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the last layers the PRM's adapter is on; all layers if not given. Fewer are faster."
+        },
     )
     eval_samples: int = field(
         default=4,
@@ -105,6 +113,10 @@ class PRIMEScriptArguments(DatasetArguments):
         super().__post_init__()
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples is {self.eval_samples}, but must be at least 1.")
+        if self.prm_lora_layers is not None and not self.prm_use_peft:
+            raise ValueError(
+                f"prm_lora_layers is {self.prm_lora_layers}, but the PRM is trained as a whole. Set prm_use_peft: true, or leave it out."
+            )
         if self.eval_split_size is not None and self.task:
             raise ValueError(
                 f"eval_split_size is {self.eval_split_size:g}, but the task {self.task!r} has held-out problems of its own. "
@@ -203,7 +215,6 @@ def _build(
     script_args: PRIMEScriptArguments, args: Any, model_args: Any, resume_from: str | None
 ) -> tuple[Any, HeldOut | None]:
     """The trainer, and what it is measured on before and after training."""
-    from peft import LoraConfig
     from trl import get_peft_config, get_quantization_config
 
     from ..prime_trainer import PRIMETrainer
@@ -244,15 +255,8 @@ def _build(
             "reward_funcs begins with 'majority', which tells how far completions agree, but held-out accuracy is measured by the "
             "first reward function. Leave eval_split_size out, and evaluate by trl-prime eval on problems with answers."
         )
-    prm_peft_config = None
-    if script_args.prm_use_peft:
-        prm_peft_config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=script_args.prm_lora_r,
-            lora_alpha=script_args.prm_lora_alpha,
-            target_modules=script_args.prm_lora_target_modules or model_args.lora_target_modules or "all-linear",
-        )
     args.model_init_kwargs = model_init_kwargs(args, model_args)
+    prm_peft_config = _prm_adapter(script_args, args, model_args, model) if script_args.prm_use_peft else None
 
     trainer = PRIMETrainer(
         model=model,
@@ -270,6 +274,43 @@ def _build(
     if not args.disable_tqdm:
         MetricsProgressCallback.replace_default(trainer, "PRIME", PRIME_METRICS)
     return trainer, held_out
+
+
+def _prm_adapter(script_args: PRIMEScriptArguments, args: Any, model_args: Any, policy: Any) -> Any:
+    """The adapter of the PRM; `policy` is a model or the name of one."""
+    from peft import LoraConfig
+    from transformers import AutoConfig
+
+    from ..implicit_prm.adapters import below_last_layers
+
+    targets = script_args.prm_lora_target_modules or model_args.lora_target_modules or "all-linear"
+    excluded = None
+    if script_args.prm_lora_layers is not None:
+        name, init_kwargs = script_args.prm_model_name_or_path, args.prm_model_init_kwargs or {}
+        if name is None:
+            name, init_kwargs = policy, args.model_init_kwargs
+        if isinstance(name, str):
+            config = AutoConfig.from_pretrained(
+                name, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        else:
+            config = name.config
+        excluded = below_last_layers(config, script_args.prm_lora_layers)
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
+        if "all-linear" in targets and any(
+            getattr(config.get_text_config(), attribute, None) for attribute in experts
+        ):
+            raise ValueError(
+                f"prm_lora_layers is {script_args.prm_lora_layers}, but in a mixture of experts PEFT's 'all-linear' takes the "
+                "experts of all layers. Name modules, such as prm_lora_target_modules: [q_proj, k_proj, v_proj, o_proj]."
+            )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script_args.prm_lora_r,
+        lora_alpha=script_args.prm_lora_alpha,
+        target_modules=targets,
+        exclude_modules=excluded,
+    )
 
 
 def check_policy_is_whole(args: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .copies import fingerprints, share_parameters
 
@@ -63,6 +63,30 @@ def check_base_frozen(base: PreTrainedModel) -> None:
             f"The PRM's adapter trains {trainable!r} of the base model, which is the reference too and would move along. Use "
             "bias='none'."
         )
+
+
+def below_last_layers(config: PretrainedConfig, num_layers: int) -> str:
+    """
+    What an adapter of the last layers leaves out, for `exclude_modules` of a [`~peft.LoraConfig`] that targets `"all-linear"` or
+    modules by their last name.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): Of the model.
+        num_layers (`int`): How many of the last layers the adapter is on.
+
+    Returns:
+        `str`: regular expression of the modules in all layers below.
+
+    Raises:
+        ValueError: The model has no more layers than that.
+    """
+    in_all = config.get_text_config().num_hidden_layers
+    if not 0 < num_layers < in_all:
+        raise ValueError(
+            f"prm_lora_layers is {num_layers}, but must be from 1 to {in_all - 1}: the model has {in_all} layers. Leave it out for "
+            "an adapter of all of them."
+        )
+    return rf"\D*\.({'|'.join(map(str, range(in_all - num_layers)))})\..*"
 
 
 def rewrites_base(config: PeftConfig) -> bool:
