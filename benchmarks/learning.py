@@ -54,7 +54,7 @@ TASKS = {
 }
 # The task of reasoning-gym is made by `reasoning_gym_task.py`
 GYM_TASK = "spell_backward"
-# Changes that `ablate` makes to the tuned `prime`. `start` is no setting: it names the model that the PRM starts from
+# Changes that `ablate` makes to the tuned `prime`. `start` is no setting: it names what the PRM is, or the model that it starts from
 ABLATIONS = {
     "as tuned": {},
     "no KL penalty": {"beta": 0.0},
@@ -63,6 +63,8 @@ ABLATIONS = {
     "no replay": {"prm_replay_batches": 0, "prm_replay_steps": None},
     "update after": {"prm_update": "after"},
     "reference: the policy": {"prm_reference": "policy"},
+    "PRM: adapter of all layers": {"start": "all layers"},
+    "PRM: all weights": {"start": "full", "prm_learning_rate": 1e-4},
     "PRM from random weights": {"start": "random"},
     "PRM from an offline one": {"start": "offline"},
     "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
@@ -299,6 +301,10 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         args = PRIMEConfig(output_dir, **{**COMMON, **PRM, **PRM_BY_TASK.get(task_name, {}), **shared})
         if prm_start == "policy":
             prm = {"prm_peft_config": LoraConfig(**PRM_ADAPTER)}
+        elif prm_start == "all layers":
+            prm = {"prm_peft_config": LoraConfig(**{**PRM_ADAPTER, "layers_to_transform": None})}
+        elif prm_start == "full":
+            prm = {}
         elif prm_start == "random":
             # Random weights need no adapter, which would keep them
             prm = {"prm_model": build_model(AutoTokenizer.from_pretrained(task.model), seed=seed + 1)}
