@@ -54,6 +54,10 @@ class Shape:
         """All weights, the embedding too, which is looked up and costs no FLOPs."""
         return self.body + self.head * (1 if self.tied else 2)
 
+    def last(self, layers: int | None) -> Shape:
+        """The last layers and the head, which is what a PRM on a shared trunk computes; `None` for all layers."""
+        return dataclasses.replace(self, layers=layers or self.layers)
+
     def adapter(self, rank: int) -> int:
         """Weights of a LoRA adapter on all matrices of the layers."""
         return self.layers * rank * sum(i + o for i, o in self.linears)
@@ -86,11 +90,13 @@ def train_flops(
     checkpointing: bool = True,
     fused_head: bool = False,
     causal: bool = True,
+    to_input: bool = True,
 ) -> float:
     """
     Forward and backward pass over a row: 6 N a token, 4 N with LoRA, whose frozen matrices need no gradient of their own.
 
     Args:
+        to_input (`bool`): Whether gradients reach what goes into the lowest layer, as where transformers' checkpoints ask for it.
         checkpointing (`bool`): Layers are computed again in the backward pass: nearly 2 N more.
         fused_head (`bool`): The same for the head, as TRL's policy does to hold no logits.
     """
@@ -102,6 +108,9 @@ def train_flops(
         if not rank:
             # torch stops when it has what the backward pass needs: the result of a layer's last matrix is not
             flops -= 2 * shape.layers * shape.intermediate * shape.hidden * (prompt + completion)
+    if rank and not to_input:
+        # Queries, keys and values are the first matrices of a layer
+        flops -= 2 * sum(i * o for i, o in shape.linears[:3]) * (prompt + completion)
     if fused_head:
         flops += head
     return flops
@@ -136,6 +145,7 @@ def step_flops(
     kl: bool = False,
     rank: int = 0,
     prm_rank: int = 0,
+    prm_layers: int | None = None,
     micro_batch: int = 8,
     checkpointing: bool = True,
     fused_head: bool = True,
@@ -154,18 +164,21 @@ def step_flops(
             trained on, so that of the passes here only GRPO's KL reference would see them: they cost nothing.
         kl (`bool`): TRL's own KL term with its own reference pass (`beta` above 0).
         rank, prm_rank (`int`): LoRA ranks of policy and PRM, 0 = full.
+        prm_layers (`int`, *optional*): Last layers that the PRM's adapter is on (`prm_lora_layers`); the others are computed by
+            the reference's pass only.
         micro_batch (`int`): `prm_micro_batch_size`.
     """
     longest, lengths = max(completions), padded(completions, micro_batch)
     policy = {"rank": rank, "checkpointing": checkpointing, "fused_head": fused_head, "causal": causal}
     prm = {"rank": prm_rank, "checkpointing": checkpointing, "fused_head": prm_fused_head, "causal": causal}
+    prm["to_input"], top = prm_layers is None, shape.last(prm_layers)
     # TRL pads all rows of a generation batch to its longest
     flops = {"policy": len(completions) * train_flops(shape, prompt, longest, **policy)}
     if kl:
         flops["policy reference"] = len(completions) * forward_flops(shape, prompt, longest, causal=causal)
     if update == "grpo":
         return flops
-    scoring = sum(forward_flops(shape, prompt, length, rank=prm_rank, causal=causal) for length in lengths)
+    scoring = sum(forward_flops(top, prompt, length, rank=prm_rank, causal=causal) for length in lengths)
     reference_rank = 0 if reference == "frozen" else rank
     flops["reference"] = sum(
         forward_flops(shape, prompt, length, rank=reference_rank, causal=causal) for length in lengths
@@ -173,7 +186,7 @@ def step_flops(
     if update == "none" or replay:
         flops["scoring"] = scoring  # otherwise the PRM's own training pass gives the scores
     if update != "none":
-        flops["prm"] = epochs * (1 + replay) * sum(train_flops(shape, prompt, length, **prm) for length in lengths)
+        flops["prm"] = epochs * (1 + replay) * sum(train_flops(top, prompt, length, **prm) for length in lengths)
     if update == "before":
         flops["scoring again"] = scoring
     return flops
@@ -263,6 +276,7 @@ def memory(
     method: str = "prime",
     rank: int = 0,
     prm_rank: int = 0,
+    prm_layers: int | None = None,
     shared_base: bool = False,
     reference: str = "frozen",
     rows: int = 1,
@@ -283,6 +297,7 @@ def memory(
     Args:
         method (`str`): `"prime"`, or `"grpo"`: without PRM and reference.
         rank, prm_rank (`int`): LoRA ranks, 0 = full.
+        prm_layers (`int`, *optional*): Last layers that the PRM's adapter is on; all if not given.
         shared_base (`bool`): Policy, PRM and reference on one copy of the base.
         rows (`int`): Rows of a micro-batch.
         weight_bytes (`float`): Bytes of a trained weight; its gradient and Adam's two moments are as large.
@@ -292,14 +307,14 @@ def memory(
         processes (`int`): D; weights, gradients and moments are divided by it (FSDP2, ZeRO-3).
     """
 
-    def trained(adapter_rank: int) -> float:
+    def trained(adapter_rank: int, layers: int | None = None) -> float:
         # Adapters are kept in float32 whatever the base is
-        return 4 * (shape.adapter(adapter_rank) * 4 if adapter_rank else shape.weights * weight_bytes)
+        return 4 * (shape.last(layers).adapter(adapter_rank) * 4 if adapter_rank else shape.weights * weight_bytes)
 
     base = shape.weights * frozen_bytes
     parts = {"policy": trained(rank) + (base if rank else 0)}
     if method == "prime":
-        parts["prm"] = trained(prm_rank) + (base if prm_rank and not shared_base else 0)
+        parts["prm"] = trained(prm_rank, prm_layers) + (base if prm_rank and not shared_base else 0)
         if reference == "frozen" and not (shared_base or prm_rank):
             # A PRM with an adapter has its own base as reference
             parts["reference"] = shape.weights * reference_bytes
@@ -350,6 +365,7 @@ def seven_b_steps(
         "PRIME, policy as reference": {"reference": "policy"},
         "PRIME, 4 PRM epochs": {"epochs": 4},
         "PRIME, LoRA of rank 16 on one base": {"rank": 16, "prm_rank": 16},
+        "the same, the PRM's in the last 4 of 28 layers": {"rank": 16, "prm_rank": 16, "prm_layers": 4},
         "GRPO, LoRA of rank 16": {"update": "grpo", "rank": 16},
     }
     result = []
@@ -372,7 +388,8 @@ def seven_b_memory() -> list[tuple[str, dict[str, float]]]:
         ),
         ("1 x 24 GB, GRPO, LoRA", memory(shape, method="grpo", rank=16)),
         ("1 x 24 GB, PRIME, LoRA on one base", memory(shape, **lora)),
-        ("the same without prm_fused_lm_head", memory(shape, **lora, prm_fused_head=False)),
+        ("the same, the PRM's in the last 4 layers", memory(shape, **lora, prm_layers=4)),
+        ("1 x 24 GB, PRIME, LoRA on one base, without prm_fused_lm_head", memory(shape, **lora, prm_fused_head=False)),
         ("1 x 24 GB, PRIME, LoRA on one base in 4 bits", memory(shape, **lora, frozen_bytes=0.6)),
     ]
 

@@ -145,7 +145,9 @@ def train(settings):
         train_dataset=Dataset.from_list(rows),
         processing_class=build_tokenizer(),
         peft_config=LoraConfig(**config) if "policy" in lora else None,
-        prm_peft_config=LoraConfig(**config) if "prm" in lora else None,
+        prm_peft_config=LoraConfig(**config, layers_to_transform=[1] if "last" in lora else None)
+        if "prm" in lora
+        else None,
         rollout_func=rollout_func,
     )
     if killed_at:
@@ -159,6 +161,8 @@ def train(settings):
         {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"result_{rank}.pt"
     )
     save_distribution(folder, trainer, trainer.prm_learner.backend, trainer.prm_learner.backend.model)
+    if trainer.prm_learner.trunk is not None:
+        (folder / f"has_trunk_{rank}").touch()
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(trainer.state.log_history))
     trainer.save_model(str(folder / "final"))

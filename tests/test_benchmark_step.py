@@ -80,6 +80,18 @@ def test_flops_are_those_that_torch_counts(cost_model, shape, rank):
         assert counted_flops(model, backward=True) == pytest.approx(train, rel=0.02)
 
 
+def test_flops_of_the_last_layers_are_those_that_torch_counts(cost_model, step, shape):
+    model = get_peft_model(build(shape, attn_implementation="eager"), step.lora_config(range(1, 3)))
+    below = cost_model.dataclasses.replace(shape, layers=1, vocab=0)
+    options = {"rank": step.RANK, "causal": False, "checkpointing": False}
+    train = cost_model.train_flops(shape.last(2), PROMPT, COMPLETION, to_input=False, **options)
+    train += cost_model.forward_flops(below, PROMPT, COMPLETION, causal=False)
+    assert counted_flops(model, backward=True) == pytest.approx(train, rel=0.02)
+    passes = cost_model.step_flops(shape, PROMPT, [COMPLETION] * 4, prm_rank=step.RANK, prm_layers=2, update="none")
+    top = cost_model.forward_flops(shape.last(2), PROMPT, COMPLETION, rank=step.RANK)
+    assert passes["scoring"] == 4 * top
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_those_that_autograd_keeps(cost_model, shape, dtype):
     kept = {}
@@ -144,8 +156,7 @@ def test_tables_and_goals_of_a_result(step):
     row = {
         "setting": "lora-generate",
         "update": "after",
-        "shared_base": True,
-        "generation_bound": True,
+        "kind": "lora",
         "time_ratio": 1.3,
         "time_ratio_min": 1.2,
         "time_ratio_max": 1.4,
@@ -164,3 +175,14 @@ def test_tables_and_goals_of_a_result(step):
         .startswith("| lora-generate | after | 80% | 1.00 s | 1.30 s | 1.30 (1.20")
     )
     assert step.shortfalls(result) == ["lora-generate, after: time_ratio 1.300 is above 1.2"]
+    top = {"rows": [{**row, "setting": "lora-top-train", "kind": "lora-top", "memory_ratio": 1.04, "time_ratio": 1.6}]}
+    assert step.shortfalls(top) == ["lora-top-train, after: memory_ratio 1.040 is above 1.03"]
+
+
+def test_a_top_pass_is_that_of_the_whole_model(step, shape):
+    """What the benchmark takes for the needed pass of a PRM of the last layers."""
+    model = get_peft_model(build(shape), step.lora_config(range(2, 3))).eval()
+    ids = torch.randint(0, 200, (2, 9))
+    output = model(ids, output_hidden_states=True, use_cache=False)
+    logits = step.top_logits(model, output.hidden_states[2], 5, top=1)
+    torch.testing.assert_close(logits, output.logits[:, -5:])

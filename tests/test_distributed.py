@@ -65,10 +65,11 @@ CASES = {
     "filter": (8, {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2}),
     "policy as reference": (8, {"prm_reference": "policy"}),
     "adapters": (8, {"lora": "policy prm"}),
-    "adapter of the PRM": (
+    # The layer below is the trunk that PRM and reference share, unless they are sharded
+    "adapter of the last layer": (
         8,
         {
-            "lora": "prm",
+            "lora": "prm last layer",
             "prm_loss_type": "calibrated_ce",
             "prm_guess_rate": 0.1,
             "prm_replay_batches": 2,
@@ -158,6 +159,14 @@ def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_pr
     for metric in ("prm/loss", "prm/pairwise_accuracy", "prm/process_reward", "prm/grad_norm", "filter/pass_rate"):
         ours, theirs = ([entry[metric] for entry in log(root / case)] for root in (two_processes, one_process))
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_a_trunk_is_shared_unless_it_is_sharded(one_process, two_processes):
+    case = "adapter of the last layer"
+    kind = json.loads((two_processes / case / "distribution_0.json").read_text())["type"]
+    for root, num_processes, shares in ((one_process, 1, True), (two_processes, 2, kind == "MULTI_CPU")):
+        for rank in range(num_processes):
+            assert (root / case / f"has_trunk_{rank}").exists() is shares
 
 
 @pytest.mark.parametrize("case", OFFLINE)
