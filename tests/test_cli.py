@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig
 
 import trl_prime
-from trl_prime import ImplicitPRM, PRIMEConfig
+from trl_prime import ImplicitPRM, PRIMEConfig, prime_config
 from trl_prime.cli import main
 from trl_prime.commands.dataset_arguments import DatasetArguments, load_split
 from trl_prime.commands.launching import parse_launched_arguments
 from trl_prime.commands.train import PRIMEScriptArguments, _prepare_alone, _types, check_policy_is_whole
 from trl_prime.evaluation.held_out import generate
 from trl_prime.evaluation.sampling import TransformersSampler
+from trl_prime.offline_prm import offline_prm_config
 from trl_prime.reports.run_files import save_settings
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -281,6 +282,25 @@ def test_data_that_needs_a_format_says_so(tmp_path, model_path, capsys):
     flags[position + 1] = "eurus2_sft(conversations='question')"
     assert main(flags) == 2
     assert "prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, config, option, value, extra",
+    [
+        ("train", prime_config, "deepspeed", "stage2.json", "deepspeed"),
+        ("train", prime_config, "use_vllm", "true", "vllm"),
+        ("prm", offline_prm_config, "deepspeed", "stage2.json", "deepspeed"),
+    ],
+)
+def test_an_option_whose_package_is_missing_is_told_before_anything_is_made(
+    tmp_path, capsys, monkeypatch, command, config, option, value, extra
+):
+    monkeypatch.setattr(config, f"is_{extra}_available", lambda: False)
+    flags = ["--task", "running_sums"] if command == "train" else []
+    assert main([command, *flags, "--output_dir", str(tmp_path / "run"), f"--{option}", value]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"trl-prime: {option} is ") and f"`pip install trl-prime[{extra}]`" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_version(capsys):

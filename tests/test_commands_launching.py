@@ -140,8 +140,9 @@ def test_a_launch_that_does_not_do_what_the_recipe_says_is_refused(monkeypatch):
         check_launch(world_size=2, bf16=False)
 
 
-def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
-    """Groups of 8 completions at 4 a process: one process alone would be refused."""
+@pytest.fixture
+def recipe(tmp_path, model_path, monkeypatch):
+    """A recipe with groups of 8 completions at 4 a process: one process alone would be refused."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data, recipe = tmp_path / "data.jsonl", tmp_path / "recipe.yaml"
     data.write_text("".join(json.dumps({"prompt": f"{i}+1=", "solution": str(i % 10)}) + "\n" for i in range(8)))
@@ -153,7 +154,11 @@ def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
         "eval_split_size: 3\neval_samples: 2\nper_device_eval_batch_size: 4\n"
         'disable_tqdm: true\nreport_to: none\nsave_strategy: "no"\n'
     )
-    assert main(["train", "--config", str(recipe), "--num_processes", "2"]) == 0
+    return str(recipe)
+
+
+def test_two_processes_train_together(recipe, tmp_path):
+    assert main(["train", "--config", recipe, "--num_processes", "2"]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (tmp_path / "run" / "prm" / "model.safetensors").is_file()
@@ -161,6 +166,17 @@ def test_two_processes_train_together(tmp_path, model_path, monkeypatch):
     accuracies = json.loads((tmp_path / "run" / "results.json").read_text())["after"]
     for name, num in (("greedy", 3), ("sampled", 6)):
         assert accuracies[name] * num == pytest.approx(round(accuracies[name] * num))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--accelerate_config", "cpu", "--fsdp"], ["--accelerate_config", "fsdp2", "--mixed_precision", "no"]],
+)
+def test_fsdp_that_accelerate_leaves_out_is_refused(recipe, tmp_path, capfd, flags):
+    flags += ["--num_processes", "2", "--eval_split_size", "none"]
+    assert main(["train", "--config", recipe, *flags]) == 2
+    assert "accelerate does not shard on cpu: each process would train whole models" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "prime_config.json").exists()
 
 
 def test_a_command_leaves_the_process_group(tmp_path, capsys):

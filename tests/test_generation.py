@@ -18,7 +18,7 @@ from packaging.version import Version
 from peft import PeftModel
 from trl.generation import vllm_generation
 
-from trl_prime import ImplicitPRM
+from trl_prime import ImplicitPRM, prime_config
 from trl_prime.implicit_prm.updater import PRMUpdater
 
 INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -151,7 +151,8 @@ def engine(monkeypatch):
     engine = Engine()
     monkeypatch.setattr(Client, "engine", engine)
     monkeypatch.setattr(LLM, "engine", engine)
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *args, **kwargs: True)
+    for module in (prime_config, vllm_generation):
+        monkeypatch.setattr(module, "is_vllm_available", lambda *args, **kwargs: True)
     monkeypatch.setattr(vllm_generation, "VLLMClient", Client)
     monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", dict, raising=False)

