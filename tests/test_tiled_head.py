@@ -69,6 +69,7 @@ def make_prm(tokenizer):
     def make(name):
         build, adapter = MODELS[name]
         config = None if adapter is None else lora(**adapter)
+        torch.manual_seed(0)
         return ImplicitPRM.from_model(build(), tokenizer, peft_config=config)
 
     return make
@@ -92,9 +93,8 @@ def test_values_and_gradients_are_those_of_a_slow_loop(make_prm, small_tiles, na
         setattr(unwrapped(model), tiled_head._NUM_LOGITS, 0)
         plain = log_probs_and_gradients(completion_logps, model, batch)
     for ours, theirs, right in zip(tiled, plain, expected, strict=True):
-        if bf16:  # as far from the truth as plain logits are
-            error, plain_error = ((value - right).norm() for value in (ours, theirs))
-            assert error <= 1.5 * plain_error + 1e-6 and error < 0.2 * right.norm()
+        if bf16:  # which rounds by up to 0.4 % at every step
+            assert (ours - right).norm() < 0.06 * right.norm() and (ours - theirs).norm() < 0.03 * right.norm()
         else:
             torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
 

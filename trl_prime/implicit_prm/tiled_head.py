@@ -151,7 +151,10 @@ def _linear_logps(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, 
     else:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    return _LinearLogps.apply(hidden.to(dtype), weight, bias, targets, num_tiles, torch.is_grad_enabled())
+    hidden, has_gradient = hidden.to(dtype), torch.is_grad_enabled()
+    if num_tiles == 1 and has_gradient and any(p.requires_grad for p in head.parameters()):
+        return _all_logps(hidden, weight, bias).gather(1, targets[:, None])[:, 0]  # nothing need be computed again
+    return _LinearLogps.apply(hidden, weight, bias, targets, num_tiles, has_gradient)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
