@@ -61,7 +61,6 @@ def autocast(enabled):
 def small_tiles(monkeypatch):
     """Tiles of seven tokens."""
     monkeypatch.setattr(tiled_head, "_TILE", 7 * VOCABULARY)
-    monkeypatch.setattr(tiled_head, "_MIN_TOKENS", 1)
 
 
 @pytest.fixture
@@ -188,6 +187,13 @@ def test_a_model_that_changes_its_logits_goes_without_tiles(small_tiles, name):
         strict=True,
     ):
         torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
+
+
+def test_finding_out_takes_no_random_numbers(make_prm):
+    model = make_prm("frozen").model.get_base_model().train()
+    model.model.layers[0].self_attn.q_proj.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    state = torch.get_rng_state()
+    assert can_tile(model) and model.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_settings_that_change_nothing_go_with_tiles():

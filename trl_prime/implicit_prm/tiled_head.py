@@ -15,10 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits of a tile: on a CPU as few as cost no time, on other devices as many as in TRL's fused head
+# Logits of a tile: on a CPU as few as cost no time, on other devices as many as TRL's fused head takes
 _TILE, _DEVICE_TILE = 2**23, 2**27
-# Tokens that a tile has at least, however large the vocabulary
-_MIN_TOKENS = 32
 # Attribute of a model: how many logits a token has where they are what the head gives, else 0
 _NUM_LOGITS = "prime_num_logits"
 
@@ -60,8 +58,13 @@ def _num_logits(model: nn.Module, head: nn.Module) -> int:
         return ramp
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    with _replaced_forward(head, forward):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    was_training = model.training
+    model.eval()  # dropout would take random numbers from the run
+    try:
+        with _replaced_forward(head, forward):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        model.train(was_training)
     if len(calls) != 1:
         return 0
     shape, given = calls[0]
@@ -100,10 +103,9 @@ def head_gives_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
     def forward(hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         wanted, device = mask.to(hidden.device).bool(), hidden.device
         states, targets = hidden[:, -num_tokens - 1 : -1][wanted], ids.to(device)[wanted]
-        tile = max((_TILE if device.type == "cpu" else _DEVICE_TILE) // num_logits, _MIN_TOKENS)
-        num_tiles = max(
-            -(-len(states) // tile), 1
-        )  # one without tokens keeps weights in the graph, which DDP waits for
+        tile = max((_TILE if device.type == "cpu" else _DEVICE_TILE) // num_logits, 1)
+        # At least one, though without tokens, so that weights are in the graph: DDP waits for their gradients
+        num_tiles = max(-(-len(states) // tile), 1)
         if is_linear:
             logps = _linear_logps(head, states, targets, num_tiles)
         else:
