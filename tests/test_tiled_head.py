@@ -127,8 +127,13 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_logits_larger_than_a_tile_are_made(make_prm, monkeypatch, name):
-    tile = 2000
+def test_no_logits_larger_than_a_tile_are_made_or_kept(make_prm, monkeypatch, name):
+    def keep(tensor):
+        if VOCABULARY in tensor.shape:
+            kept[-1][tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    tile, kept = 2000, []
     monkeypatch.setattr(tiled_head, "_TILE", tile)
     prm, batch = make_prm(name), ragged_batch(((3, 60), (5, 50), (2, 60)))
     models = (prm.model, prm.reference)
@@ -136,7 +141,8 @@ def test_no_logits_larger_than_a_tile_are_made(make_prm, monkeypatch, name):
         assert can_tile(unwrapped(model))
     largest = []
     for _ in range(2):
-        with Largest() as seen:
+        kept.append({})
+        with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             completion_logps(prm.model, *batch).sum().backward()
             with torch.no_grad():
                 completion_logps(prm.reference, *batch)
@@ -144,6 +150,8 @@ def test_no_logits_larger_than_a_tile_are_made(make_prm, monkeypatch, name):
         for model in models:
             setattr(unwrapped(model), tiled_head._NUM_LOGITS, 0)
     assert largest[0] <= tile and largest[1] >= 170 * VOCABULARY
+    tiled, plain = (sum(sizes.values()) for sizes in kept)  # with weights, of less than a tile in all
+    assert tiled <= 2 * tile and plain >= 170 * VOCABULARY
 
 
 class CutLlama(LlamaForCausalLM):
