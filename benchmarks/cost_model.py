@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from common import markdown_table
 
 GB = 1e9
-# TRL's fused head holds this at once: two or three float32 tiles of 4096 tokens by 32768 entries of the vocabulary
+# A head in tiles holds this at once on a GPU, TRL's and the PRM's own: two or three of 4096 times 32768 float32 numbers
 _TILE = 4096 * 32768 * 4 * 3
 
 
@@ -98,7 +98,8 @@ def train_flops(
     Args:
         to_input (`bool`): Whether gradients reach what goes into the lowest layer, as where transformers' checkpoints ask for it.
         checkpointing (`bool`): Layers are computed again in the backward pass: nearly 2 N more.
-        fused_head (`bool`): The same for the head, as TRL's policy does to hold no logits.
+        fused_head (`bool`): The same for the head, as TRL's policy does to hold no logits. (The PRM's own tiles do so only
+            where the head is trained.)
     """
     body, attention, head, adapter = _parts(shape, prompt, completion, rank, causal)
     factor = 2 if rank else 3
@@ -262,7 +263,7 @@ def logits_bytes(shape: Shape, rows: int, completion: int, *, fused: bool = Fals
     Logits of a micro-batch and what their backward pass adds.
 
     Args:
-        fused (`bool`): In tiles, as TRL's policy computes them.
+        fused (`bool`): In tiles.
         copies (`float`): float32 tensors of `(b, C, V)` that are alive at the peak: 3 with gradient, also under autocast,
             1.25 without (1.75 under autocast); counted.
     """
@@ -304,6 +305,7 @@ def memory(
         frozen_bytes (`float`): Bytes of a weight under an adapter (0.6 in 4 bits).
         reference_bytes (`float`): Bytes of a weight of a reference that is a copy of the PRM's start.
         dtype_bytes (`float`): Bytes of an activation.
+        fused_head, prm_fused_head (`bool`): Whether the heads of policy and PRM are in tiles, TRL's or the PRM's own.
         processes (`int`): D; weights, gradients and moments are divided by it (FSDP2, ZeRO-3).
     """
 
@@ -389,7 +391,6 @@ def seven_b_memory() -> list[tuple[str, dict[str, float]]]:
         ("1 x 24 GB, GRPO, LoRA", memory(shape, method="grpo", rank=16)),
         ("1 x 24 GB, PRIME, LoRA on one base", memory(shape, **lora)),
         ("the same, the PRM's in the last 4 layers", memory(shape, **lora, prm_layers=4)),
-        ("1 x 24 GB, PRIME, LoRA on one base, without prm_fused_lm_head", memory(shape, **lora, prm_fused_head=False)),
         ("1 x 24 GB, PRIME, LoRA on one base in 4 bits", memory(shape, **lora, frozen_bytes=0.6)),
     ]
 

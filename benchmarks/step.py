@@ -610,7 +610,7 @@ def model_flops(setting: str, update: str, options: argparse.Namespace) -> dict[
         prm_layers=prm_layers(setting),
         micro_batch=prm_micro_batch(setting),
         checkpointing=options.checkpointing,
-        prm_fused_head=False,  # a CPU has none
+        prm_fused_head=False,  # one tile holds the logits of a micro-batch, and nothing is computed again
         causal=False,  # torch's CPU attention with a mask computes all pairs
     )
 

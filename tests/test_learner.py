@@ -69,7 +69,7 @@ def test_passes_of_a_step(make_trainer, settings, passes):
         )
     trainer.train()
     replayed = settings.get("prm_replay_batches", 0)
-    checked = 3  # rows of `check_scoring`, once a run
+    checked = 4  # rows of `can_tile` and `check_scoring`, once a run
     assert rows == {"prm": checked + 2 * 8 * passes + 8 * replayed, "reference": checked + 2 * 8}
 
 

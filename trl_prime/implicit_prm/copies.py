@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from .logps import FUSED_LM_HEAD, Float32Head, unwrapped
+from .logps import FUSED_LM_HEAD, unwrapped
+from .tiled_head import Float32Head
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

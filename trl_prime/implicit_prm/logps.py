@@ -1,8 +1,8 @@
 """Log-probabilities of completions under a causal LM, in memory that grows with the micro-batch and not with the batch.
 
 Covered: micro-batches of rows of like length, each cut to its own longest prompt and completion; temperature 1; that a row's
-result does not depend on the rows beside it. Not covered: token ids of text (`texts.py`), which model (`model.py`), gradient
-accumulation (`updater.py`).
+result does not depend on the rows beside it. Not covered: the head in tiles (`tiled_head.py`), token ids of text (`texts.py`),
+which model (`model.py`), gradient accumulation (`updater.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from trl.trainer.utils import selective_log_softmax
+
+from .tiled_head import Float32Head, can_tile, head_gives_logps
 
 try:
     from trl.trainer.utils import add_fused_lm_head
@@ -109,20 +111,25 @@ def completion_logps(
     attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
     _check_lengths(model, attention_mask)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    parameters = inspect.signature(unwrapped(model).forward).parameters
+    base = unwrapped(model)
+    parameters = inspect.signature(base.forward).parameters
     if "position_ids" in parameters:
         # Explicit, so that a row's result does not depend on how far its neighbours pad it
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    if FUSED_LM_HEAD in vars(unwrapped(model)):
+    if FUSED_LM_HEAD in vars(base):
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :prompt_len] = -100
         logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -completion_len:].float()
     else:
         if "logits_to_keep" in parameters:
             inputs["logits_to_keep"] = completion_len + 1
-        logits = model(**inputs).logits[:, -completion_len - 1 : -1]
-        # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
-        logps = selective_log_softmax(logits.float(), completion_ids)
+        if can_tile(base):
+            with head_gives_logps(base, completion_ids, completion_mask):
+                logps = model(**inputs).logits.squeeze(-1)
+        else:
+            logits = model(**inputs).logits[:, -completion_len - 1 : -1]
+            # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
+            logps = selective_log_softmax(logits.float(), completion_ids)
     logps = logps.masked_fill(completion_mask == 0, 0.0)
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
 
@@ -228,15 +235,6 @@ def has_dropout(modules: Iterable[nn.Module]) -> bool:
         for name, value in vars(module).items()
         if "dropout" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
     )
-
-
-class Float32Head(nn.Linear):
-    """A language-model head that computes in float32 whatever its own dtype and the autocast."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(hidden_states.float(), self.weight.float(), bias)
 
 
 def can_fuse_lm_head(model: nn.Module) -> bool:
