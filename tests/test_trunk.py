@@ -251,11 +251,14 @@ def test_the_trunk_is_computed_once_a_batch_where_its_states_fit(make_trainer, m
     assert counts == {"prm": probes["prm"] + passes, "reference": probes["reference"] + 3 * 8}
 
 
-def test_a_resumed_run_computes_the_trunk_of_replayed_batches_again(train, tmp_path):
+@pytest.mark.parametrize("reference", ["frozen", "policy"])
+def test_a_resumed_run_computes_the_trunk_of_replayed_batches_again(train, tmp_path, reference):
     settings = {**TRUNK_RUN, "prm_replay_batches": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings["prm_reference"] = reference  # a policy that learns shares nothing with the PRM
     whole = train(**settings)
     resumed = train(str(tmp_path / "run" / "checkpoint-2"), **settings)
-    assert all(batch.trunk is not None for batch in resumed.prm_learner.updater.replay)
+    kept = [batch.trunk is not None for batch in resumed.prm_learner.updater.replay]
+    assert kept == [reference == "frozen"] * 2
     assert same(weights(resumed.implicit_prm.model), weights(whole.implicit_prm.model))
 
 

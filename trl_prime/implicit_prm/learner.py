@@ -28,6 +28,8 @@ from .trust import Trust
 from .updater import PRMUpdater
 
 if TYPE_CHECKING:
+    from collections import deque
+
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
@@ -121,43 +123,49 @@ class PRMLearner:
         """
         inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
-        # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
-        ref_logps, states = self._reference_logps(inputs, mask.any(1), policy)
+        rows = mask.any(1)
+        with self.accelerator.autocast():
+            states = self._new_trunk_states(inputs, rows)
+            ref_logps = self._reference_logps(inputs, rows, states, policy)
         # A completion without tokens has no score to be compared with
-        labels = labels.masked_fill(~self.accelerator.gather(mask.any(1)), torch.nan)
+        labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
         return PRMBatch(*inputs, mask, ref_logps, local_rows(labels, self.accelerator), group_labels, trunk=states)
 
-    def _reference_logps(
-        self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor, policy: PreTrainedModel | None = None
-    ) -> tuple[torch.Tensor, TrunkStates | None]:
+    def _new_trunk_states(self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor) -> TrunkStates | None:
         """
-        `(B, T)` log-probabilities of the reference, or of the policy where that is the reference, in the `(B,)` rows that are
-        wanted, and the hidden states that the PRM's passes begin with.
+        For the hidden states of the `(B,)` rows of a batch, to be kept by the reference's pass. `None` where PRM and reference share
+        no trunk, or memory is short beside those of replayed batches.
         """
-        prm, states = self.prm, None
-        passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
-        with self.accelerator.autocast():
-            if prm.reference is None:
-                return batch_completion_logps(policy, *inputs, prm.micro_batch_size, **passes), None
-            if self._has_trunk(inputs, rows):
-                states = TrunkStates(self.trunk, inputs[1], inputs[3])
-                passes["around"] = states.keep
-            return prm.reference_log_probs(*inputs, **passes), states
-
-    def _has_trunk(self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor) -> bool:
-        """Whether PRM and reference share a trunk, and hidden states of these rows fit beside those of replayed batches."""
         if not self._is_compared:
             self._is_compared = True
-            checkpointing = self.args.gradient_checkpointing_kwargs or {}
-            if type(self.backend) is DataParallel and not checkpointing.get("use_reentrant"):
+            reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+            if type(self.backend) is DataParallel and not (self.args.gradient_checkpointing and reentrant):
                 self.trunk = shared_trunk(self.prm)
         if self.trunk is None:
-            return False
+            return None
         kept = [batch.trunk for batch in self.updater.replay] if self.updater is not None else []
         num_kept = sum(states.num_bytes for states in kept if states is not None)
         num_tokens = int((inputs[1].sum(1) + inputs[3].sum(1))[rows].sum())
-        return fits_in_memory(self.prm.reference, num_tokens, num_kept)
+        if not fits_in_memory(self.prm.reference, num_tokens, num_kept):
+            return None
+        return TrunkStates(self.trunk, inputs[1], inputs[3])
+
+    def _reference_logps(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        rows: torch.Tensor,
+        states: TrunkStates | None,
+        policy: PreTrainedModel | None = None,
+    ) -> torch.Tensor:
+        """`(B, T)` log-probabilities of the reference, or of the policy where that is the reference, in the `(B,)` wanted rows."""
+        # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
+        passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
+        if self.prm.reference is None:
+            return batch_completion_logps(policy, *inputs, self.prm.micro_batch_size, **passes)
+        if states is not None:
+            passes["around"] = states.keep
+        return self.prm.reference_log_probs(*inputs, **passes)
 
     def score(self, batch: PRMBatch, labels: torch.Tensor, num_generations: int, step: int) -> PRMScores:
         """
@@ -297,7 +305,13 @@ class PRMLearner:
             if has_shared_optimizer:
                 state["updater"]["optimizer"] = state["optimizer"]
             self.updater.load_state_dict(state["updater"])
-            replay = self.updater.replay
-            for i, batch in enumerate(replay):
-                states = self._reference_logps(batch.inputs, batch.has_tokens)[1]
-                replay[i] = dataclasses.replace(batch, trunk=states)
+            self._restore_trunk_states(self.updater.replay)
+
+    def _restore_trunk_states(self, replay: deque[PRMBatch]) -> None:
+        """Compute the hidden states of replayed batches again, which a checkpoint does not hold."""
+        for i, batch in enumerate(replay):
+            with self.accelerator.autocast():
+                states = self._new_trunk_states(batch.inputs, batch.has_tokens)
+                if states is not None:
+                    self._reference_logps(batch.inputs, batch.has_tokens, states)
+                    replay[i] = dataclasses.replace(batch, trunk=states)
