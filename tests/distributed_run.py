@@ -63,6 +63,13 @@ def use_fsdp_on_cpu():
     AcceleratorState.__init__ = initialize_with_plugin
 
 
+def know_cpus_by_number():
+    """Make torch load tensors to the device `cpu:1` as to `cpu`: transformers before 5.19 asks for it when such a run is resumed."""
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, device: storage if device.startswith("cpu:") else None
+    )
+
+
 def placement(model):
     """Tell from a model itself how it is distributed."""
     if hasattr(model, "zero_optimization_stage"):
@@ -171,6 +178,7 @@ def train(settings):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     use_fsdp_on_cpu()
+    know_cpus_by_number()
     for settings in json.loads(Path(sys.argv[1]).read_text()):
         if settings.pop("offline", False):
             train_offline(settings, gathered, save_distribution)

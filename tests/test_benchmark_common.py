@@ -16,7 +16,10 @@ def test_the_machine_and_the_versions_of_what_is_installed(common, tmp_path):
     import torch
 
     found = common.machine("torch", "no-such-package")
-    assert found["versions"] == {"torch": torch.__version__}
+    assert list(found["versions"]) == ["torch"]
+    assert torch.__version__.startswith(
+        found["versions"]["torch"]
+    )  # `+cu124` is not always part of the package's version
     assert found["cores"] >= 1 and found["platform"] and found["python"]
     common.write({"machine": found}, tmp_path / "results" / "x.json")
     assert json.loads((tmp_path / "results" / "x.json").read_text()) == {"machine": found}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -92,6 +93,16 @@ def test_flops_of_the_last_layers_are_those_that_torch_counts(cost_model, step, 
     assert passes["scoring"] == 4 * top
 
 
+def attention_keeps_matrices():
+    """Whether torch's attention on a CPU keeps a matrix of all tokens for grouped queries, as it does in torch 2.6."""
+    queries, keys = (torch.zeros(1, heads, 8, 8, requires_grad=True) for heads in (2, 1))
+    attended = scaled_dot_product_attention(queries, keys, keys, is_causal=True, enable_gqa=True)
+    return "FlashAttention" not in attended.grad_fn.name()
+
+
+@pytest.mark.skipif(
+    attention_keeps_matrices(), reason="needs a torch whose attention keeps no matrices for grouped queries"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_those_that_autograd_keeps(cost_model, shape, dtype):
     kept = {}

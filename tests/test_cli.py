@@ -134,7 +134,9 @@ def length_reward(completions, **kwargs):
 def test_rows_of_an_ability_with_short_prompts(tmp_path, model_path):
     arguments = DatasetArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_ability="math")
     kept = [{"role": "user", "content": "1"}]
-    length = len("user:1assistant:")  # as Qwen2's tokenizer, which the saved one is read as, knows no white space here
+    # Versions of transformers read the saved tokenizer as different classes, one of which knows no white space here
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    length = len(tokenizer(tokenizer.apply_chat_template(kept, add_generation_prompt=True, tokenize=False)).input_ids)
     rows = [
         {"prompt": kept, "ability": "math"},
         {"prompt": kept, "ability": "code"},

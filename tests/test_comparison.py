@@ -127,8 +127,8 @@ def test_the_command_prints_and_writes_the_difference(folders, tmp_path, capsys)
     for name, row in written["metrics"].items():
         one, other = (summary(folder)[name]["value"] for folder in (first, second))
         assert row["value"] == pytest.approx(other - one) and row["first"] == one and row["low"] <= row["high"]
-    difference = written["metrics"]["greedy"]["value"]
-    assert difference != 0, "or this test would not see much"
+    # Which of them is not 0 depends on the samples, and these on the version of transformers
+    difference = next(row["value"] for row in written["metrics"].values() if row["value"])
     printed = capsys.readouterr().out
     assert f"{100 * difference:+.1f}" in printed and "model_name_or_path" in printed and "model_version" not in printed
 

@@ -164,7 +164,7 @@ def test_best_of_n_with_a_prm(evaluate, prm_path, tmp_path, capsys, model_path):
     assert table[4]["ceiling"] == metrics["pass@4"] and table[4]["majority"] == metrics["maj@4"]
     samples = [row for row in rows if row["sample"] is not None]
     prm = ImplicitPRM.from_pretrained(prm_path)
-    scored = prm.score([row["prompt"] for row in samples], [row["completion"] for row in samples])
+    scored = prm.score(*([row[name] for row in samples] for name in ("prompt", "completion", "truncated")))
     for name, score in (
         ("prm_sum", lambda s: s.reward),
         ("prm_min", lambda s: min(s.step_rewards)),

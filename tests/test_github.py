@@ -1,5 +1,6 @@
 """Workflows and templates of GitHub: they parse, and what they run exists."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def test_the_versions_of_python_and_trl_are_those_that_are_supported():
     assert trls[-1] == "trl"
     for spec in trls[:-1]:
         assert supported.contains(Version(spec.removeprefix("trl==").replace("*", "0"))), spec
+
+
+def test_the_lowest_and_the_newest_packages_are_tested():
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = {
+        (name, version)
+        for name, version, rest in re.findall(r'"([\w-]+)>=([\d.]+)([^"\n]*)"', project)
+        if "python_version >= '3.11'" not in rest
+    }
+    lines = [line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if line[:1] != "#"]
+    assert sorted(tuple(line.split("==")) for line in lines) == sorted(bounds)
+
+    matrix = load(GITHUB / "workflows" / "tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    oldest, newest = matrix["include"]
+    pythons = matrix["python-version"]
+    assert oldest == {"python-version": pythons[0], "torch": "torch", "constraints": "tests/oldest.txt"}
+    assert newest == {"python-version": pythons[-1], "torch": "torch", "constraints": ""}
+    (default,) = matrix["torch"]
+    assert f"TORCH ?= {default}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_templates_are_what_github_reads():

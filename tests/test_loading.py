@@ -9,11 +9,7 @@ from conftest import build_model, same
 from datasets import Dataset
 from helpers import ragged_batch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, OfflinePRMTrainer
 from trl_prime.evaluation.process_bench import score_steps
@@ -30,6 +26,7 @@ def lora(**kwargs):
 
 def build_qwen3_5():
     """A model of text and pictures, which `AutoModelForCausalLM` reads as another class with other names of weights."""
+    qwen3_5 = pytest.importorskip("transformers.models.qwen3_5", reason="transformers has no Qwen3.5 yet")
     text = {
         "vocab_size": 44,
         "hidden_size": 32,
@@ -64,10 +61,10 @@ def build_qwen3_5():
         "num_position_embeddings": 16,
     }
     ids = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
-    config = Qwen3_5Config(text_config=text, vision_config=vision, **ids)
+    config = qwen3_5.Qwen3_5Config(text_config=text, vision_config=vision, **ids)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3_5ForConditionalGeneration(config)
+        model = qwen3_5.Qwen3_5ForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -209,9 +206,10 @@ def test_offline_training_takes_a_saved_prm_in_one_data_type(tmp_path, tokenizer
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_a_prm_is_loaded_as_the_class_that_was_trained(tmp_path, tokenizer, adapter):
     base = str(tmp_path / "base")
-    build_qwen3_5().save_pretrained(base)
+    built = build_qwen3_5()
+    built.save_pretrained(base)
     model = load_model(base)
-    assert type(model) is Qwen3_5ForConditionalGeneration
+    assert type(model) is type(built)
     prm = ImplicitPRM.from_model(model, tokenizer, peft_config=lora() if adapter else None, reference_name=base)
     with torch.no_grad():
         for name, parameter in prm.model.named_parameters():
@@ -231,7 +229,7 @@ def test_a_prm_is_loaded_as_the_class_that_was_trained(tmp_path, tokenizer, adap
     assert weights and all(torch.equal(state[name], tensor) for name, tensor in weights.items())
     if not adapter:
         assert same(weights, state)
-        assert type(load_policy(str(tmp_path / "prm"), device_map="cpu")) is Qwen3_5ForConditionalGeneration
+        assert type(load_policy(str(tmp_path / "prm"), device_map="cpu")) is type(built)
 
 
 def test_an_adapter_that_does_not_fit_is_an_error(tmp_path):

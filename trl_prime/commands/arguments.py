@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import json
 import os
 import re
 import textwrap
@@ -82,6 +83,9 @@ class ArgumentReader(TrlParser):
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
         super().__init__(dataclass_types, **kwargs)
         self.hints = {name: hint for cls in self.dataclass_types for name, hint in get_type_hints(cls).items()}
+        for action in self._actions:
+            if _kinds(self.hints.get(action.dest)) == {dict, type(None)}:  # TRL 1.9's `chat_template_kwargs`
+                action.type = json.loads
         # Where `none` is the default as a word (report_to), it has a meaning of its own
         self.optional = {
             action.dest
