@@ -319,10 +319,11 @@ class PRIMETrainer(GRPOTrainer):
         all_process, all_positions, all_mask = (
             gather_padded(tensor, self.accelerator) for tensor in (process_rewards, positions, mask)
         )
+        groups = {"outcomes": rollouts.outcomes, "num_generations": self.num_generations}
         return RolloutRewards(
             outcome_rewards=rollouts.outcomes,
             process_rewards=normalize_process_rewards(
-                all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma
+                all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma, **groups
             ),
             completion_mask=all_mask,
             reward_mask=all_positions,
