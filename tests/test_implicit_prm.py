@@ -274,7 +274,7 @@ def test_score_renders_messages_with_the_chat_template(random_prm, tokenizer):
     torch.testing.assert_close(as_messages.token_rewards, as_text.token_rewards)
     (other_prompt,) = prm.score(["user:1+2=\nassistant:"], ["2"])
     assert (other_prompt.token_rewards - as_text.token_rewards).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="one assistant message"):
+    with pytest.raises(ValueError, match="the first is the assistant"):
         prm.score([messages], [messages])
 
 

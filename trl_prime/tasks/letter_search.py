@@ -1,7 +1,7 @@
 """Letter search: a built-in task of several turns, on which a PRIME run works with no network on a CPU.
 
-The environment has drawn a letter from a to p. In each turn the policy asks by a tool call whether the letter comes after
-one of its choice, `?h`, and is told `+` (it does) or `-`. After at most four questions it answers, `=f`, and only the
+The environment has drawn a letter from a to h. In each turn the policy asks by a tool call whether the letter comes after
+one of its choice, `?d`, and is told `+` (it does) or `-`. After at most three questions it answers, `=f`, and only the
 answer is judged. Whoever halves what is left is always right; a question about what is known already is a wasted turn.
 
 It is not a benchmark of agents. It shows that training over turns works and lets it be measured. The base model is made on
@@ -22,9 +22,9 @@ from .warm_up import warm_up
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LETTERS = "abcdefghijklmnop"
-NUM_QUESTIONS = 4
-PROMPT = "a-p"
+LETTERS = "abcdefgh"
+NUM_QUESTIONS = 3
+PROMPT = "a-h"
 CHARACTERS = f"{LETTERS}?=+->"
 # A step of the warm-up has so many demonstrations
 BATCH_SIZE = 64
@@ -42,7 +42,7 @@ _RESPONSE_TEMPLATE = {
     "start_anchor": ">",
     "fields": {
         "tool_calls": {
-            "open_pattern": r"\?(?P<letter>[a-p])",
+            "open_pattern": r"\?(?P<letter>[a-h])",
             "close_pattern": r"<eos>|$",
             "repeats": True,
             "content": "text",
@@ -148,7 +148,7 @@ def prepare(
     seed: int = 0,
     num_train: int = 4096,
     num_test: int = 256,
-    warm_up_steps: int = 400,
+    warm_up_steps: int = 300,
     waste_rate: float = 0.5,
 ) -> Task:
     """Make the task: draw the games, and train and save the base model unless that was done before.
