@@ -25,6 +25,7 @@ from helpers import (
     BAND,
     FAILS,
     MIXED,
+    PASSES,
     fixed_rollouts,
     lora,
     loss_mask,
@@ -501,6 +502,36 @@ def test_completions_table(record):
     assert [*table["prime/trained"]] == [False] + [True] * 7
     assert [*table["completion"]] == [*rewards.completions]
     assert [*table["outcome"]] == notes, "a user's own column keeps its name"
+
+
+def test_completions_table_shows_the_rewards_of_turns(record, random_prm, make_trainer):
+    settings = {"log_completions": True, "max_steps": 1, "prm_model": random_prm(), **BAND}
+    # The second group does not pass the filter, and the third fills up the batch that the first one begins
+    rewards = (*PASSES, *FAILS, *PASSES, *FAILS)
+    recorder = record(
+        row_rewards(rewards), rollout_func=fixed_rollouts(env_mask=(1, 3)), oversample_factor=2.0, **settings
+    )
+    table = pandas.read_parquet(f"{recorder.trainer.args.output_dir}/completions/completions_00001.parquet")
+    output = recorder.trainer.outputs[0]
+    by_token = slow_process_rewards(random_prm().model, random_prm().reference, output)
+    shown = [[float(number) for number in text.split()] for text in table["prime/turn_rewards"]]
+    assert [bool(numbers) for numbers in shown] == [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4
+    for i, (numbers, runs) in enumerate(zip([*shown[:4], *shown[8:12]], turns_of(output), strict=True)):
+        sums = [by_token[i, run].sum().item() for run in runs]
+        numpy.testing.assert_allclose(numbers, sums, atol=6e-4)
+    plain = record(row_rewards(rewards), rollout_func=fixed_rollouts(), **settings).trainer
+    table = pandas.read_parquet(f"{plain.args.output_dir}/completions/completions_00001.parquet")
+    assert "prime/turn_rewards" not in table.columns
+    # Held-out completions stand in the same table
+    evaluated = make_trainer(
+        rollout_func=fixed_rollouts(env_mask=(1, 3)),
+        eval_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(8)]),
+        log_completions=True,
+        prm_model=random_prm(),
+    )
+    evaluated.evaluate()
+    table = pandas.read_parquet(f"{evaluated.args.output_dir}/completions/completions_00000.parquet")
+    assert {len(text.split()) for text in table["prime/turn_rewards"]} <= {1, 2, 3} and len(table) == 8
 
 
 def test_completions_table_of_an_evaluation_before_training(make_trainer):

@@ -72,26 +72,36 @@ class Rollouts:
         trained = torch.zeros_like(self.generated_outcomes, dtype=torch.bool).index_copy(0, self.rows, self.trains)
         columns = {"outcome": self.generated_outcomes, "process_reward": all_process, "trained": trained}
         columns = {name: values.tolist() for name, values in columns.items()}
-        for name, values in turn_columns(self.output, token_rewards, accelerator).items():
+        for name, values in _turn_columns(self.output, token_rewards, accelerator).items():
             by_row = dict(zip(self.rows.tolist(), values, strict=True))
             columns[name] = [by_row.get(row, "") for row in range(len(self.generated_outcomes))]
         return columns, all_advantages
 
+    @staticmethod
+    def evaluation_columns(
+        output: dict[str, Any], outcomes: torch.Tensor, token_rewards: torch.Tensor, accelerator: Accelerator
+    ) -> dict[str, list]:
+        """
+        The same of held-out completions, of which none is trained on.
 
-def turn_columns(
+        Args:
+            output (`dict`): Rows of this process, as TRL returns them.
+            outcomes (`torch.Tensor`): `(N,)` outcomes of the rows of all processes.
+            token_rewards (`torch.Tensor`): Process rewards of this process's tokens.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+
+        Returns:
+            `dict`: columns by name, of N values each.
+        """
+        sums, trained = accelerator.gather(token_rewards.sum(1)), [False] * len(outcomes)
+        columns = {"outcome": outcomes.tolist(), "process_reward": sums.tolist(), "trained": trained}
+        return {**columns, **_turn_columns(output, token_rewards, accelerator)}
+
+
+def _turn_columns(
     output: dict[str, Any], token_rewards: torch.Tensor, accelerator: Accelerator
 ) -> dict[str, list[str]]:
-    """
-    What the completions table shows of turns: nothing where completions have one, by the way they are generated.
-
-    Args:
-        output (`dict`): Rows of this process, as TRL returns them.
-        token_rewards (`torch.Tensor`): `(B, T)` process rewards of their tokens.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-
-    Returns:
-        `dict`: `turn_rewards`, for each row of all processes the sums of its turns, as text.
-    """
+    """The process rewards of the turns of all processes' rows, as text; no column where nobody speaks between turns."""
     if "tool_mask" not in output:
         return {}
     mask = policy_mask(output)
