@@ -10,7 +10,9 @@ the spot and asks badly on purpose: see `make_demonstrations`.
 
 from __future__ import annotations
 
+import importlib.util
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +169,13 @@ def prepare(
         The task, with this base model, its environment and the outcome reward.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or transformers is older than 5.13.
     """
+    if importlib.util.find_spec("transformers.utils.chat_parsing") is None:
+        raise ValueError(
+            f"The task 'letter_search' has tool calls of its own form, which transformers {version('transformers')} cannot read. "
+            "Install transformers 5.13 or newer."
+        )
     base = Path(output_dir) / "sft"
 
     def make() -> None:
