@@ -7,9 +7,11 @@ import re
 
 import pandas
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from trl_prime.cli import main
+from trl_prime.commands.arguments import recipe_path
 from trl_prime.tasks import letter_search
 from trl_prime.tasks.letter_search import (
     LETTERS,
@@ -87,6 +89,12 @@ def test_an_old_transformers_is_refused_before_the_warm_up(monkeypatch, tmp_path
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_task_and_an_environment_beside_it_are_refused(capsys):
+    flags = ["--config", "letter-search", "--environment_factory", "my_module.Shop"]
+    assert main(["train", *flags]) == 2
+    assert "environment_factory is 'my_module.Shop', but the task 'letter_search'" in capsys.readouterr().err
+
+
 @reads_tool_calls
 def test_a_run_from_the_recipe_plays_games_of_several_turns(tmp_path):
     flags = {
@@ -113,3 +121,23 @@ def test_a_run_from_the_recipe_plays_games_of_several_turns(tmp_path):
     # Pages of the run show the turns
     assert main(["report", str(tmp_path), "--score", "1"]) == 0
     assert "process rewards of the turns then" in (tmp_path / "report.html").read_text()
+
+    # The same game with a model and data of one's own
+    data = tmp_path / "games.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_dataset(32).to_list()))
+    recipe = yaml.safe_load(recipe_path("letter-search").read_text())
+    own = {
+        **{name: value for name, value in recipe.items() if name != "task" and not name.startswith("eval_")},
+        "model_name_or_path": str(tmp_path / "sft"),
+        "dataset_name": str(data),
+        "environment_factory": "trl_prime.tasks.letter_search.LetterSearch",
+        "reward_funcs": ["trl_prime.tasks.letter_search.answer_reward"],
+        "output_dir": str(tmp_path / "own"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 32,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    assert main(["train", "--config", str(tmp_path / "own.yaml")]) == 0
+    history = json.loads((tmp_path / "own" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["tools/call_frequency"] > 1 and history[0]["filter/judged"] == 1
