@@ -154,8 +154,8 @@ class PRIMEConfig(GRPOConfig):
             `"batch_norm"`: divide by the largest absolute reward-to-go of the batch over all processes, as in the
             published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"group_std"`: the same of
             each group by itself; with turns and `process_gamma=0` the scale of iStar (arXiv 2509.19199). `"softmax"`: share the
-            outcome out over the turns, or steps, by the softmax of their rewards, as ITPO (arXiv 2603.23550); `prm_beta` is one
-            over its temperature. `"none"`: as in Eq 5.
+            outcome out over the turns, or steps, by the softmax of their rewards, as ITPO (arXiv 2603.23550); a larger
+            `prm_beta` sharpens the shares. `"none"`: as in Eq 5.
         prm_trust_weighting (`bool`, *optional*, defaults to `True`):
             Multiply `process_weight` by how much better than chance the PRM surely ranks completions,
             `max(0, 2 * a - 1)`, a 1.5 standard errors below its pairwise accuracy on rollouts that it has not been trained on,
