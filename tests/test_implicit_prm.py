@@ -314,6 +314,14 @@ def test_score_shows_turns_and_rewards_only_what_the_policy_wrote(random_prm, to
             prm.score([prompt], [other])
 
 
+def test_score_refuses_turns_of_a_template_that_rewrites_them(random_prm, tokenizer, monkeypatch):
+    template = "{% for message in messages %}{{ message['content'] if loop.last else 'cut' }}<eos>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    completion = [{"role": role, "content": "so"} for role in ("assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="in another way once others follow it.*one at a time"):
+        random_prm().score([[{"role": "user", "content": "1+1="}]], [completion])
+
+
 def test_score_uses_the_step_delimiter(random_prm):
     (result,) = random_prm(step_delimiter="so").score(["1"], ["aso bso c"])
     assert result.steps == ["aso", " bso", " c<eos>"]

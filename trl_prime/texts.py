@@ -160,7 +160,7 @@ def tokenize_turns(
 
     Raises:
         ValueError: The completion is no text and does not begin with an assistant's message, or one of the assistant's
-            messages has more than its content.
+            messages has more than its content, or the chat template cannot be cut between messages.
     """
     messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     if not messages or messages[0].get("role") != "assistant":
@@ -203,6 +203,11 @@ def _told_ids(
     # Some templates write a line break after the token that ends a turn, which the policy does not write
     while turn and end in turn and turn[-1] != end:
         turn = turn[:-1]
+    if both[: len(turn)] != turn:
+        raise ValueError(
+            "The chat template writes an assistant's message in another way once others follow it, so that what they say cannot be "
+            "told from it. Give turns one at a time, with the turns before in the prompt."
+        )
     return both[len(turn) :]
 
 
