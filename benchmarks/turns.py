@@ -22,9 +22,8 @@ METHODS = {
     "outcome": ["--process_weight", "0"],
     "token": ["--process_reward_granularity", "token"],
     "turn": [],
-    "turn, softmax": ["--process_reward_norm", "softmax", "--process_gamma", "1"],
 }
-# Steps that one number is the mean of
+# Each number is the mean of so many steps
 WINDOW = 10
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "turns.png"
 
@@ -78,7 +77,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, list[float]]]] = {}
     for seed in range(options.seeds):
         for method, flags in METHODS.items():
-            folder = options.runs / f"{method.replace(', ', '-')}-{seed}"
+            folder = options.runs / f"{method}-{seed}"
             train(folder, seed, flags)
             runs.setdefault(method, []).append(read(folder))
     num_windows = len(runs["outcome"][0]["reward"])
