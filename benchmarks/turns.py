@@ -3,7 +3,7 @@
 python benchmarks/turns.py --runs runs/turns            # trains what is not there yet, minutes a run on a CPU
 python benchmarks/turns.py --runs runs/turns --seeds 1  # fewer seeds
 
-A run is `trl-prime train --config letter-search` with the flags of its method in METHODS. Prints the tables of docs/learning.md, and
+A run is `trl-prime train --config letter-search` with the flags of its method in METHODS. Prints the table of benchmarks/turns.md, and
 writes docs/images/turns.png and benchmarks/results/turns.json.
 """
 
