@@ -37,6 +37,12 @@ def rollout(prompts, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
+def rollout_of_turns(prompts, trainer):
+    """The same, of which an environment wrote every third token."""
+    output = rollout(prompts, trainer)
+    return {**output, "env_mask": [[int(t % 3 != 2) for t in range(len(ids))] for ids in output["completion_ids"]]}
+
+
 def make_reward(none_on_rank=None):
     def reward(completion_ids, **kwargs):
         rank = int(os.environ.get("RANK", 0))
@@ -122,6 +128,7 @@ def train(settings):
     reward = make_reward(settings.pop("none_on_rank", None))
     resume, killed_at = settings.pop("resume", None), settings.pop("killed_at", None)
     rollout_func = None if settings.pop("sample", False) else rollout
+    rollout_func = rollout_of_turns if settings.get("process_reward_granularity") == "turn" else rollout_func
     rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}="} for i in range(40)]
     args = PRIMEConfig(
         **{

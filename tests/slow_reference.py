@@ -8,7 +8,7 @@ import statistics
 import torch
 
 NAN = float("nan")
-GRANULARITIES = ("token", "step", "whole")
+GRANULARITIES = ("token", "step", "turn", "whole")
 ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
 
 
@@ -53,13 +53,23 @@ def spots(row):
     return [t for t, flag in enumerate(row) if flag]
 
 
+def slow_turns(row):
+    """For each token, how many runs of unmasked tokens have begun up to it."""
+    begun, before, result = 0, 0, []
+    for flag in row:
+        begun += bool(flag and not before)
+        before = flag
+        result.append(begun)
+    return result
+
+
 def slow_positions(mask, granularity, steps):
     """Last unmasked token of each unit."""
     result = []
     for row, numbers in zip(mask, steps, strict=True):
-        last = {}
+        last, turns = {}, slow_turns(row)
         for t in spots(row):
-            last[{"token": t, "step": numbers[t], "whole": "all"}[granularity]] = t
+            last[{"token": t, "step": numbers[t], "turn": turns[t], "whole": "all"}[granularity]] = t
         result.append([int(t in last.values()) for t in range(len(row))])
     return result
 
@@ -67,9 +77,9 @@ def slow_positions(mask, granularity, steps):
 def slow_aggregate(rewards, mask, granularity, steps):
     result = []
     for values, row, numbers in zip(rewards, mask, steps, strict=True):
-        sums, last = {}, {}
+        sums, last, turns = {}, {}, slow_turns(row)
         for t in spots(row):
-            unit = {"token": t, "step": numbers[t], "whole": "all"}[granularity]
+            unit = {"token": t, "step": numbers[t], "turn": turns[t], "whole": "all"}[granularity]
             sums[unit] = sums.get(unit, 0.0) + values[t]
             last[unit] = t
         out = [0.0] * len(row)

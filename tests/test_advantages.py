@@ -25,6 +25,7 @@ from trl_prime.advantages import (
     whiten_tokens,
 )
 from trl_prime.process_rewards import (
+    NORMALIZATIONS,
     aggregate_process_rewards,
     implicit_process_rewards,
     normalize_process_rewards,
@@ -223,13 +224,15 @@ def test_point_5_every_accepted_combination_runs(estimator):
     batch = random_batch(1, 4)
     mask, steps = tensor(batch.mask), tensor(batch.steps, torch.long)
     for granularity, method, gammas in itertools.product(
-        GRANULARITIES, ("none", "batch_norm", "std"), ((1.0, 1.0), (0.0, 0.0), (0.9, 0.5))
+        GRANULARITIES, NORMALIZATIONS, ((1.0, 1.0), (0.0, 0.0), (0.9, 0.5))
     ):
         positions = reward_positions(mask, granularity, steps)
         rewards = aggregate_process_rewards(tensor(batch.rewards), mask, granularity, steps)
         advantages = combine_rewards(
             tensor(batch.outcomes),
-            normalize_process_rewards(rewards, positions, method, gamma=gammas[1]),
+            normalize_process_rewards(
+                rewards, positions, method, gamma=gammas[1], outcomes=tensor(batch.outcomes), num_generations=4
+            ),
             mask,
             4,
             estimator=estimator,

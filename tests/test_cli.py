@@ -424,6 +424,7 @@ def test_a_run_that_has_trained_on_everything_gets_no_held_out_part(tmp_path, mo
         ({"dataset_streaming": "true"}, "of a data set that is streamed"),
         ({"dataset_test_split": "test"}, "dataset_test_split is 'test', but a run has one held-out part"),
         ({"tools": "python"}, "eval_split_size is 4, but a policy with tools"),
+        ({"environment_factory": "builtins.object"}, "eval_split_size is 4, but a policy with tools"),
         ({"task": "running_sums"}, "the task 'running_sums' has held-out problems of its own"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"reward_funcs": "majority"}, "reward_funcs begins with 'majority'"),

@@ -62,6 +62,25 @@ CASES = {
         8,
         {"num_generations": 8, "prm_update": "before", "prm_loss_type": "dpo", "prm_replay_batches": 1},
     ),
+    "turns": (
+        8,
+        {
+            "num_generations": 8,
+            "process_reward_granularity": "turn",
+            "process_reward_norm": "group_std",
+            "process_gamma": 0.0,
+            "prm_trust_weighting": False,
+        },
+    ),
+    "shares of turns": (
+        8,
+        {
+            "num_generations": 8,
+            "process_reward_granularity": "turn",
+            "process_reward_norm": "softmax",
+            "prm_trust_weighting": False,
+        },
+    ),
     "filter": (8, {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2}),
     "policy as reference": (8, {"prm_reference": "policy"}),
     "adapters": (8, {"lora": "policy prm"}),

@@ -274,8 +274,52 @@ def test_score_renders_messages_with_the_chat_template(random_prm, tokenizer):
     torch.testing.assert_close(as_messages.token_rewards, as_text.token_rewards)
     (other_prompt,) = prm.score(["user:1+2=\nassistant:"], ["2"])
     assert (other_prompt.token_rewards - as_text.token_rewards).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="one assistant message"):
+    with pytest.raises(ValueError, match="the first is the assistant"):
         prm.score([messages], [messages])
+
+
+@pytest.mark.parametrize("after_a_turn", ["", "\n"])
+def test_score_shows_turns_and_rewards_only_what_the_policy_wrote(random_prm, tokenizer, monkeypatch, after_a_turn):
+    # The second template writes a line break after the token that ends the policy's turn
+    role = "{{ message['role'] + ':' + message['content'] }}"
+    end = f"{{{{ '<eos>{after_a_turn}' if message['role'] == 'assistant' else '\n' }}}}"
+    begin = "{% if add_generation_prompt %}assistant:{% endif %}"
+    template = f"{{% for message in messages %}}{role}{end}{{% endfor %}}{begin}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    prm = random_prm()
+    turns = [("assistant", "ask 3"), ("tool", "more"), ("user", "go on"), ("assistant", "so\n5")]
+    completion = [{"role": role, "content": content} for role, content in turns]
+    as_text = "ask 3<eos>", f"{after_a_turn}tool:more\nuser:go on\nassistant:", "so\n5<eos>"
+    for prompt, told in (([{"role": "user", "content": "1+1="}], as_text[1]), ("1+1=", "morego on")):
+        scored = prm.score([prompt, prompt], [completion, "1"])[0]
+        assert "".join(scored.tokens) == as_text[0] + told + as_text[2]
+        assert scored.steps == [as_text[0] + told, as_text[2]]
+        # Rewards are those of the whole text where the policy wrote it, none elsewhere
+        text = prompt if isinstance(prompt, str) else "user:1+1=\nassistant:"
+        (whole,) = prm.score([text], [as_text[0] + told + as_text[2]])
+        written = torch.ones(len(whole.tokens), dtype=torch.bool)
+        first = len(tokenizer(as_text[0]).input_ids)
+        written[first : first + len(tokenizer(told).input_ids)] = False
+        torch.testing.assert_close(scored.token_rewards, whole.token_rewards * written)
+        sums = [scored.token_rewards[:first].sum(), scored.token_rewards[first:].sum()]
+        torch.testing.assert_close(scored.step_rewards, torch.stack(sums))
+        assert scored.reward == pytest.approx(sum(sums).item(), rel=1e-5)
+        (cut_off,) = prm.score([prompt], [completion], truncated=[True])
+        assert cut_off.steps == [as_text[0] + told, "so\n5"]
+    for other, message in (
+        ([completion[1]], "the first is the assistant's"),
+        ([{**completion[0], "tool_calls": [1]}, *completion[1:]], "'tool_calls' beside its content"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prm.score([prompt], [other])
+
+
+def test_score_refuses_turns_of_a_template_that_rewrites_them(random_prm, tokenizer, monkeypatch):
+    template = "{% for message in messages %}{{ message['content'] if loop.last else 'cut' }}<eos>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    completion = [{"role": role, "content": "so"} for role in ("assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="in another way once others follow it.*one at a time"):
+        random_prm().score([[{"role": "user", "content": "1+1="}]], [completion])
 
 
 def test_score_uses_the_step_delimiter(random_prm):

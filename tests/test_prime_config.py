@@ -222,6 +222,23 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
             {"advantage_estimator": "value", "process_reward_granularity": "whole"},
             ["advantage_estimator", "'value'", "process_reward_granularity", "'whole'"],
         ),
+        ({"process_reward_norm": "softmax"}, ["process_reward_norm='softmax'", "granularity is 'token'", "'turn'"]),
+        (
+            {"process_reward_norm": "softmax", "process_reward_granularity": "whole"},
+            ["process_reward_norm='softmax'", "granularity is 'whole'", "'turn'"],
+        ),
+        (
+            {
+                "process_reward_norm": "softmax",
+                "process_reward_granularity": "turn",
+                "advantage_estimator": "value",
+            },
+            ["process_reward_norm='softmax'", "advantage_estimator='value'", "'rloo'"],
+        ),
+        (
+            {"process_reward_norm": "group_std", "advantage_estimator": "grpo"},
+            ["process_reward_norm='group_std'", "advantage_estimator='grpo'", "'rloo'"],
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

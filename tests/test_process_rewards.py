@@ -16,11 +16,13 @@ from slow_reference import (
     slow_aggregate,
     slow_positions,
     slow_returns,
+    slow_turns,
     spots,
     tensor,
 )
 
 from trl_prime.process_rewards import (
+    NORMALIZATIONS,
     aggregate_process_rewards,
     correlation,
     discounted_returns,
@@ -28,6 +30,7 @@ from trl_prime.process_rewards import (
     normalize_process_rewards,
     reward_positions,
     split_steps,
+    turn_ids,
 )
 
 BATCHES = [(seed, k) for seed in range(8) for k in (2, 3, 4, 5)]
@@ -193,14 +196,38 @@ def test_point_4_whole_puts_the_sum_on_the_last_token_the_policy_wrote():
     assert reward_positions(mask, "whole").sum(1).tolist() == [1, 1, 0]
 
 
+def test_a_turn_is_a_run_of_tokens_that_the_policy_wrote():
+    mask = tensor([[0, 1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0], [0] * 9])
+    assert turn_ids(mask).tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2], [0] * 9, [0] * 9]
+    rewards = tensor([[99.0, 1, 2, 99, 99, 4, 99, 8, 99], [1.0, 2, 4, 8, 99, 99, 99, 99, 99], [99.0] * 9])
+    sums = aggregate_process_rewards(rewards, mask, "turn")
+    assert sums.tolist() == [[0, 0, 3, 0, 0, 4, 0, 8, 0], [0, 0, 0, 15, 0, 0, 0, 0, 0], [0] * 9]
+    assert torch.equal(reward_positions(mask, "turn"), sums > 0)
+    for seed, k in BATCHES:
+        batch = random_batch(seed, k, num_tokens=12)
+        numbers = turn_ids(tensor(batch.mask)).tolist()
+        for row, found in zip(batch.mask, numbers, strict=True):
+            assert [found[t] + 1 for t in spots(row)] == [slow_turns(row)[t] for t in spots(row)]
+
+
+def test_every_token_of_a_turn_is_credited_with_its_own_turn_where_credit_is_immediate():
+    mask = tensor([[1, 1, 0, 0, 1, 1, 1]])
+    positions = reward_positions(mask, "turn")
+    rewards = aggregate_process_rewards(tensor([[1.0, 2, 99, 99, 4, 8, 16]]), mask, "turn")
+    assert discounted_returns(rewards, positions, 0.0).tolist() == [[3, 3, 28, 28, 28, 28, 28]]
+    assert discounted_returns(rewards, positions, 0.5).tolist() == [[17, 17, 28, 28, 28, 28, 28]]
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 1)])
 def test_point_9_empty_batches_and_rows_keep_their_shape(granularity, shape):
     mask = torch.zeros(shape)
     rewards = aggregate_process_rewards(torch.full(shape, NAN), mask, granularity, mask.long())
     assert rewards.shape == shape and not rewards.any()
-    for method in ("none", "batch_norm", "std"):
-        assert normalize_process_rewards(rewards, mask, method).shape == shape
+    outcomes = torch.ones(shape[0])
+    for method in NORMALIZATIONS:
+        normalized = normalize_process_rewards(rewards, mask, method, outcomes=outcomes, num_generations=3)
+        assert normalized.shape == shape and not normalized.any()
     for gamma in (0.0, 0.9, 1.0):
         assert discounted_returns(rewards, mask, gamma).shape == shape
 
@@ -214,6 +241,10 @@ def test_point_5_impossible_choices_are_refused_by_name():
             call(mask, "step")
     with pytest.raises(ValueError, match=r"'layer_norm'.*none.*batch_norm"):
         normalize_process_rewards(mask, mask, "layer_norm")
+    with pytest.raises(ValueError, match=r"'group_std'.*num_generations"):
+        normalize_process_rewards(mask, mask, "group_std")
+    with pytest.raises(ValueError, match=r"'softmax'.*outcomes"):
+        normalize_process_rewards(mask, mask, "softmax")
 
 
 # Returns
@@ -265,6 +296,63 @@ def test_normalisation_against_the_slow_reference(method, gamma):
             assert_same(actual[keep], [expected[i][t] for i, t in flat])
 
 
+@pytest.mark.parametrize("granularity", ["turn", "step", "token"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_group_std_against_the_slow_reference(granularity, gamma):
+    for seed, k in BATCHES:
+        batch = random_batch(seed, k)
+        sums = slow_aggregate(batch.rewards, batch.mask, granularity, batch.steps)
+        positions = slow_positions(batch.mask, granularity, batch.steps)
+        expected = [[0.0] * len(row) for row in sums]
+        for first in range(0, len(sums), k):
+            places = [(i, t) for i in range(first, first + k) for t in spots(positions[i])]
+            if not places:
+                continue
+            mean = statistics.fmean(sums[i][t] for i, t in places)
+            returns = slow_returns(
+                [[r - mean for r in row] for row in sums[first : first + k]], positions[first : first + k], gamma
+            )
+            spread = statistics.pstdev(returns[i - first][t] for i, t in places)
+            for i, t in places:
+                expected[i][t] = sums[i][t] * min(1 / spread, spread / 1e-4) if spread else 0.0
+        actual = normalize_process_rewards(
+            tensor(sums), tensor(positions), "group_std", gamma=gamma, num_generations=k
+        )
+        assert_same(actual, expected)
+
+
+def test_group_std_with_immediate_credit_is_istars_scale():
+    # Two groups of two completions, of two turns and one, whose turns are 100 times as far apart in the second
+    rewards = tensor([[1.0, 0, 3], [0, 5, 0], [100, 0, 300], [0, 500, 0]])
+    scaled = normalize_process_rewards(rewards, rewards != 0, "group_std", gamma=0.0, num_generations=2)
+    spread = statistics.pstdev([1, 3, 5])
+    assert_same(scaled[:2], (rewards[:2] / spread).tolist())
+    assert_same(scaled[2:], scaled[:2].tolist())
+
+
+def test_softmax_shares_the_outcome_out_over_the_turns():
+    for seed, k in BATCHES:
+        batch = random_batch(seed, k)
+        sums = slow_aggregate(batch.rewards, batch.mask, "turn", batch.steps)
+        positions = slow_positions(batch.mask, "turn", batch.steps)
+        expected = [[0.0] * len(row) for row in sums]
+        for i, outcome in enumerate(batch.outcomes):
+            if math.isnan(outcome):
+                continue
+            total = sum(math.exp(sums[i][t]) for t in spots(positions[i]))
+            for t in spots(positions[i]):
+                expected[i][t] = outcome * math.exp(sums[i][t]) / total
+        arguments = (tensor(positions), "softmax")
+        actual = normalize_process_rewards(tensor(sums), *arguments, outcomes=tensor(batch.outcomes))
+        assert_same(actual, expected)
+        # What is added to all turns of a completion changes nothing, and its turns share out all of its outcome
+        shifted = tensor(sums) + torch.arange(len(sums))[:, None]
+        assert_same(normalize_process_rewards(shifted, *arguments, outcomes=tensor(batch.outcomes)), expected, 1e-9)
+        for i, row in enumerate(positions):
+            if any(row) and not math.isnan(batch.outcomes[i]):
+                assert actual[i].sum().item() == pytest.approx(batch.outcomes[i])
+
+
 @pytest.mark.parametrize("method", ["batch_norm", "std"])
 def test_point_8_the_scale_is_that_of_the_whole_batch(method):
     torch.manual_seed(0)
@@ -275,13 +363,14 @@ def test_point_8_the_scale_is_that_of_the_whole_batch(method):
     assert part[0, 0] > 5 * ratio[0, 0], "the test must see a scale per rank"
 
 
-@pytest.mark.parametrize("method", ["none", "batch_norm", "std"])
+@pytest.mark.parametrize("method", ["none", "batch_norm", "std", "group_std"])
 def test_point_8_rounding_noise_is_not_blown_up(method):
     torch.manual_seed(0)
     noise = implicit_process_rewards(1e-6 * torch.randn(8, 100), torch.zeros(8, 100), torch.ones(8, 100), 0.05)
-    assert normalize_process_rewards(noise, torch.ones(8, 100), method).sum(1).abs().max() < 1e-3
+    scaled = normalize_process_rewards(noise, torch.ones(8, 100), method, num_generations=4)
+    assert scaled.sum(1).abs().max() < 1e-3
     zero = torch.zeros(8, 100)
-    assert torch.equal(normalize_process_rewards(zero, torch.ones(8, 100), method), zero)
+    assert torch.equal(normalize_process_rewards(zero, torch.ones(8, 100), method, num_generations=4), zero)
 
 
 def test_below_eps_the_result_falls_with_the_square_of_the_scale():

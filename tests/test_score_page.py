@@ -229,8 +229,8 @@ def test_rows_of_a_file_say_which_completions_were_cut(tmp_path):
         ('{"prompt": "p", "completions": ["a", "b"], "label": [1]}', "as many outcomes"),
         ('{"prompt": "p", "completions": ["a", "b"], "label": 1}', "as many outcomes"),
         ('{"prompt": "p", "completion": "a", "reward": "good"}', "'good', which is no number"),
-        ('{"prompt": "p", "completion": [{"role": "user", "content": "a"}]}', "one assistant message"),
-        ('{"prompt": "p", "completion": null}', "one assistant message"),
+        ('{"prompt": "p", "completion": [{"role": "user", "content": "a"}]}', "the first is the assistant"),
+        ('{"prompt": "p", "completion": null}', "the first is the assistant"),
     ],
 )
 def test_a_malformed_row_is_refused_by_its_line(tmp_path, capsys, row, message):

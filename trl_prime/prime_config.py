@@ -147,13 +147,17 @@ class PRIMEConfig(GRPOConfig):
         > Parameters that control the process rewards
 
         process_reward_granularity (`str`, *optional*, defaults to `"token"`):
-            `"token"`: each token has its reward. `"step"`: the rewards of a step are summed and sit at its end.
-            `"whole"`: the rewards of a completion are summed and sit on its last token.
+            `"token"`: each token has its reward. `"step"`: the rewards of a step are summed and sit at its end. `"turn"`: the
+            same of a turn, a run of tokens that the policy wrote between those of tools or of an environment. `"whole"`: the
+            rewards of a completion are summed and sit on its last token.
         process_reward_step_delimiter (`str`, *optional*, defaults to `"\n"`):
             What ends a step.
         process_reward_norm (`str`, *optional*, defaults to `"batch_norm"`):
             `"batch_norm"`: divide by the largest absolute reward-to-go of the batch over all processes, as in the
-            published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"none"`: as in Eq 5.
+            published code. `"std"`: divide by the standard deviation of the centred reward-to-go. `"group_std"`: the same of
+            each group by itself; with turns and `process_gamma=0` the scale of iStar (arXiv 2509.19199). `"softmax"`: share the
+            outcome out over the turns, or steps, by the softmax of their rewards, as ITPO (arXiv 2603.23550); a larger
+            `prm_beta` sharpens the shares. `"none"`: as in Eq 5.
         prm_trust_weighting (`bool`, *optional*, defaults to `True`):
             Multiply `process_weight` by how much better than chance the PRM surely ranks completions,
             `max(0, 2 * a - 1)`, a 1.5 standard errors below its pairwise accuracy on rollouts that it has not been trained on,
@@ -343,14 +347,19 @@ class PRIMEConfig(GRPOConfig):
     # Parameters that control the process rewards
     process_reward_granularity: str = field(
         default="token",
-        metadata={"help": "Unit of the process reward: 'token', 'step' (summed, at its end) or 'whole' completion."},
+        metadata={
+            "help": "Unit of the process reward: 'token', 'step' (summed, at its end), 'turn' (between tool or environment output) "
+            "or 'whole' completion."
+        },
     )
     process_reward_step_delimiter: str = field(default="\n", metadata={"help": "What ends a step."})
     process_reward_norm: str = field(
         default="batch_norm",
         metadata={
             "help": "'batch_norm': divide process rewards by the largest absolute reward-to-go of the batch, as the "
-            "published code. 'std': by the standard deviation of the centred reward-to-go. 'none': as in Eq 5."
+            "published code. 'std': by the standard deviation of the centred reward-to-go. 'group_std': by that of each group "
+            "(iStar). 'softmax': share the outcome out over turns or steps by the softmax of their rewards (ITPO). 'none': as "
+            "in Eq 5."
         },
     )
     prm_trust_weighting: bool = field(
@@ -587,6 +596,22 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 "advantage_estimator='value' takes the process reward before a token for its value, but with "
                 "process_reward_granularity='whole' all of it sits on the last token. Use 'token' or 'step'."
+            )
+        if self.process_reward_norm == "softmax":
+            if self.process_reward_granularity not in ("turn", "step"):
+                raise ValueError(
+                    "process_reward_norm='softmax' shares the outcome out over the turns or steps of a completion, but "
+                    f"process_reward_granularity is {self.process_reward_granularity!r}. Use 'turn' or 'step'."
+                )
+            if self.advantage_estimator == "value":
+                raise ValueError(
+                    "process_reward_norm='softmax' shares out the outcome, which advantage_estimator='value' would take for what "
+                    "is known before it. Use another estimator, such as 'rloo'."
+                )
+        if self.process_reward_norm == "group_std" and self.advantage_estimator == "grpo":
+            raise ValueError(
+                "process_reward_norm='group_std' would change nothing with advantage_estimator='grpo', which divides by a standard "
+                "deviation of the group itself. Use advantage_estimator='rloo', or leave process_reward_norm out."
             )
         if not self.oversample_factor >= 1:
             raise ValueError(f"oversample_factor is {self.oversample_factor}, but must be at least 1.")

@@ -266,7 +266,7 @@ class PRIMETrainer(GRPOTrainer):
         output = self._for_policy_loss(rollouts, advantages)
         if self.log_completions:
             mean_advantages = sequence_advantages(advantages, policy_mask(output)).squeeze(1)
-            self._log_rows(*rollouts.table_columns(prm.token_rewards.sum(1), mean_advantages, self.accelerator))
+            self._log_rows(*rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator))
         return output
 
     def _outcomes_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -319,10 +319,11 @@ class PRIMETrainer(GRPOTrainer):
         all_process, all_positions, all_mask = (
             gather_padded(tensor, self.accelerator) for tensor in (process_rewards, positions, mask)
         )
+        groups = {"outcomes": rollouts.outcomes, "num_generations": self.num_generations}
         return RolloutRewards(
             outcome_rewards=rollouts.outcomes,
             process_rewards=normalize_process_rewards(
-                all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma
+                all_process, all_positions, args.process_reward_norm, gamma=args.process_gamma, **groups
             ),
             completion_mask=all_mask,
             reward_mask=all_positions,
@@ -382,21 +383,20 @@ class PRIMETrainer(GRPOTrainer):
         for name, value in prm.metrics.items():
             self._log(f"prm/{name}", value)
         if self.log_completions:
-            sums = self.accelerator.gather(prm.token_rewards.sum(1))
-            self._log_rows({"outcome": outcomes, "process_reward": sums, "trained": torch.zeros_like(judged)})
+            self._log_rows(Rollouts.evaluation_columns(output, outcomes, prm.token_rewards, self.accelerator))
 
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
 
-    def _log_rows(self, columns: dict[str, torch.Tensor], advantages: torch.Tensor | None = None) -> None:
-        """Complete the rows of TRL's completions table that this batch has added, by columns of `(N,)` values."""
+    def _log_rows(self, columns: dict[str, list], advantages: torch.Tensor | None = None) -> None:
+        """Complete the rows of TRL's completions table that this batch has added, by columns of N values."""
         if advantages is not None:
             for _ in range(len(advantages)):
                 self._logs["advantages"].pop()
             self._logs["advantages"].extend(advantages.tolist())
         for name, values in columns.items():
-            self._logs["extra"][TABLE_PREFIX + name].extend(values.tolist())
+            self._logs["extra"][TABLE_PREFIX + name].extend(values)
 
     # --- The policy loss: TRL's, of advantages that differ from token to token and of rows that may be left out ---
 

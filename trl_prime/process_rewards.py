@@ -1,7 +1,7 @@
 """From log-probabilities to process rewards (PRIME, arXiv 2502.01456, section 2.1 and Eq 3).
 
-Covered: the token reward beta * (log pi_phi - log pi_ref), its sum over steps or over whole completions, and the
-published normalisation. Not covered: baselines and returns (`advantages.py`), and where the log-probabilities come from
+Covered: the token reward beta * (log pi_phi - log pi_ref), its sum over steps, turns or whole completions, and its
+normalisation, as published and by groups and turns. Not covered: baselines and returns (`advantages.py`), and where the log-probabilities come from
 (`implicit_prm`). All functions are pure and vectorised; B = completions, T = completion tokens.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-GRANULARITIES = ("token", "step", "whole")
-NORMALIZATIONS = ("none", "batch_norm", "std")
+GRANULARITIES = ("token", "step", "turn", "whole")
+NORMALIZATIONS = ("none", "batch_norm", "std", "group_std", "softmax")
 
 
 def implicit_process_rewards(
@@ -65,12 +65,31 @@ def split_steps(token_texts: Sequence[str], delimiter: str) -> list[int]:
     return steps
 
 
+def turn_ids(mask: torch.Tensor) -> torch.Tensor:
+    """
+    Number the turns of completions. A turn is a run of tokens that the policy wrote, between those of tools or of an
+    environment.
+
+    Args:
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` turn numbers, from 0, non-decreasing. A token that the policy did not write has the number of
+        the turn before it.
+    """
+    mask = mask.bool()
+    starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+    return (starts.cumsum(-1) - 1).clamp(min=0)
+
+
 def _unit_ids(mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None) -> torch.Tensor:
-    """`(B, T)` number of the unit (token, step or completion) that a token belongs to."""
+    """`(B, T)` number of the unit (token, step, turn or completion) that a token belongs to."""
     if granularity == "token":
         return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     if granularity == "whole":
         return torch.zeros_like(mask, dtype=torch.long)
+    if granularity == "turn":
+        return turn_ids(mask)
     if granularity == "step":
         if step_ids is None:
             raise ValueError("granularity is 'step', which needs `step_ids`, but none were given.")
@@ -80,11 +99,12 @@ def _unit_ids(mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | Non
 
 def reward_positions(mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Where the process rewards of a granularity sit: on the last unmasked token of each token, step or completion.
+    Where the process rewards of a granularity sit: on the last unmasked token of each token, step, turn or
+    completion.
 
     Args:
         mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
-        granularity (`str`): `"token"`, `"step"` or `"whole"`.
+        granularity (`str`): `"token"`, `"step"`, `"turn"` or `"whole"`.
         step_ids (`torch.Tensor`, *optional*): `(B, T)` non-decreasing step numbers, needed for `"step"`.
 
     Returns:
@@ -105,12 +125,13 @@ def aggregate_process_rewards(
     rewards: torch.Tensor, mask: torch.Tensor, granularity: str, step_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Sum token rewards over tokens, steps or whole completions; each sum sits at its `reward_positions`.
+    Sum token rewards over tokens, steps, turns or whole completions; each sum sits at its `reward_positions`.
 
     Args:
         rewards (`torch.Tensor`): `(B, T)` token rewards.
         mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
-        granularity (`str`): `"token"` leaves the rewards as they are, `"step"` sums each step, `"whole"` the completion.
+        granularity (`str`): `"token"` leaves the rewards as they are, `"step"` sums each step, `"turn"` each run of
+            unmasked tokens, `"whole"` the completion.
         step_ids (`torch.Tensor`, *optional*): `(B, T)` non-decreasing step numbers, needed for `"step"`.
 
     Returns:
@@ -176,10 +197,18 @@ def _discounts(size: int, gamma: float, like: torch.Tensor) -> torch.Tensor:
 
 
 def normalize_process_rewards(
-    rewards: torch.Tensor, mask: torch.Tensor, method: str, eps: float = 1e-2, gamma: float = 1.0
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    method: str,
+    eps: float = 1e-2,
+    gamma: float = 1.0,
+    *,
+    outcomes: torch.Tensor | None = None,
+    num_generations: int | None = None,
 ) -> torch.Tensor:
     """
-    Scale the process rewards of a whole batch (of all processes: a scale per rank would differ between ranks).
+    Scale the process rewards of a whole batch (of all processes: a scale per rank would differ between ranks, and a group
+    may be spread over several).
 
     Args:
         rewards (`torch.Tensor`): `(B, T)` process rewards.
@@ -187,11 +216,17 @@ def normalize_process_rewards(
         method (`str`):
             `"none"`: as they are. `"batch_norm"`: divide by the largest absolute reward-to-go of the batch, as both
             published implementations do. `"std"`: divide by the standard deviation of the reward-to-go, taken after the
-            mean reward is subtracted (as the baseline will do).
+            mean reward is subtracted (as the baseline will do). `"group_std"`: the same over each group by itself, which
+            with turns and `gamma` 0 is the scale of iStar (arXiv 2509.19199). `"softmax"`: the outcome of each completion,
+            shared out over its rewards by their softmax, which is ITPO (arXiv 2603.23550).
         eps (`float`): Scale, in units of reward (log-odds), below which rewards count as noise: the result then falls with
             the square of the scale. At the first step the PRM equals its reference and what its rewards hold is rounding,
-            which must not be blown up to unit size.
+            which must not be blown up to unit size. Without effect for `"none"` and `"softmax"`.
         gamma (`float`): Discount of the reward-to-go.
+        outcomes (`torch.Tensor`, *optional*): `(B,)` outcome rewards, needed for `"softmax"`. NaN = could not be judged:
+            nothing is shared out.
+        num_generations (`int`, *optional*): K, rows of a group, needed for `"group_std"`. B is a multiple of it, groups are
+            contiguous.
 
     Returns:
         `torch.Tensor`: `(B, T)`.
@@ -201,14 +236,35 @@ def normalize_process_rewards(
     mask = mask.bool()
     if not mask.any():
         return rewards
+    if method == "softmax":
+        if outcomes is None:
+            raise ValueError("method is 'softmax', which needs `outcomes`, but none were given.")
+        shares = rewards.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (shares * outcomes.to(rewards)[:, None]).masked_fill(~mask | outcomes.isnan()[:, None], 0.0)
     if method == "batch_norm":
         scale = discounted_returns(rewards, mask, gamma)[mask].abs().amax()
     elif method == "std":
         centred = rewards - rewards[mask].mean()
         scale = discounted_returns(centred, mask, gamma)[mask].std(unbiased=False)
+    elif method == "group_std":
+        if num_generations is None:
+            raise ValueError("method is 'group_std', which needs `num_generations`, but it was not given.")
+        scale = _group_std(rewards, mask, gamma, num_generations)[:, None]
     else:
         raise ValueError(f"method is {method!r}; choose one of {NORMALIZATIONS}.")
     return rewards * (scale / scale.clamp(min=eps) ** 2)
+
+
+def _group_std(rewards: torch.Tensor, mask: torch.Tensor, gamma: float, num_generations: int) -> torch.Tensor:
+    """`(B,)` standard deviation over the group of the centred reward-to-go; zero for a group without rewards."""
+
+    def group_mean(values: torch.Tensor) -> torch.Tensor:
+        count = mask.view(-1, num_generations * mask.shape[1]).sum(1)
+        total = values.masked_fill(~mask, 0.0).reshape(len(count), -1).sum(1)
+        return (total / count.clamp(min=1)).repeat_interleave(num_generations)[:, None]
+
+    returns = discounted_returns(rewards - group_mean(rewards), mask, gamma)
+    return group_mean((returns - group_mean(returns)) ** 2).sqrt().squeeze(1)
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> float:

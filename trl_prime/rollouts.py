@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from .process_rewards import aggregate_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
 
 if TYPE_CHECKING:
@@ -48,14 +49,15 @@ class Rollouts:
     generated_outcomes: torch.Tensor
 
     def table_columns(
-        self, process_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        self, token_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator
+    ) -> tuple[dict[str, list], torch.Tensor]:
         """
         What the completions table shows of all N generated rows; those that were left out have no process reward and no
         advantage.
 
         Args:
-            process_rewards, advantages (`torch.Tensor`): Sum and mean of each row of this process.
+            token_rewards (`torch.Tensor`): Process rewards of this process's tokens.
+            advantages (`torch.Tensor`): Mean of each row of this process.
             accelerator ([`~accelerate.Accelerator`]): Of the trainer.
 
         Returns:
@@ -65,11 +67,50 @@ class Rollouts:
             torch.zeros(len(self.generated_outcomes), device=self.rows.device).index_copy(
                 0, self.rows, accelerator.gather(values.float())
             )
-            for values in (process_rewards, advantages)
+            for values in (token_rewards.sum(1), advantages)
         )
         trained = torch.zeros_like(self.generated_outcomes, dtype=torch.bool).index_copy(0, self.rows, self.trains)
         columns = {"outcome": self.generated_outcomes, "process_reward": all_process, "trained": trained}
+        columns = {name: values.tolist() for name, values in columns.items()}
+        for name, values in _turn_columns(self.output, token_rewards, accelerator).items():
+            by_row = dict(zip(self.rows.tolist(), values, strict=True))
+            columns[name] = [by_row.get(row, "") for row in range(len(self.generated_outcomes))]
         return columns, all_advantages
+
+    @staticmethod
+    def evaluation_columns(
+        output: dict[str, Any], outcomes: torch.Tensor, token_rewards: torch.Tensor, accelerator: Accelerator
+    ) -> dict[str, list]:
+        """
+        The same of held-out completions, of which none is trained on.
+
+        Args:
+            output (`dict`): Rows of this process, as TRL returns them.
+            outcomes (`torch.Tensor`): `(N,)` outcomes of the rows of all processes.
+            token_rewards (`torch.Tensor`): Process rewards of this process's tokens.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+
+        Returns:
+            `dict`: columns by name, of N values each.
+        """
+        sums, trained = accelerator.gather(token_rewards.sum(1)), [False] * len(outcomes)
+        columns = {"outcome": outcomes.tolist(), "process_reward": sums.tolist(), "trained": trained}
+        return {**columns, **_turn_columns(output, token_rewards, accelerator)}
+
+
+def _turn_columns(
+    output: dict[str, Any], token_rewards: torch.Tensor, accelerator: Accelerator
+) -> dict[str, list[str]]:
+    """The process rewards of the turns of all processes' rows, as text; no column where nobody speaks between turns."""
+    if "tool_mask" not in output:
+        return {}
+    mask = policy_mask(output)
+    sums, ends = (
+        gather_padded(values, accelerator)
+        for values in (aggregate_process_rewards(token_rewards, mask, "turn"), reward_positions(mask, "turn"))
+    )
+    rows = [row[end].tolist() for row, end in zip(sums, ends, strict=True)]
+    return {"turn_rewards": [" ".join(f"{value:+.3f}" for value in row) for row in rows]}
 
 
 def log_gold_answers(logs: dict[str, Any], name: str, inputs: Sequence[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ the text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -130,26 +131,84 @@ def tokenize(
     Raises:
         ValueError: The completion is no text and not one assistant message whose content is all of it.
     """
-    if not isinstance(completion, str):
-        if len(completion) != 1 or completion[0].get("role") != "assistant":
-            raise ValueError(
-                f"A completion must be text or one assistant message, but has {len(completion)} messages. Score turns "
-                "one at a time, with the turns before in the prompt."
-            )
-        parsed = next((name for name in _PARSED if completion[0].get(name)), None)
-        if parsed is not None:
-            raise ValueError(
-                f"A completion has {parsed!r} beside its content, and how the policy wrote that cannot be told. Give what it "
-                "wrote as text."
-            )
-        completion = completion[0]["content"]
-    prompt_ids = encode_prompt(tokenizer, prompt, text_format)
-    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids
+    if not isinstance(completion, str) and len(completion) != 1:
+        raise ValueError(
+            f"A completion must be text or one assistant message, but has {len(completion)} messages. Give turns one at a time, "
+            "with the turns before in the prompt."
+        )
+    return tokenize_turns(tokenizer, prompt, completion, text_format, truncated)[:2]
+
+
+def tokenize_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    text_format: TextFormat,
+    truncated: bool = False,
+) -> tuple[list[int], list[int], list[bool]]:
+    """
+    As [`tokenize`], of a completion that may have several turns of the policy, with what it was told between them.
+
+    Args:
+        completion (`str` or `list[dict]`): Text, or messages, the first of them the assistant's. After messages the chat
+            template writes what others say, as TRL has it write what tools say; after a text it stands as it is.
+        tokenizer, prompt, text_format, truncated: as in [`tokenize`]. The last turn is the one that was cut off.
+
+    Returns:
+        `tuple[list[int], list[int], list[bool]]`: ids of the prompt and of the completion, and whether the policy wrote each
+        token of the completion.
+
+    Raises:
+        ValueError: The completion is no text and does not begin with an assistant's message, or one of the assistant's
+            messages has more than its content, or the chat template cannot be cut between messages.
+    """
+    messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    if not messages or messages[0].get("role") != "assistant":
+        raise ValueError("A completion must be text or messages of which the first is the assistant's.")
     end = None if isinstance(prompt, str) else text_format.turn_end_id
     end = tokenizer.eos_token_id if end is None else end
-    if truncated or end is None or completion_ids[-1:] == [end]:
-        return prompt_ids, completion_ids
-    return prompt_ids, [*completion_ids, end]
+    ids: list[int] = []
+    written: list[bool] = []
+    for is_policy, run in itertools.groupby(messages, lambda message: message["role"] == "assistant"):
+        run = list(run)
+        if is_policy:
+            parsed = next((name for message in run for name in _PARSED if message.get(name)), None)
+            if parsed is not None:
+                raise ValueError(
+                    f"A completion has {parsed!r} beside its content, and how the policy wrote that cannot be told. Give what "
+                    "it wrote as text."
+                )
+            part = tokenizer("".join(message["content"] for message in run), add_special_tokens=False).input_ids
+            cut_off = truncated and run[-1] is messages[-1]
+            if not cut_off and end is not None and part[-1:] != [end]:
+                part = [*part, end]
+        elif isinstance(prompt, str):
+            part = tokenizer("".join(message["content"] for message in run), add_special_tokens=False).input_ids
+        else:
+            part = _told_ids(tokenizer, run, text_format, end)
+        ids += part
+        written += [is_policy] * len(part)
+    return encode_prompt(tokenizer, prompt, text_format), ids, written
+
+
+def _told_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], text_format: TextFormat, end: int | None
+) -> list[int]:
+    """What the chat template writes from the end of the policy's turn to the beginning of its next one."""
+    before = [{"role": "user", "content": _CONTENT}, {"role": "assistant", "content": _CONTENT}]
+    turn, both = (
+        tokenizer(text_format.render(tokenizer, turns, **kwargs), add_special_tokens=False).input_ids
+        for turns, kwargs in ((before, {}), ([*before, *messages], {"add_generation_prompt": True}))
+    )
+    # Some templates write a line break after the token that ends a turn, which the policy does not write
+    while turn and end in turn and turn[-1] != end:
+        turn = turn[:-1]
+    if both[: len(turn)] != turn:
+        raise ValueError(
+            "The chat template writes an assistant's message in another way once others follow it, so that what they say cannot be "
+            "told from it. Give turns one at a time, with the turns before in the prompt."
+        )
+    return both[len(turn) :]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
@@ -213,12 +272,12 @@ def is_text_or_messages(prompt: Any) -> bool:
 
 
 def can_be_scored(completion: Any) -> bool:
-    """Whether `ImplicitPRM.score` takes the completion: text, or one assistant message that is text."""
+    """Whether `ImplicitPRM.score` takes the completion: text, or messages of text of which the first is the assistant's."""
     if isinstance(completion, str):
         return True
     return (
         is_text_or_messages(completion)
-        and len(completion) == 1
         and completion[0]["role"] == "assistant"
-        and isinstance(completion[0]["content"], str)
+        and all(isinstance(message["content"], str) for message in completion)
+        and not any(message.get(name) for message in completion for name in _PARSED)
     )

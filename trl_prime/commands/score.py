@@ -30,7 +30,7 @@ class ScoreArguments:
     Parameters:
         prm_name_or_path (`str`): Folder or Hub id of the PRM, or of a run whose `prm/` holds it.
         input (`str`, *optional*): JSONL file. A row has a `prompt` (text or messages), a `completion` or a list of
-            `completions` (text, or one assistant message), and may have an `outcome`, `label` or `reward`, and `truncated`,
+            `completions` (text, or messages of text from an assistant's on), and may have an `outcome`, `label` or `reward`, and `truncated`,
             whether the completion was cut off (lists next to `completions`).
         prompt (`str`, *optional*): A prompt in the place of a file: the user's message where the PRM was trained on messages.
         completion (`list[str]`, *optional*): Its completions.
@@ -49,8 +49,8 @@ class ScoreArguments:
     input: str | None = field(
         default=None,
         metadata={
-            "help": "JSONL file: rows with a prompt (text or messages), a completion or a list of completions (text, or one "
-            "assistant message), and, if known, an outcome, label or reward, and truncated (lists next to completions)."
+            "help": "JSONL file: rows with a prompt (text or messages), a completion or a list of completions (text, or messages "
+            "of text from an assistant's on), and, if known, an outcome, label or reward, and truncated (lists next to completions)."
         },
     )
     prompt: str | None = field(
@@ -192,7 +192,9 @@ def _row_completions(row: Any, where: str) -> list[Completion]:
         raise ValueError(f"{where} must have `truncated` that is true or false, or as many of these as completions.")
     for completion in completions:
         if not can_be_scored(completion):
-            raise ValueError(f"{where} has a completion that is neither text nor one assistant message.")
+            raise ValueError(
+                f"{where} has a completion that is neither text nor messages of text of which the first is the assistant's."
+            )
     return [
         Completion(prompt, completion, _number(outcome, where), truncated=cut)
         for completion, outcome, cut in zip(completions, outcomes, truncated, strict=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
+    "letter_search": "trl_prime.tasks.letter_search.prepare",
 }
 SPLITS_BY_HAND = (
     "eval_strategy: steps with dataset_train_split: 'train[:90%]' and dataset_test_split: 'train[90%:]' evaluates "
@@ -47,13 +48,16 @@ class PRIMEScriptArguments(DatasetArguments):
     The fields of a recipe beside those of [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
-        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`, or
-            the dotted path of a function that returns a [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
+        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`,
+            `"letter_search"` (of several turns), or the dotted path of a function that returns a
+            [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
             row), TRL's names or dotted paths, with options if need be, `code(timeout=10)`.
         tools (`list[str]`, *optional*): Tools that the policy may call in its turns: `"python"`, an interpreter in the sandbox,
             or dotted paths of functions as for [`~trl.GRPOTrainer`]; with options if need be, `python(seconds=10)`.
+        environment_factory (`str`, *optional*): Dotted path of a class, or function, that makes an environment as for
+            [`~trl.GRPOTrainer`]: its methods are the tools of the policy.
         reward_combination (`str`, *optional*): Dotted path of a hook that computes the advantages.
         prm_model_name_or_path (`str`, *optional*): Start of the implicit PRM; the policy's own start if not given.
         prm_use_peft (`bool`): Train the PRM as a LoRA adapter.
@@ -81,6 +85,12 @@ class PRIMEScriptArguments(DatasetArguments):
         metadata={
             "help": "Tools that the policy may call in its turns: python, an interpreter in the sandbox, or dotted paths; with "
             "options if need be: python(seconds=10)."
+        },
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path of a class that is TRL's `environment_factory`: its methods are the policy's tools."
         },
     )
     reward_combination: str | None = field(
@@ -122,10 +132,15 @@ class PRIMEScriptArguments(DatasetArguments):
                 f"eval_split_size is {self.eval_split_size:g}, but the task {self.task!r} has held-out problems of its own. "
                 "Leave it out."
             )
-        if self.eval_split_size is not None and self.tools:
+        if self.eval_split_size is not None and (self.tools or self.environment_factory):
             raise ValueError(
                 f"eval_split_size is {self.eval_split_size:g}, but a policy with tools is not measured before and after "
                 f"training, because that takes one completion a problem. Leave it out: {SPLITS_BY_HAND}"
+            )
+        if self.environment_factory and self.task:
+            raise ValueError(
+                f"environment_factory is {self.environment_factory!r}, but the task {self.task!r} says itself whether it has an "
+                "environment. Leave one of them out."
             )
         if isinstance(self.task_kwargs, str):
             try:
@@ -231,7 +246,8 @@ def _build(
             raise ValueError(f"task is {script_args.task!r}, which is unknown. {nearest(script_args.task, TASKS)}")
         task = _load_task(script_args, args)
         model, train_dataset, eval_dataset = task.model, task.train_dataset, task.eval_dataset
-        held_out = HeldOut(task.eval_dataset, task.step_labels)
+        # The measure before and after takes one turn; `eval_strategy` has the trainer's own turns
+        held_out = HeldOut(task.eval_dataset, task.step_labels) if task.environment is None else None
     elif script_args.dataset_name and model_args.model_name_or_path:
         model = model_args.model_name_or_path
         with args.main_process_first(desc="loading the data set"):
@@ -257,6 +273,9 @@ def _build(
         )
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     prm_peft_config = _prm_adapter(script_args, args, model_args, model) if script_args.prm_use_peft else None
+    environment = task.environment if task else None
+    if script_args.environment_factory:
+        environment = load_object(script_args.environment_factory)
 
     trainer = PRIMETrainer(
         model=model,
@@ -267,6 +286,7 @@ def _build(
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
         tools=[load_tool(spec) for spec in script_args.tools or []] or None,
+        environment_factory=environment,
         prm_model=script_args.prm_model_name_or_path,
         prm_peft_config=prm_peft_config,
         reward_combination=load_object(script_args.reward_combination) if script_args.reward_combination else None,

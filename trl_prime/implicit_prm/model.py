@@ -24,8 +24,14 @@ from transformers.utils import logging
 from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, upload
-from ..process_rewards import aggregate_process_rewards, implicit_process_rewards, reward_positions, split_steps
-from ..texts import TextFormat, token_texts, tokenize
+from ..process_rewards import (
+    aggregate_process_rewards,
+    implicit_process_rewards,
+    reward_positions,
+    split_steps,
+    turn_ids,
+)
+from ..texts import TextFormat, token_texts, tokenize_turns
 from .adapters import QUANTIZED, check_adapter, check_base_frozen, with_adapter
 from .copies import (
     bare_base,
@@ -86,7 +92,8 @@ class ScoredCompletion:
         token_rewards (`torch.Tensor`): `(t,)` process reward of each token.
         prm_logps, ref_logps (`torch.Tensor`): `(t,)` log-probability of each token in nats, under the PRM and under its
             reference. `token_rewards` is beta times their difference.
-        steps (`list[str]`): The steps as text.
+        steps (`list[str]`): The steps as text. The steps of a completion of several turns are the turns, each with what the
+            policy was told after it, which has no reward.
         step_ids (`list[int]`): For each of the t tokens the index of its step in `steps`.
         step_rewards (`torch.Tensor`): `(n_steps,)` sum of the token rewards of each step.
         reward (`float`): Sum over the completion, q.
@@ -518,8 +525,9 @@ class ImplicitPRM:
             prompts (`list[str]` or `list[list[dict]]`): Prompts, text or messages, which the chat template renders as in the
                 PRM's training. A PRM that was trained on messages is given messages. A single prompt, by itself, is that of
                 all completions.
-            completions (`list[str]` or `list[list[dict]]`): A completion for each prompt. The token that ends a turn is
-                appended, as the policy writes it.
+            completions (`list[str]` or `list[list[dict]]`): A completion for each prompt: text, or messages of text, which
+                begin with the assistant's and may have several turns. The token that ends a turn is appended, as the policy
+                writes it.
             truncated (`list[bool]`, *optional*): Which completions were cut off at their longest length and have no such
                 token. None of them by default.
 
@@ -527,7 +535,8 @@ class ImplicitPRM:
             `list[ScoredCompletion]`: one for each completion, in order.
 
         Raises:
-            ValueError: The arguments are of different lengths, or a completion is no text and not one assistant message.
+            ValueError: The arguments are of different lengths, or a completion is neither text nor messages of text that begin
+                with the assistant's.
         """
         if isinstance(completions, str):
             raise ValueError("`completions` is a text: give a list, [completion].")
@@ -548,7 +557,7 @@ class ImplicitPRM:
         device = next(self.model.parameters()).device
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         rows = [
-            tokenize(self.tokenizer, prompt, completion, self.text_format, is_truncated)
+            tokenize_turns(self.tokenizer, prompt, completion, self.text_format, is_truncated)
             for prompt, completion, is_truncated in zip(prompts, completions, truncated, strict=True)
         ]
         batch = [
@@ -559,14 +568,16 @@ class ImplicitPRM:
                 pad([torch.ones(len(row[column]), dtype=torch.long) for row in rows], 0, side),
             )
         ]
-        completion_ids, mask = batch[2], batch[3].bool()
+        completion_ids = batch[2]
+        mask = pad([torch.tensor(row[2], dtype=torch.bool) for row in rows], False, "right").to(device)
         prm_logps, ref_logps = self.log_probs(*batch), self.reference_log_probs(*batch)
         rewards = implicit_process_rewards(prm_logps, ref_logps, mask, self.beta)
-        step_ids = self.step_ids(completion_ids)
+        turns = turn_ids(mask)
+        step_ids = torch.where((turns > 0).any(1, keepdim=True), turns, self.step_ids(completion_ids))
         step_rewards = aggregate_process_rewards(rewards, mask, "step", step_ids)
         step_ends = reward_positions(mask, "step", step_ids)
         scored = []
-        for row, (_, token_ids) in enumerate(rows):
+        for row, (_, token_ids, _) in enumerate(rows):
             num_tokens = len(token_ids)
             texts, row_steps = self.token_texts(token_ids), step_ids[row, :num_tokens].tolist()
             steps: dict[int, str] = {}

@@ -451,7 +451,7 @@ def completion_lists(run: Run, num: int) -> list[tuple[str, list[Completion]]]:
     can_be = [is_text_or_messages(c.prompt) and can_be_scored(c.completion) for c in shown]
     if not all(can_be):
         run.missing.append(
-            f"{can_be.count(False)} of the completions have no heat map: they are not one assistant message of text."
+            f"{can_be.count(False)} of the completions have no heat map: they are not text throughout, as where tools were called."
         )
     try:
         scored = score_completions(
@@ -472,6 +472,8 @@ def _shown(row: Mapping[str, Any]) -> Completion:
     for column, label in (("gold", "gold answer"), ("answer", "answer found")):
         if row.get(column) is not None:
             facts[label] = visible_text(str(row[column])[:MAX_ANSWER_LENGTH], mark_whitespace=False)
+    if row.get("turn_rewards"):
+        facts["process rewards of the turns then"] = str(row["turn_rewards"])[:MAX_ANSWER_LENGTH].replace("-", "−")
     for column, label in (("process_reward", "process reward then"), ("advantage", "advantage")):
         if _is_number(row.get(column)):
             facts[label] = f"{row[column]:+.3f}".replace("-", "−")

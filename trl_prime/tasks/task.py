@@ -24,6 +24,7 @@ class Task:
         reward_funcs: Outcome rewards in the form TRL calls them.
         step_labels: Maps `(prompt, completion)` to whether each step of the completion is right, or None where the
             task cannot tell.
+        environment: TRL's `environment_factory`, where a completion has several turns.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     eval_dataset: Dataset
     reward_funcs: list[Callable[..., list[float]]]
     step_labels: Callable[[str, str], list[bool]] | None = None
+    environment: Callable[[], Any] | None = None
 
 
 def made_once(folder: Path, settings: Mapping[str, Any], make: Callable[[], None]) -> None:
