@@ -241,6 +241,15 @@ def test_fewer_prompts_than_a_generation_batch_are_refused_before_a_model_is_loa
     assert trainer.state.global_step == 1 and len({*trainer._logs["prompt"]}) == needed
 
 
+def test_further_rounds_of_generation_need_a_data_set_that_can_be_drawn_from(make_trainer):
+    rows = Dataset.from_list([{"prompt": f"{i}="} for i in range(8)]).to_iterable_dataset()
+    settings = {"filter_max_rounds": 3, "accuracy_low": 0.2, "accuracy_high": 0.8}
+    with pytest.raises(
+        ValueError, match="filter_max_rounds is 3, but the training data set is streamed.*streaming=False"
+    ):
+        make_trainer(model="a/model-that-is-not-there", train_dataset=rows, **settings)
+
+
 def test_a_stream_that_ends_before_the_first_generation_batch_is_an_error(make_trainer):
     rows = Dataset.from_list([{"prompt": f"{i}="} for i in range(3)]).to_iterable_dataset()
     trainer = make_trainer(train_dataset=rows, gradient_accumulation_steps=2, max_steps=1)

@@ -81,7 +81,11 @@ CASES = {
             "prm_trust_weighting": False,
         },
     ),
-    "filter": (8, {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2}),
+    # By this seed two rounds of generation fill the first batch, and not the second
+    "filter": (
+        8,
+        {"accuracy_low": 0.3, "accuracy_high": 0.7, "oversample_factor": 2, "filter_max_rounds": 2, "seed": 5},
+    ),
     "policy as reference": (8, {"prm_reference": "policy"}),
     "adapters": (8, {"lora": "policy prm"}),
     # The layer below is the trunk that PRM and reference share, unless they are sharded
@@ -178,6 +182,12 @@ def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_pr
     for metric in ("prm/loss", "prm/pairwise_accuracy", "prm/process_reward", "prm/grad_norm", "filter/pass_rate"):
         ours, theirs = ([entry[metric] for entry in log(root / case)] for root in (two_processes, one_process))
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5, nan_ok=True)
+    if case == "filter":
+        ours, theirs = (
+            [entry["filter/rounds"] for entry in log(root / case)] for root in (two_processes, one_process)
+        )
+        assert ours == theirs == [2, 2]
+        assert [entry["filter/trained"] for entry in log(two_processes / case)] == [1, 0.5]
 
 
 def test_a_trunk_is_shared_unless_it_is_sharded(one_process, two_processes):

@@ -213,6 +213,7 @@ def until_step(step, first, then):
     [
         {},
         {"oversample_factor": 2},
+        {"filter_max_rounds": 2},
         {"optim": "sgd", "weight_decay": 0.1},
         {"beta": 0.1, "entropy_coef": 0.1, "max_grad_norm": 0},
     ],

@@ -274,6 +274,16 @@ def test_oversampling_asks_for_more_completions(run, mode):
     assert all(len(output["completion_ids"]) == 8 for output in result.trainer.outputs)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_further_rounds_ask_for_other_completions_of_the_same_weights(run, mode):
+    band = {"accuracy_low": 0.2, "accuracy_high": 0.8}
+    result = run(mode, reward_funcs=row_rewards(FAILS + PASSES), filter_max_rounds=3, max_steps=2, **band)
+    assert result.engine.calls == [8] * 4 and result.engine.steps == [0, 1]
+    assert all(loss_mask(output).any(1).all() for output in result.trainer.outputs)
+    texts = [*result.trainer._logs["completion"]]
+    assert len(texts) == 16 and texts[:8] != texts[8:]
+
+
 # --- Importance-sampling correction ---
 
 SELECTIONS = {
@@ -287,6 +297,12 @@ SELECTIONS = {
     "too few pass": {
         "oversample_factor": 2,
         "reward_funcs": row_rewards(FAILS + FAILS + FAILS + PASSES),
+        "accuracy_low": 0.2,
+        "accuracy_high": 0.8,
+    },
+    "two rounds": {
+        "filter_max_rounds": 2,
+        "reward_funcs": row_rewards(FAILS + PASSES),
         "accuracy_low": 0.2,
         "accuracy_high": 0.8,
     },

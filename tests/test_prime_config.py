@@ -63,6 +63,7 @@ def test_defaults_are_those_of_the_paper():
         "accuracy_high": 0.8,
         "filter_truncated": False,
         "oversample_factor": 1.0,
+        "filter_max_rounds": 1,
         "prm_trust_weighting": True,
     }
     args = config().for_models(policy_is_adapter=False, prm_is_adapter=False, trained_beta=None)
@@ -187,6 +188,9 @@ def test_parser_reads_every_kind_of_field_and_prints_help():
         ({"oversample_factor": 1.3}, ["oversample_factor", "1.3"]),
         ({"oversample_factor": 2, "accuracy_low": 0, "accuracy_high": 1}, ["oversample_factor", "filter is off"]),
         ({"oversample_factor": float("nan")}, ["oversample_factor", "nan"]),
+        ({"filter_max_rounds": 0}, ["filter_max_rounds", "0", "at least 1"]),
+        ({"filter_max_rounds": 1.5}, ["filter_max_rounds", "1.5", "whole number"]),
+        ({"filter_max_rounds": 2, "accuracy_low": 0, "accuracy_high": 1}, ["filter_max_rounds is 2", "filter is off"]),
         ({"prm_learning_rate": -1e-6}, ["prm_learning_rate", "-1e-06"]),
         ({"prm_max_grad_norm": -1.0}, ["prm_max_grad_norm", "-1.0"]),
         ({"prm_weight_decay": float("nan")}, ["prm_weight_decay", "nan"]),

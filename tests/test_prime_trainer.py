@@ -403,6 +403,7 @@ def test_evaluation_moves_nothing(make_trainer, updates, num_generations_eval, r
         prm_reference=reference,
         log_completions=True,
         oversample_factor=2,
+        filter_max_rounds=2,
         **BAND,
     )
     before = trainer.evaluate()

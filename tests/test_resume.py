@@ -248,19 +248,31 @@ def test_tied_weights_count_as_loaded(train, tmp_path):
         {"peft_config": lora(), "prm_peft_config": lora(), "prm_replay_batches": 1},
         {"prm_peft_config": lora()},
         {"oversample_factor": 2, "reward_funcs": row_rewards(MIXED + FAILS + PASSES), **BAND},
+        # Half of the groups pass, so that some batches take several rounds
+        {
+            "filter_max_rounds": 3,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 1,
+            **BAND,
+            "accuracy_low": 0.5,
+        },
         {"prm_reference": "policy", "prm_update": "before"},
         {"prm_update": "none"},
     ],
-    ids=["full", "replay", "two adapters", "lora prm", "oversampled", "policy reference", "none"],
+    ids=["full", "replay", "two adapters", "lora prm", "oversampled", "rounds", "policy reference", "none"],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(train, tmp_path, settings):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
     whole = train(output_dir=str(tmp_path / "whole"), **settings)
     resumed = train(str(tmp_path / "whole" / "checkpoint-2"), output_dir=str(tmp_path / "resumed"), **settings)
-    assert len(whole.outputs) == 4 and len(resumed.outputs) == 2
-    for first, second in zip(whole.outputs[2:], resumed.outputs, strict=True):
+    half = 4 if "filter_max_rounds" in settings else 2
+    assert len(whole.outputs) == 2 * half and len(resumed.outputs) == half
+    for first, second in zip(whole.outputs[half:], resumed.outputs, strict=True):
         assert torch.equal(first["completion_ids"], second["completion_ids"])
         assert torch.equal(first["advantages"], second["advantages"])
+    if "filter_max_rounds" in settings:
+        assert logged(whole, "filter/rounds") == logged(resumed, "filter/rounds")
+        assert max(logged(whole, "filter/rounds")[2:]) > 1
     assert same(weights(whole.model), weights(resumed.model))
     assert same(weights(whole.implicit_prm.model), weights(resumed.implicit_prm.model))
     if whole.implicit_prm.reference is not None:

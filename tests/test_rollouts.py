@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import numpy
 import pandas
@@ -13,7 +14,7 @@ from datasets import Dataset
 from helpers import BAND, FAILS, MIXED, PASSES, fixed_rollouts, loss_mask, metrics, slow_process_rewards
 
 from trl_prime.implicit_prm.accuracies import pairwise_accuracy
-from trl_prime.rollouts import combine_outcomes, log_gold_answers
+from trl_prime.rollouts import combine_outcomes, draw_rows, log_gold_answers
 
 NAN = math.nan
 
@@ -287,6 +288,174 @@ def test_a_batch_without_any_group_leaves_everything_where_it_is(train):
     assert same(weights(trainer.model), weights(build_model()))
     assert same(weights(trainer.implicit_prm.model), weights(build_model()))
     assert metrics(trainer)[0]["loss"] == 0 and metrics(trainer)[0]["filter/pass_rate"] == 0
+
+
+# --- Further rounds of generation ---
+
+
+class Rounds:
+    """A reward function that judges each call by the next pattern, and remembers what it has judged."""
+
+    def __init__(self, patterns):
+        self.patterns, self.calls = [[value for group in groups for value in group] for groups in patterns], []
+
+    def __call__(self, prompts, completions, completion_ids, log_extra, **columns):
+        values = self.patterns[len(self.calls)]
+        self.calls.append([*zip(prompts, completions, completion_ids, values, columns["target"], strict=True)])
+        if len(self.calls) % 2 == 0:
+            log_extra("note", [f"note {i}" for i in range(len(prompts))])
+        return values
+
+
+def slow_kept(patterns, max_rounds, num_groups, num_generations=4):
+    """Rounds that are generated, and (row, whether it is trained on) of the rows that are kept."""
+    passed, failed, rounds = [], [], 0
+    while rounds < max_rounds and len(passed) < num_groups:
+        for i, group in enumerate(patterns[rounds]):
+            (passed if 0.2 <= sum(group) / num_generations <= 0.8 else failed).append(rounds * len(patterns[0]) + i)
+        rounds += 1
+    kept = sorted((passed + failed)[:num_groups])
+    return rounds, [(group * num_generations + i, group in passed) for group in kept for i in range(num_generations)]
+
+
+# Two groups make a batch; with oversampling a round has four
+@pytest.mark.parametrize(
+    ("factor", "max_rounds", "patterns"),
+    [
+        (1, 3, [[PASSES, PASSES]]),
+        (1, 3, [[FAILS, PASSES], [PASSES, PASSES]]),
+        (1, 3, [[FAILS, FAILS], [FAILS, PASSES], [FAILS, PASSES]]),
+        (1, 3, [[FAILS, FAILS], [FAILS, FAILS], [FAILS, PASSES]]),
+        (1, 2, [[FAILS, FAILS], [FAILS, FAILS]]),
+        (1, 1, [[FAILS, PASSES]]),
+        (2, 2, [[FAILS, FAILS, PASSES, FAILS], [FAILS, PASSES, PASSES, FAILS]]),
+    ],
+)
+def test_groups_of_all_rounds_fill_the_batch(record, factor, max_rounds, patterns):
+    judge = Rounds(patterns)
+    recorder = record(
+        judge, oversample_factor=factor, filter_max_rounds=max_rounds, log_completions=True, max_steps=1, **BAND
+    )
+    trainer, rewards = recorder.trainer, recorder.rewards[0]
+    output, entry = trainer.outputs[0], metrics(trainer)[0]
+    num_rounds, kept = slow_kept(patterns, max_rounds, num_groups=2)
+    assert [len(call) for call in judge.calls] == [8 * factor] * num_rounds
+    generated = [row for call in judge.calls for row in call]
+    rows, trains = [row for row, _ in kept], [passed for _, passed in kept]
+
+    # What the hook and the policy loss get
+    assert [(*texts,) for texts in zip(rewards.prompts, rewards.completions, strict=True)] == [
+        generated[row][:2] for row in rows
+    ]
+    expected = [generated[row][3] if passed else NAN for row, passed in kept]
+    numpy.testing.assert_equal(rewards.outcome_rewards.tolist(), expected)
+    assert rewards.outcome_rewards_per_func.flatten().tolist() == [generated[row][3] for row in rows]
+    decoded = trainer.processing_class.batch_decode(output["prompt_ids"], skip_special_tokens=True)
+    assert decoded == [generated[row][0] for row in rows]
+    for i, row in enumerate(rows):
+        mask = output["completion_mask"][i].bool()
+        assert output["completion_ids"][i][mask].tolist() == generated[row][2]
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        prompt_mask = output["prompt_mask"][i].tolist()
+        assert prompt_mask == sorted(prompt_mask) and sum(prompt_mask) == len(generated[row][0])
+    assert output["prompt_mask"].any(0).all() and output["completion_mask"].any(0).all()
+    assert loss_mask(output).any(1).tolist() == trains
+    assert output["num_items_in_batch"] == max(loss_mask(output).sum(), 1)
+
+    # Metrics are over all that was generated
+    passes = sum(group == PASSES for groups in patterns[:num_rounds] for group in groups)
+    assert entry["filter/pass_rate"] == pytest.approx(passes / len(generated) * 4)
+    assert entry["reward"] == pytest.approx(sum(row[3] for row in generated) / len(generated))
+    assert entry["filter/trained"] == sum(trains) / 8
+    assert entry.get("filter/rounds") == (num_rounds if max_rounds > 1 else None)
+    lengths = [len(row[2]) for row in generated]
+    assert entry["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert entry["num_tokens"] == sum(lengths) + sum(len(row[0]) for row in generated)
+
+    table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    assert [(*row,) for row in zip(table["prompt"], table["completion"], strict=True)] == [
+        row[:2] for row in generated
+    ]
+    assert [*table["prime/outcome"]] == [row[3] for row in generated]
+    assert table.index[table["prime/trained"]].tolist() == [row for row, passed in kept if passed]
+    sums = numpy.zeros(len(generated))
+    sums[rows] = rewards.process_rewards.sum(1)
+    numpy.testing.assert_allclose(table["prime/process_reward"], sums, atol=1e-6)
+    # A column of the user's that was written in the second round only
+    if num_rounds > 1:
+        notes = [None] * 8 * factor + [f"note {i}" for i in range(8 * factor)]
+        expected = notes + [None] * (len(generated) - len(notes))
+        assert table["note"].fillna("").tolist() == [note or "" for note in expected]
+
+
+def test_the_table_has_the_rows_of_the_last_batch_however_many_rounds_it_took(train):
+    few, many = [[PASSES, PASSES]], [[FAILS, PASSES], [FAILS, FAILS], [FAILS, PASSES]]
+    judge = Rounds([*few, *many, *few])
+    trainer = train(reward_funcs=judge, filter_max_rounds=3, log_completions=True, max_steps=3, **BAND)
+    assert logged(trainer, "filter/rounds") == [1, 3, 1]
+    calls = [judge.calls[:1], judge.calls[1:4], judge.calls[4:]]
+    for step, rounds in enumerate(calls, start=1):
+        table = pandas.read_parquet(f"{trainer.args.output_dir}/completions/completions_0000{step}.parquet")
+        assert [*table["completion"]] == [row[1] for call in rounds for row in call]
+        assert [*table["prime/outcome"]] == [row[3] for call in rounds for row in call]
+        assert table["prime/trained"].all() == (len(rounds) == 1) and table["prime/trained"].sum() == 8
+
+
+def test_further_rounds_draw_other_prompts_each_time(train):
+    judge = Rounds([[FAILS, FAILS]] * 8)
+    rows = Dataset.from_list([{"prompt": f"{i}=", "target": i} for i in range(5000)])
+    trainer = train(
+        reward_funcs=judge,
+        train_dataset=rows,
+        filter_max_rounds=4,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=8,
+        steps_per_generation=1,
+        max_steps=1,
+        **BAND,
+    )
+    # Two generation batches in one step of the policy, of four rounds each
+    assert logged(trainer, "filter/rounds") == [4] and len(judge.calls) == 8
+    prompts = [[row[0] for row in call] for call in judge.calls]
+    assert all(call == [call[0]] * 4 + [call[4]] * 4 for call in prompts)
+    assert len({prompt for call in prompts for prompt in call}) == 16
+    assert all(row[0] == f"{row[4]}=" for call in judge.calls for row in call)
+
+
+def test_further_rounds_have_the_columns_of_the_first(train):
+    seen = []
+
+    def reward(completions, **columns):
+        seen.append(sorted(columns))
+        return [0.0] * len(completions)
+
+    train(reward_funcs=reward, remove_unused_columns=True, filter_max_rounds=2, max_steps=1, **BAND)
+    assert len(seen) == 2 and seen[0] == seen[1] and "target" not in seen[0]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_processes_draw_the_parts_of_one_list_of_whole_groups(num_processes):
+    rows = Dataset.from_list([{"prompt": i} for i in range(12)])
+
+    def drawn(seed):
+        parts = [
+            draw_rows(
+                rows, 24 // num_processes, 6, seed, SimpleNamespace(num_processes=num_processes, process_index=i)
+            )
+            for i in range(num_processes)
+        ]
+        assert [len(part) for part in parts] == [24 // num_processes] * num_processes
+        return [row["prompt"] for part in parts for row in part]
+
+    prompts = drawn("0 100")
+    assert prompts == [prompt for prompt in prompts[::6] for _ in range(6)] and len({*prompts}) == 4
+    assert drawn("0 100") == prompts != drawn("0 101")
+    # No prompt comes more often than others
+    counts = [0] * 12
+    for seed in range(600):
+        for prompt in {*drawn(str(seed))}:
+            counts[prompt] += 1
+    assert max(abs(count - 200) for count in counts) < 60
 
 
 # --- Masks ---

@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,12 @@ def _check_train_dataset(grpo: dict[str, Any]) -> None:
         )
     if isinstance(train_dataset, Dataset):
         _check_enough_prompts(len(train_dataset), grpo["args"])
+    elif isinstance(train_dataset, IterableDataset) and grpo["args"].filter_max_rounds > 1:
+        raise ValueError(
+            f"filter_max_rounds is {grpo['args'].filter_max_rounds}, but the training data set is streamed, and prompts of further "
+            "rounds are drawn from all of it. Load it as a whole (streaming=False), or leave filter_max_rounds at 1 and raise "
+            "oversample_factor."
+        )
     if train_dataset is None or grpo.get("environment_factory") is not None:
         return
     columns = _columns(train_dataset)
@@ -333,7 +340,7 @@ def check_text_only(output: dict[str, Any]) -> None:
 
 
 def warn_of_idle_batch(
-    passed: torch.Tensor, num_groups: int, args: PRIMEConfig, metrics: dict[str, list[float]]
+    passed: torch.Tensor, num_groups: int, args: PRIMEConfig, metrics: dict[str, list[float]], num_rounds: int
 ) -> None:
     """
     Warn once where no group of a generation batch has passed the prompt filter, with what tells why.
@@ -342,7 +349,8 @@ def warn_of_idle_batch(
         passed (`torch.Tensor`): `(G,)` bool.
         num_groups (`int`): Groups of a training batch.
         args ([`PRIMEConfig`]): The configuration.
-        metrics (`dict`): What TRL has measured, by name; the last value of each is the batch's.
+        metrics (`dict`): What TRL has measured, by name; the last values of each are the batch's, one for each round.
+        num_rounds (`int`): Rounds of generation.
     """
     said = (
         f"0 of {len(passed)} groups passed the prompt filter (accuracy between {args.accuracy_low} and {args.accuracy_high}), but "
@@ -350,7 +358,10 @@ def warn_of_idle_batch(
     )
     if not passed.any() and said not in _IDLE_BATCHES:
         _IDLE_BATCHES.add(said)  # `warning_once` would take other numbers for another warning
-        reward, clipped = (metrics.get(name, [math.nan])[-1] for name in ("reward", "completions/clipped_ratio"))
+        reward, clipped = (
+            statistics.fmean(metrics.get(name, [math.nan])[-num_rounds:])
+            for name in ("reward", "completions/clipped_ratio")
+        )
         logger.warning(
             f"{said} Their mean reward is {reward:.3g}, and {clipped:.0%} of the completions were cut off at "
             f"max_completion_length={args.max_completion_length}. Nothing is learnt from such batches (filter/pass_rate is 0)."

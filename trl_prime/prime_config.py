@@ -178,6 +178,10 @@ class PRIMEConfig(GRPOConfig):
 
         filter_truncated (`bool`, *optional*, defaults to `False`):
             Whether groups with a completion that ran into `max_completion_length` are not trained on.
+        filter_max_rounds (`int`, *optional*, defaults to `1`):
+            Where fewer groups pass the filter than a batch needs, generate again from other prompts, and stop after this many
+            rounds at the latest (dynamic sampling, as in DAPO). The groups that passed in all rounds count; those beyond the batch
+            are dropped. 1 generates once.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`], those of the paper:
@@ -384,6 +388,13 @@ class PRIMEConfig(GRPOConfig):
     filter_truncated: bool = field(
         default=False, metadata={"help": "Whether groups with a truncated completion are not trained on."}
     )
+    filter_max_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Generate again, up to this many rounds, until enough groups for a batch have passed the filter (dynamic "
+            "sampling, as in DAPO). 1 generates once."
+        },
+    )
 
     def __post_init__(self):
         # Checked here, and before the generation batch is derived: TRL's own message speaks of GRPO
@@ -508,6 +519,7 @@ class PRIMEConfig(GRPOConfig):
             "prm_replay_steps": 1,
             "prm_warmup_steps": 0,
             "prm_micro_batch_size": 1,
+            "filter_max_rounds": 1,
         }.items():
             value = getattr(self, name)
             if value is not None and (value < least or value != int(value)):
@@ -613,10 +625,16 @@ class PRIMEConfig(GRPOConfig):
                 "process_reward_norm='group_std' would change nothing with advantage_estimator='grpo', which divides by a standard "
                 "deviation of the group itself. Use advantage_estimator='rloo', or leave process_reward_norm out."
             )
+        is_filter_off = self.accuracy_low <= 0 and self.accuracy_high >= 1 and not self.filter_truncated
+        if self.filter_max_rounds > 1 and is_filter_off:
+            raise ValueError(
+                f"filter_max_rounds is {self.filter_max_rounds}, but the filter is off, so that there is nothing to generate again "
+                "for. Narrow accuracy_low/accuracy_high or set filter_max_rounds=1."
+            )
         if not self.oversample_factor >= 1:
             raise ValueError(f"oversample_factor is {self.oversample_factor}, but must be at least 1.")
         if self.oversample_factor > 1:
-            if self.accuracy_low <= 0 and self.accuracy_high >= 1 and not self.filter_truncated:
+            if is_filter_off:
                 raise ValueError(
                     f"oversample_factor is {self.oversample_factor}, but the filter is off, so that what is generated on top "
                     "would be thrown away. Narrow accuracy_low/accuracy_high or set oversample_factor=1."

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import os
 import shutil
-from collections import defaultdict, deque
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,9 @@ from .prime_config import PRIMEConfig
 from .process_exit import let_threads_finish_at_exit
 from .process_rewards import aggregate_process_rewards, normalize_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
-from .prompt_filter import rows_to_train_on, select_groups
+from .prompt_filter import select_groups
 from .reports.run_files import TABLE_PREFIX
-from .rollouts import Rollouts, is_truncated, log_gold_answers, outcomes_and_labels, policy_mask, select_rows
+from .rollouts import Rollouts, draw_rows, is_truncated, log_gold_answers, outcomes_and_labels, policy_mask, table_room
 from .texts import TextFormat
 
 if TYPE_CHECKING:
@@ -158,12 +158,6 @@ class PRIMETrainer(GRPOTrainer):
         self._prm_is_started = False  # whether the learner has the schedule of the present `train()`
         self._rewards_per_func: torch.Tensor | None = None
         warn_of_uneven_saving(args)
-        # TRL sizes the completions table to one generation batch
-        if args.oversample_factor > 1:
-            size = int(args.generation_batch_size * args.oversample_factor)
-            self._logs.update({c: deque(maxlen=size) for c in ("images", "prompt", "completion", "advantages")})
-            for column in ("rewards", "extra"):
-                self._logs[column].default_factory = lambda: deque(maxlen=size)
 
     def _build_prm(self, start: Any, peft_config: PeftConfig | None, policy_start: Any) -> ImplicitPRM:
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
@@ -244,14 +238,11 @@ class PRIMETrainer(GRPOTrainer):
         self.prm_learner.place()
         self.implicit_prm.text_format.messages = not isinstance(inputs[0]["prompt"], str)
         # The policy generates, and the outcome rewards judge
-        output = super()._generate_and_score_completions(inputs)
-        check_text_only(output)
-        log_gold_answers(self._logs, TABLE_PREFIX + "gold", inputs)
-        outcomes, labels = self._outcomes_and_labels()
         if not self.model.training:
+            output, outcomes, labels, _ = self._generate_round(inputs)
             self._evaluate_prm(output, outcomes, labels)
             return output
-        rollouts = self._keep_groups(output, outcomes, labels)
+        rollouts = self._generate_and_filter(inputs)
         # The PRM scores the batch and learns from it
         policy = self.accelerator.unwrap_model(self.model)
         batch = self.prm_learner.make_batch(
@@ -269,8 +260,11 @@ class PRIMETrainer(GRPOTrainer):
             self._log_rows(*rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator))
         return output
 
-    def _outcomes_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B,)` outcomes and labels of the PRM, of all processes; NaN = could not be judged."""
+    def _generate_round(self, inputs: list[dict[str, Any]]) -> tuple[Any, ...]:
+        """This process's rows; `(B,)` outcomes and labels (NaN = not judged) and `(B, F)` rewards of all processes."""
+        output = super()._generate_and_score_completions(inputs)
+        check_text_only(output)
+        log_gold_answers(self._logs, TABLE_PREFIX + "gold", inputs)
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         outcomes, labels = outcomes_and_labels(
@@ -280,35 +274,40 @@ class PRIMETrainer(GRPOTrainer):
             # TRL has logged sums in which a missing reward counts as 0
             self._metrics[mode]["reward"][-1] = outcomes.nanmean().item()
             self._metrics[mode]["reward_std"][-1] = nanstd(outcomes).item()
-        return outcomes, labels
+        return output, outcomes, labels, self._rewards_per_func
 
-    def _keep_groups(self, output: dict[str, Any], outcomes: torch.Tensor, labels: torch.Tensor) -> Rollouts:
-        """The training batch: groups that pass the prompt filter, then others, whose rows carry no gradient."""
-        args, num_generations = self.args, self.num_generations
-        truncated = None
+    def _generate_and_filter(self, inputs: list[dict[str, Any]]) -> Rollouts:
+        """Groups that pass the prompt filter, of several rounds if need be; then others, whose rows carry no gradient."""
+        args, num_groups = self.args, self.args.generation_batch_size // self.num_generations
+        rounds, passed = [], torch.tensor([], dtype=torch.bool, device=self.accelerator.device)
+        while len(rounds) < args.filter_max_rounds and passed.sum() < num_groups:
+            if rounds:
+                # The tokens seen so far differ between rounds and not between processes, and checkpoints have them
+                seed = f"{args.seed} {self.state.num_input_tokens_seen}"
+                dataset = self._remove_unused_columns(self.train_dataset)
+                inputs = draw_rows(dataset, len(inputs), self.num_generations, seed, self.accelerator)
+            with table_room(self._logs, len(inputs) * self.accelerator.num_processes, len(rounds)):
+                rounds.append(self._generate_round(inputs))
+            passed = torch.cat([passed, self._passed_groups(*rounds[-1])])
+        warn_of_idle_batch(passed, num_groups, args, self._metrics["train"], len(rounds))
+        rollouts = Rollouts.of_rounds(
+            rounds, passed, num_groups, self.num_generations, self.accelerator, self._tokenizer.pad_token_id
+        )
+        self._log("filter/pass_rate", passed.float().mean())
+        self._log("filter/judged", 1 - rollouts.generated_outcomes.isnan().float().mean())
+        self._log("filter/trained", rollouts.trains.float().mean())
+        if args.filter_max_rounds > 1:
+            self._log("filter/rounds", len(rounds))
+        return rollouts
+
+    def _passed_groups(self, output, outcomes, labels, rewards_per_func) -> torch.Tensor:
+        args, truncated = self.args, None
         if args.filter_truncated:
             # Before 1.16, TRL knows the tokenizer's end token only
             ends = [*getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]), self._tokenizer.pad_token_id]
             truncated = self.accelerator.gather(is_truncated(output, ends))
-        passed = select_groups(
-            labels, num_generations, low=args.accuracy_low, high=args.accuracy_high, truncated=truncated
-        )
-        num_groups = args.generation_batch_size // num_generations
-        warn_of_idle_batch(passed, num_groups, args, self._metrics["train"])
-        rows = rows_to_train_on(passed, num_groups, num_generations)
-        trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
-        self._log("filter/pass_rate", passed.float().mean())
-        self._log("filter/judged", 1 - outcomes.isnan().float().mean())
-        self._log("filter/trained", trains[rows].float().mean())
-        return Rollouts(
-            output=select_rows(output, rows, self.accelerator, self._tokenizer.pad_token_id),
-            outcomes=outcomes.masked_fill(~trains, torch.nan)[rows],
-            labels=labels.masked_fill(~trains, torch.nan)[rows],
-            trains=trains[rows],
-            rewards_per_func=self._rewards_per_func[rows],
-            rows=rows,
-            generated_outcomes=outcomes,
-        )
+        band = {"low": args.accuracy_low, "high": args.accuracy_high}
+        return select_groups(labels, self.num_generations, truncated=truncated, **band)
 
     def _rollout_rewards(self, rollouts: Rollouts, batch: PRMBatch, prm: PRMScores) -> RolloutRewards:
         """Outcomes and process rewards of the rows of all processes."""

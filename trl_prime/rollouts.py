@@ -1,15 +1,19 @@
 """One generation batch: which outcomes its completions have, and which of its rows are trained on.
 
 Covered: weighted sums of rewards and what a missing reward (None) means; labels of the PRM; tokens that the policy wrote,
-truncated completions; taking rows out of the batches of all processes. Not covered: reward functions (`rewards/`), which
-groups are worth learning from (`prompt_filter.py`), advantages (`advantages.py`). B = completions of all processes, F =
-reward functions, K = completions of a prompt, T = completion tokens; groups are contiguous.
+truncated completions; prompts of further rounds of generation, taking rows out of the rounds of all processes, and their rows
+in TRL's completions table. Not covered: reward functions (`rewards/`), which groups are worth learning from
+(`prompt_filter.py`), advantages (`advantages.py`). B = completions of all processes, F = reward functions, K = completions of
+a prompt, T = completion tokens; groups are contiguous.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +22,11 @@ from transformers.utils import logging
 
 from .process_rewards import aggregate_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
+from .prompt_filter import rows_to_train_on
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +34,8 @@ logger = logging.get_logger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
     """
-    The rows of a generation batch that make up the training batch. B of N generated rows, over all processes.
+    The rows of a generation batch that make up the training batch. B of N generated rows, over all rounds and processes: those
+    of the first round before those of the second.
 
     Attributes:
         output (`dict`): This process's rows, as TRL returns them.
@@ -47,6 +54,45 @@ class Rollouts:
     rewards_per_func: torch.Tensor
     rows: torch.Tensor
     generated_outcomes: torch.Tensor
+
+    @classmethod
+    def of_rounds(
+        cls,
+        rounds: Sequence[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]],
+        passed: torch.Tensor,
+        num_groups: int,
+        num_generations: int,
+        accelerator: Accelerator,
+        pad_token_id: int,
+    ) -> Rollouts:
+        """
+        Groups that passed the prompt filter, in the order of their generation; where there are too few, others too.
+
+        Args:
+            rounds (`list[tuple]`): Of each round this process's rows, as TRL returns them, and of all processes outcomes, labels
+                and rewards of each function.
+            passed (`torch.Tensor`): `(G,)` bool, whether a group passed, of all rounds one after the other.
+            num_groups (`int`): Groups of the training batch.
+            num_generations (`int`): K.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+            pad_token_id (`int`): Fills up token ids.
+
+        Returns:
+            [`Rollouts`]: with `num_groups * num_generations` rows.
+        """
+        outputs, *columns = zip(*rounds, strict=True)
+        outcomes, labels, rewards_per_func = map(torch.cat, columns)
+        rows = rows_to_train_on(passed, num_groups, num_generations)
+        trains = passed.repeat_interleave(num_generations) & ~outcomes.isnan()
+        return cls(
+            output=select_rows(outputs, rows, accelerator, pad_token_id),
+            outcomes=outcomes.masked_fill(~trains, torch.nan)[rows],
+            labels=labels.masked_fill(~trains, torch.nan)[rows],
+            trains=trains[rows],
+            rewards_per_func=rewards_per_func[rows],
+            rows=rows,
+            generated_outcomes=outcomes,
+        )
 
     def table_columns(
         self, token_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator
@@ -111,6 +157,57 @@ def _turn_columns(
     )
     rows = [row[end].tolist() for row, end in zip(sums, ends, strict=True)]
     return {"turn_rewards": [" ".join(f"{value:+.3f}" for value in row) for row in rows]}
+
+
+def draw_rows(
+    dataset: Dataset, num_rows: int, num_generations: int, seed: str, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """
+    Prompts of a further round of generation, drawn from the training data, no prompt twice in a round.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Training data, with as many rows as the round has groups, or more.
+        num_rows (`int`): Completions of this process.
+        num_generations (`int`): K.
+        seed (`str`): Decides the draw; the same on all processes.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+
+    Returns:
+        `list[dict]`: This process's rows, one for each completion, in TRL's order: the rows of all processes, one process after
+        the other, are whole groups.
+    """
+    num_groups = num_rows * accelerator.num_processes // num_generations
+    prompts = torch.tensor(random.Random(seed).sample(range(len(dataset)), num_groups))
+    rows = local_rows(prompts.repeat_interleave(num_generations), accelerator)
+    return [dataset[row] for row in rows.tolist()]
+
+
+@contextlib.contextmanager
+def table_room(logs: dict[str, Any], num_rows: int, num_earlier_rounds: int) -> Iterator[None]:
+    """
+    While a round of generation is logged: size TRL's completions table to the rounds of this generation batch, where TRL's has
+    the size of one training batch. Then fill up the columns that the round has not written.
+
+    Args:
+        logs (`dict`): What TRL makes the table of.
+        num_rows (`int`): Rows of a round.
+        num_earlier_rounds (`int`): Rounds of this generation batch that the table has.
+    """
+    num_earlier = num_rows * num_earlier_rounds
+    size = num_earlier + num_rows
+
+    def new_column() -> deque:
+        return deque([None] * num_earlier, maxlen=size)
+
+    for name, column in logs.items():
+        if isinstance(column, deque):
+            logs[name] = deque(column, maxlen=size)
+        else:
+            column.default_factory = new_column
+            column.update({key: deque(values, maxlen=size) for key, values in column.items()})
+    yield
+    for column in logs["extra"].values():
+        column.extend([None] * (len(logs["prompt"]) - len(column)))
 
 
 def log_gold_answers(logs: dict[str, Any], name: str, inputs: Sequence[dict[str, Any]]) -> None:
@@ -231,30 +328,35 @@ def is_truncated(output: dict[str, Any], end_token_ids: Sequence[int]) -> torch.
 
 
 def select_rows(
-    output: dict[str, Any], rows: torch.Tensor, accelerator: Accelerator, pad_token_id: int
+    outputs: Sequence[dict[str, Any]], rows: torch.Tensor, accelerator: Accelerator, pad_token_id: int
 ) -> dict[str, Any]:
     """
-    Keep some rows of the batches of all processes, spread evenly over the processes, without padding that no row needs.
+    Keep some rows of the batches of all rounds and processes, spread evenly over the processes, without padding that no row
+    needs.
 
     Args:
-        output (`dict`): Rows of this process, as TRL returns them.
-        rows (`torch.Tensor`): `(B,)` places of the rows to keep among those of all processes.
+        outputs (`list[dict]`): Rows of this process of each round of generation, as TRL returns them.
+        rows (`torch.Tensor`): `(B,)` places of the rows to keep among those of all processes in the first round, then in the
+            second, and so on.
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
         pad_token_id (`int`): Fills up token ids.
 
     Returns:
         `dict`: The same keys, with this process's part of the kept rows.
     """
-    if len(rows) == output["completion_ids"].shape[0] * accelerator.num_processes:
-        return output
+    first = outputs[0]
+    if len(outputs) == 1 and len(rows) == len(first["completion_ids"]) * accelerator.num_processes:
+        return first
     selected = {}
-    for key, value in output.items():
+    for key, value in first.items():
         if isinstance(value, torch.Tensor) and value.ndim > 1:
-            pad_index = pad_token_id if key.endswith("_ids") else 0
-            value = gather_padded(value, accelerator, pad_index, pad_first=key.startswith("prompt_"))
-            value = local_rows(value[rows], accelerator)
+            is_prompt, pad_index = key.startswith("prompt_"), pad_token_id if key.endswith("_ids") else 0
+            rounds = [gather_padded(output[key], accelerator, pad_index, pad_first=is_prompt) for output in outputs]
+            length = max(values.shape[1] for values in rounds)
+            rounds = [_padded(values, length, pad_index, pad_first=is_prompt) for values in rounds]
+            value = local_rows(torch.cat(rounds)[rows], accelerator)
         elif isinstance(value, torch.Tensor) and value.ndim == 1:
-            value = local_rows(accelerator.gather(value)[rows], accelerator)
+            value = local_rows(torch.cat([accelerator.gather(output[key]) for output in outputs])[rows], accelerator)
         selected[key] = value
     prompt_len = int(selected["prompt_mask"].sum(1).amax())
     num_tokens = selected["completion_ids"].shape[1]
@@ -268,3 +370,9 @@ def select_rows(
         elif value.shape[1] == num_tokens:
             selected[key] = value[:, :completion_len]
     return selected
+
+
+def _padded(values: torch.Tensor, length: int, pad_index: int, pad_first: bool) -> torch.Tensor:
+    """`(B, T)` values filled up to `(B, length)`."""
+    missing = length - values.shape[1]
+    return torch.nn.functional.pad(values, (missing, 0) if pad_first else (0, missing), value=pad_index)

@@ -80,6 +80,7 @@ PANELS = (
         "What does not pass teaches nothing.",
         share=True,
     ),
+    Panel("Rounds of generation", {"filter/rounds": "mean"}, "What full batches cost."),
     Panel(
         "Weight of the process rewards",
         {"prm/trust": "trust", "advantage/process_share": "share of the advantages' variance"},
