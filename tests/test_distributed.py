@@ -40,7 +40,7 @@ without_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: `make test-deepspeed`"
 )
 MARKS = {
-    # Seen with torch 2.7, whose gradients are sums; not with 2.13
+    # With torch 2.7 they were sums, with 2.13 they are means; nothing between was tried
     "fsdp2": pytest.mark.skipif(
         Version(torch.__version__) < Version("2.13"), reason="older torch takes no mean of gradients by FSDP2 on a CPU"
     ),

@@ -244,7 +244,7 @@ def test_the_trunk_is_computed_once_a_batch_where_its_states_fit(make_trainer, m
     count_rows(trainer.implicit_prm.model, counts, "prm")
     count_rows(trainer.implicit_prm.reference, counts, "reference")
     trainer.train()
-    # `can_tile`, `check_scoring`, and the comparison of two rows
+    # `can_tile` passes one row, `check_scoring` three, and the comparison two
     probes = {"prm": 1 + 3 + 2, "reference": 1 + 3 + 2}
     # Two epochs on each of three batches, two with another replayed and therefore scored before
     passes = 2 * 3 * 8 + 2 * 2 * 8 + 2 * 8 if share == 0 else 0

@@ -1,8 +1,8 @@
 """From log-probabilities to process rewards (PRIME, arXiv 2502.01456, section 2.1 and Eq 3).
 
 Covered: the token reward beta * (log pi_phi - log pi_ref), its sum over steps, turns or whole completions, and its
-normalisation, as published and by groups and turns. Not covered: baselines and returns (`advantages.py`), and where the log-probabilities come from
-(`implicit_prm`). All functions are pure and vectorised; B = completions, T = completion tokens.
+normalisation, as published and by groups and turns. Not covered: baselines and returns (`advantages.py`), and where the
+log-probabilities come from (`implicit_prm`). All functions are pure and vectorised; B = completions, T = completion tokens.
 """
 
 from __future__ import annotations

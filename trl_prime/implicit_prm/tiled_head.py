@@ -61,7 +61,7 @@ def _num_logits(model: nn.Module, head: nn.Module) -> int:
     was_training = model.training
     model.eval()  # dropout would take random numbers from the run
     try:
-        with _replaced_forward(head, forward):
+        with replaced_forward(head, forward):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         model.train(was_training)
@@ -73,7 +73,7 @@ def _num_logits(model: nn.Module, head: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """For so long a module computes something else; its hooks, which may bring its weights, are called as before."""
     own = vars(module).get("forward")
     module.forward = forward
@@ -113,7 +113,7 @@ def head_gives_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
         logps = torch.zeros(wanted.shape, device=device).masked_scatter(wanted, logps.to(device))
         return logps.unsqueeze(-1)
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         yield
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .logps import batch_completion_logps, example_rows, has_dropout, unwrapped
+from .tiled_head import replaced_forward
 
 if TYPE_CHECKING:
     from .model import ImplicitPRM
@@ -30,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 # Kept hidden states, those of replayed batches included, take at most this share of the device's memory
 MEMORY_SHARE = 0.05
-# By how many nats log-probabilities with a skipped trunk may differ from plain ones: by the order of a sum, if at all
+# Log-probabilities with a skipped trunk may differ by so many nats from plain ones: the order of a sum may change, nothing else
 _TOLERANCE = 1e-4
 
 
@@ -46,7 +47,7 @@ class SharedTrunk:
     def __init__(self, layers: list[nn.Module], reference_layer: nn.Module):
         self.layers = layers
         self.reference_layer = reference_layer
-        # Length of the tuple that a layer returns, hidden states first; `None` where it returns them alone
+        # A layer returns a tuple of this length, hidden states first; `None` says that it returns them alone
         self._num_outputs: int | None = None
 
     @contextlib.contextmanager
@@ -68,18 +69,12 @@ class SharedTrunk:
     @contextlib.contextmanager
     def skipped(self, hidden: torch.Tensor) -> Iterator[None]:
         """Around a pass of the PRM: its trunk computes nothing and gives these hidden states. All else is the model's own."""
-        # Attention weights and router logits, which may come next, are asked for by nobody
+        # Nobody asks for attention weights and router logits, which may come next
         output = hidden if self._num_outputs is None else (hidden, *[None] * (self._num_outputs - 1))
-        own = [layer.__dict__.get("forward") for layer in self.layers]
-        for layer in self.layers:
-            layer.forward = lambda *args, **kwargs: output
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(replaced_forward(layer, lambda *args, **kwargs: output))
             yield
-        finally:
-            for layer, forward in zip(self.layers, own, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
 
 
 class TrunkStates:
