@@ -253,7 +253,8 @@ def test_the_trunk_is_computed_once_a_batch_where_its_states_fit(make_trainer, m
 
 @pytest.mark.parametrize("reference", ["frozen", "policy"])
 def test_a_resumed_run_computes_the_trunk_of_replayed_batches_again(train, tmp_path, reference):
-    settings = {**TRUNK_RUN, "prm_replay_batches": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    # After the last step one of the two kept batches is of the checkpoint
+    settings = {**TRUNK_RUN, "prm_replay_batches": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     settings["prm_reference"] = reference  # a policy that learns shares nothing with the PRM
     whole = train(**settings)
     resumed = train(str(tmp_path / "run" / "checkpoint-2"), **settings)
