@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
+    "number_chains": "trl_prime.tasks.number_chains.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
     "letter_search": "trl_prime.tasks.letter_search.prepare",
 }
@@ -48,8 +49,8 @@ class PRIMEScriptArguments(DatasetArguments):
     The fields of a recipe beside those of [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
-        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`,
-            `"letter_search"` (of several turns), or the dotted path of a function that returns a
+        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"number_chains"`,
+            `"word_problems"`, `"letter_search"` (of several turns), or the dotted path of a function that returns a
             [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
