@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..specs import nearest
+from trl.import_utils import is_vllm_available
+
+from ..specs import check_installed, nearest
 from .arguments import parse_arguments
 from .models import check_model, check_prm
 
@@ -213,6 +215,7 @@ class EvalArguments:
                 )
         if not 0 < self.calibration_fraction < 1:
             raise ValueError(f"calibration_fraction is {self.calibration_fraction}, but must lie between 0 and 1.")
+        check_installed("use_vllm", self.use_vllm, is_vllm_available(), "vllm")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "eval runs in one process. Start it without a launcher; for several GPUs give use_vllm: true with "
