@@ -90,7 +90,7 @@ def placement(model):
 
 def save_distribution(folder, trainer, backend, prm):
     """Write how a trained trainer distributed its models; `prm` is the model that the loss was computed by."""
-    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.prm.reference}
+    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.second.reference}
     told = {part: placement(model) for part, model in models.items() if model is not None}
     told |= {"type": trainer.accelerator.distributed_type.value, "backend": type(backend).__name__}
     (folder / f"distribution_{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
