@@ -2,8 +2,8 @@
 
 Covered: what the two have in common when they learn. An optimizer step accumulates gradients over micro-batches that add up to the
 gradient of the whole batch on all processes, whatever the micro-batch size and wherever rows that do not count are; mini-batches
-are whole groups; optimizer and schedule, gradients that are not finite, state for resuming. Not covered: what a row's loss is
-(`updater.py`, `value_model/updater.py`); where weights and gradients are (`backends.py`).
+are whole groups; optimizer and schedule, gradients that are not finite, state for resuming. Not covered: what a row's loss is,
+and what is made of a batch (`updater.py`, `learner.py`, `value_model/learner.py`); where weights and gradients are (`backends.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import torch
 from peft import PeftModel
 from transformers.utils import logging
 
+from .backends import make_backend
+from .files import load_learner_state, save_learner_state
 from .logps import length_sorted_chunks, num_chunks, rope_boundary, unwrapped
 from .optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
 
     from ..prime_config import PRIMEConfig
@@ -177,3 +180,48 @@ class SecondModelUpdater:
         self.backend.load_optimizer_state(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.skipped_steps = state["skipped_steps"]
+
+
+class SecondModelLearner:
+    """
+    A model beside the policy with what makes it learn, from the first batch to a checkpoint.
+
+    Args:
+        second ([`SecondModel`]): The model, trainable.
+        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+        args ([`PRIMEConfig`]): Settings of its updater.
+
+    Attributes:
+        backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): How it is distributed.
+        updater ([`SecondModelUpdater`], *optional*): `None` before the start, and of a model that does not learn.
+    """
+
+    # Of its files in a checkpoint
+    name = ""
+
+    def __init__(self, second: SecondModel, accelerator: Accelerator, args: PRIMEConfig):
+        self.accelerator = accelerator
+        self.args = args
+        self.backend = make_backend(second, accelerator)
+        self.updater: SecondModelUpdater | None = None
+        self._is_placed = False
+
+    def place(self) -> None:
+        """Bring the model to where it computes, and its reference, once. The policy is distributed first."""
+        if not self._is_placed:
+            self.backend.place()
+            self._is_placed = True
+
+    def _save_state(self, checkpoint: str, should_save: bool, **more: Any) -> None:
+        """Save optimizer, schedule and more that a process has; all processes call this."""
+        state = {**more, "updater": None if self.updater is None else self.updater.state_dict()}
+        save_learner_state(checkpoint, self.name, state, self.backend, should_save)
+        if self.updater is not None:
+            self.backend.save_checkpoint(checkpoint)
+
+    def _load_state(self, checkpoint: str) -> dict[str, Any]:
+        """Load what [`_save_state`] saved into the updater, if there is one; all of it."""
+        state = load_learner_state(checkpoint, self.name, self.backend, with_optimizer=self.updater is not None)
+        if self.updater is not None:
+            self.updater.load_state_dict(state["updater"])
+        return state
