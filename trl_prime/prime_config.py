@@ -178,7 +178,7 @@ class PRIMEConfig(GRPOConfig):
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Zero mean and unit variance over all tokens of the batch.
 
-        > Parameters that control the value model of `advantage_estimator="gae"`
+        > Parameters that control the value model
 
         gae_lambda (`float`, *optional*, defaults to `1.0`):
             How far an advantage trusts the rewards that came (1) rather than the values of the tokens in between (0). With 1 a
@@ -402,7 +402,7 @@ class PRIMEConfig(GRPOConfig):
         default=True, metadata={"help": "Zero mean and unit variance of the advantages over all tokens of the batch."}
     )
 
-    # Parameters that control the value model of the estimator "gae"
+    # Parameters that control the value model
     gae_lambda: float = field(
         default=1.0,
         metadata={
