@@ -90,7 +90,9 @@ def placement(model):
 
 def save_distribution(folder, trainer, backend, prm):
     """Write how a trained trainer distributed its models; `prm` is the model that the loss was computed by."""
-    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.prm.reference}
+    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.second.reference}
+    if getattr(trainer, "value_learner", None) is not None:
+        models["value"] = trainer.value_learner.backend.model
     told = {part: placement(model) for part, model in models.items() if model is not None}
     told |= {"type": trainer.accelerator.distributed_type.value, "backend": type(backend).__name__}
     (folder / f"distribution_{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
@@ -170,6 +172,8 @@ def train(settings):
     rank = trainer.accelerator.process_index
     prm = trainer.implicit_prm
     parts = {"policy": trainer.model, "prm": prm.model, "reference": prm.reference}
+    if trainer.value_learner is not None:
+        parts["value"] = trainer.value_learner.value_model.model
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(
         {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"result_{rank}.pt"

@@ -92,6 +92,7 @@ def check_before_loading(
             "path."
         )
     _check_models(grpo, prm_model, prm_peft_config)
+    _check_value_model(grpo, reward_combination)
     _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
     _check_tokenizers(grpo, prm_model)
     _check_train_dataset(grpo)
@@ -127,6 +128,38 @@ def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftCon
                 f"{option} is '{name}', which holds an adapter only. Load it with its base: pass "
                 "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)."
             )
+
+
+def _check_value_model(grpo: dict[str, Any], reward_combination: Any) -> None:
+    """Refuse what an estimator with a value model does not go with."""
+    args = grpo["args"]
+    if not args.needs_value_model:
+        return
+    estimator = f"advantage_estimator={args.advantage_estimator!r}"
+    if reward_combination is not None:
+        raise ValueError(
+            f"{estimator} does not go with reward_combination: the value model learns the returns of the rewards as configured, and "
+            "not of what a hook makes of them. Leave the hook out, or use another estimator, such as 'rloo'."
+        )
+    if args.deepspeed_plugin:
+        raise NotImplementedError(
+            f"{estimator} does not run with DeepSpeed: a value model beside policy and PRM would be a third engine, which was "
+            "never tried. Use DDP or FSDP2, or another estimator, such as 'rloo'."
+        )
+    policy_config = _policy_adapter(grpo)
+    if policy_config is not None and policy_config.is_prompt_learning:
+        raise ValueError(
+            f"{estimator} does not go with a {type(policy_config).__name__}: the value model is an adapter of the policy's kind, and "
+            "with virtual tokens it would not start from the policy's base. Use an adapter of the weights, such as LoraConfig."
+        )
+
+
+def _policy_adapter(grpo: dict[str, Any]) -> PeftConfig | None:
+    """The settings of the policy's adapter, if it has one."""
+    policy = grpo["model"]
+    if grpo.get("peft_config") is None and isinstance(policy, PeftModel):
+        return policy.active_peft_config
+    return grpo.get("peft_config")
 
 
 def _check_tokenizers(grpo: dict[str, Any], prm_model: Any) -> None:
@@ -272,9 +305,7 @@ def _check_prm_is_trainable(grpo: dict[str, Any], prm_model: Any, prm_peft_confi
             quantized |= isinstance(policy, str) and grpo.get("quantization_config") is not None
         if quantized and not is_saved_prm(prm_model):
             raise ValueError(QUANTIZED)
-    policy_config = grpo.get("peft_config")
-    if policy_config is None and isinstance(policy, PeftModel):
-        policy_config = policy.active_peft_config
+    policy_config = _policy_adapter(grpo)
     if policy_config is not None and policy_config.is_prompt_learning and args.prm_reference == "policy":
         raise ValueError(
             f"prm_reference='policy' does not go with a {type(policy_config).__name__}: the PRM starts without the policy's virtual "

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
+    from .advantages import RolloutRewards
+
 logger = logging.get_logger(__name__)
 
 
@@ -93,6 +95,28 @@ class Rollouts:
             rows=rows,
             generated_outcomes=outcomes,
         )
+
+    def shown_to_hook(
+        self, rewards: RolloutRewards, logs: dict[str, Any], accelerator: Accelerator, pad_token_id: int
+    ) -> RolloutRewards:
+        """
+        Rewards with what only a hook needs: the rollouts as ids, and as TRL has just logged them.
+
+        Args:
+            rewards ([`~trl_prime.advantages.RolloutRewards`]): Of these rows.
+            logs (`dict`): What TRL makes the completions table of.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+            pad_token_id (`int`): Fills up token ids.
+
+        Returns:
+            [`~trl_prime.advantages.RolloutRewards`]
+        """
+        texts, num_generated = {}, len(self.generated_outcomes)
+        for column in ("prompt", "completion"):
+            logged = list(logs[column])[-num_generated:]
+            texts[f"{column}s"] = [logged[row] for row in self.rows.tolist()]
+        ids = gather_padded(self.output["completion_ids"], accelerator, pad_token_id)
+        return dataclasses.replace(rewards, completion_ids=ids, **texts)
 
     def table_columns(
         self, token_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator

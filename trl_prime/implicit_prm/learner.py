@@ -17,12 +17,13 @@ from ..process_rewards import implicit_process_rewards
 from ..processes import local_rows, masked_mean
 from ..rollouts import policy_mask
 from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
-from .backends import DataParallel, make_backend
+from .backends import DataParallel
 from .batch import PRMBatch
-from .files import load_prm_state, save_prm, save_prm_state, saved_weights
+from .files import save_prm, saved_weights
 from .logps import batch_completion_logps
 from .losses import group_rows, label_log_odds, outcome_scores
 from .precision import PrecisionProbe
+from .second_model import SecondModelLearner
 from .trunk import SharedTrunk, TrunkStates, fits_in_memory, shared_trunk
 from .trust import Trust
 from .updater import PRMUpdater
@@ -54,7 +55,7 @@ class PRMScores:
     metrics: dict[str, float]
 
 
-class PRMLearner:
+class PRMLearner(SecondModelLearner):
     """
     An implicit PRM with its optimizer, replay and trust.
 
@@ -64,24 +65,16 @@ class PRMLearner:
         args ([`PRIMEConfig`]): The `prm_*` fields are read.
     """
 
+    name = "prm"
+    updater: PRMUpdater | None
+
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator, args: PRIMEConfig):
+        super().__init__(prm, accelerator, args)
         self.prm = prm
-        self.accelerator = accelerator
-        self.args = args
-        self.backend = make_backend(prm, accelerator)
-        self.updater: PRMUpdater | None = None
         self.trust = Trust()
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
         self.trunk: SharedTrunk | None = None
-        self._is_placed = self._is_checked = self._is_compared = False
-
-    # --- Placing and starting ---
-
-    def place(self) -> None:
-        """Bring PRM and reference to where they compute, once. The policy is distributed first."""
-        if not self._is_placed:
-            self.backend.place()
-            self._is_placed = True
+        self._is_checked = self._is_compared = False
 
     def start(self, num_rollout_batches: int, measure_every: int = 1) -> None:
         """
@@ -281,14 +274,7 @@ class PRMLearner:
 
     def save_state(self, checkpoint: str, should_save: bool) -> None:
         """Save in a checkpoint what [`PRMLearner.load`] needs beside the PRM itself; all processes call this."""
-        state = {"wins": self.trust.wins, "pairs": self.trust.pairs, "updater": None}
-        if self.updater is not None:
-            state["updater"] = self.updater.state_dict()
-            if not self.backend.optimizer_is_sharded:
-                state["optimizer"] = state["updater"].pop("optimizer")
-        save_prm_state(checkpoint, state, self.accelerator, should_save)
-        if self.updater is not None:
-            self.backend.save_checkpoint(checkpoint)
+        self._save_state(checkpoint, should_save, wins=self.trust.wins, pairs=self.trust.pairs)
 
     def load_weights(self, checkpoint: str) -> None:
         """Load the PRM's weights from a checkpoint of this run or of one like it."""
@@ -298,13 +284,9 @@ class PRMLearner:
     def load(self, checkpoint: str) -> None:
         """Load weights, optimizer, schedule, replay and trust; the learner has been started."""
         self.load_weights(checkpoint)
-        has_shared_optimizer = self.updater is not None and not self.backend.optimizer_is_sharded
-        state = load_prm_state(checkpoint, self.accelerator, has_shared_optimizer)
+        state = self._load_state(checkpoint)
         self.trust = Trust(state["wins"], state["pairs"])
         if self.updater is not None:
-            if has_shared_optimizer:
-                state["updater"]["optimizer"] = state["optimizer"]
-            self.updater.load_state_dict(state["updater"])
             self._restore_trunk_states(self.updater.replay)
 
     def _restore_trunk_states(self, replay: deque[PRMBatch]) -> None:

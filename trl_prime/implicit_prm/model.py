@@ -43,7 +43,7 @@ from .copies import (
 )
 from .files import CONFIG_NAME, local_folder, name_base, saved_prm_card
 from .loading import load_adapter, load_model
-from .logps import batch_completion_logps, check_scoring, unwrapped
+from .logps import batch_completion_logps, check_scoring, evaluating, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -477,12 +477,8 @@ class ImplicitPRM:
     @torch.no_grad()
     def check_scoring(self) -> None:
         """Raise unless the model's log-probabilities are independent of padding, see [`~trl_prime.implicit_prm.logps.check_scoring`]."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             check_scoring(self.model)
-        finally:
-            self.model.train(was_training)
 
     def log_probs(self, *batch: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """
