@@ -49,8 +49,6 @@ _REWARD_KWARGS = {
     "environments",
     "self",
 }
-# TRL adds these to rollouts with images, beside keys that begin with pixel_ or image_
-_VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
 # What has been said of batches that teach nothing, once in a process
 _IDLE_BATCHES: set[str] = set()
 
@@ -319,21 +317,6 @@ def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedT
         f"The PRM's tokenizer differs from the policy's: {len(different)} of {len(ours)} tokens have another id or none, "
         f"{different[0]!r} first. The PRM reads the policy's token ids, so use one of the same model family."
     )
-
-
-def check_text_only(output: dict[str, Any]) -> None:
-    """Refuse rollouts with pictures: the policy would see them, and PRM and reference would not."""
-    found = [
-        key
-        for key, value in output.items()
-        if value is not None and (key in _VISION_KEYS or key.startswith(("pixel_", "image_")))
-    ]
-    if found:
-        raise NotImplementedError(
-            f"The rollouts hold images ({', '.join(sorted(found))}), which the policy sees, but the implicit PRM and its "
-            "reference score text only so far. Take the images out of the data set: columns 'image' and 'images', and "
-            "blocks of type 'image' in the prompts. A multimodal model can be trained on text."
-        )
 
 
 # --- While a step is made ---

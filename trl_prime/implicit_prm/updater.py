@@ -134,7 +134,7 @@ class PRMUpdater:
                 results.append(result)
                 seen_logps[-1] += logps
         if self.replay.maxlen:
-            self.replay.append(batch)
+            self.replay.append(batch.for_replay())
         made = [result for result in results if result is not None]
         loss, grad_norm = torch.tensor(made).mean(0).tolist() if made else (float("nan"), float("nan"))
         metrics = {
@@ -255,9 +255,5 @@ class PRMUpdater:
         self.backend.load_optimizer_state(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.replay.clear()
-        device = self.accelerator.device
-        for fields in state["replay"]:
-            self.replay.append(
-                PRMBatch(**{name: value if value is None else value.to(device) for name, value in fields.items()})
-            )
+        self.replay.extend(PRMBatch.from_saved(fields, self.accelerator.device) for fields in state["replay"])
         self.skipped_steps, self.intercept = state["skipped_steps"], state["intercept"]
