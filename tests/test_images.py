@@ -1,16 +1,33 @@
 """Images reach PRM and reference: each row its own, wherever rows go, and as the policy saw them."""
 
+import logging
+import math
+import operator
+import re
+
 import pytest
 import torch
+from conftest import build_model, distance, logged, row_rewards, same, weights
+from datasets import Dataset
+from helpers import lora, make_trained
+from peft import get_peft_model
+from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 from vision import CLASSES, build_vision_model, picture
 
+from trl_prime import ImplicitPRM, PRIMETrainer, images
 from trl_prime.images import IMAGES, RowImages, images_by_row, in_trl_form, without_empty_images
+from trl_prime.implicit_prm.adapters import below_last_layers
+from trl_prime.implicit_prm.backends import DataParallel
 from trl_prime.implicit_prm.logps import batch_completion_logps, completion_logps, fuse_lm_head
+from trl_prime.implicit_prm.trunk import TrunkStates, shared_trunk
+from trl_prime.texts import encode_prompt
 
 # Images of different sizes, several in a row, none, and the same question with others
 PICTURES = ([(16, 24)], [(8, 8), (16, 16)], [], [(32, 16)], [(16, 16)], [], [(24, 32), (8, 16)])
+# One model of each layout of images
+LAYOUTS = ("qwen3-vl", "gemma3", "smolvlm")
 QUESTIONS = ("abc", "what is it", "1+1=", "a", "what is it", "ba", "1+2=")
 
 
@@ -89,8 +106,8 @@ def test_log_probs_of_rows_are_those_of_a_plain_pass_with_their_images(case, hea
     shown = inputs[4].is_shown
     assert shown.tolist() == [bool(sizes) for sizes in PICTURES]
     negatives = [{**row, "pixel_values": -row["pixel_values"]} for row in inputs[4].rows]
-    for images in (None, RowImages(negatives)):
-        logps = batch_completion_logps(model, *inputs[:4], 3, images)
+    for others in (None, RowImages(negatives)):
+        logps = batch_completion_logps(model, *inputs[:4], 3, others)
         torch.testing.assert_close(logps[~shown], expected[~shown], atol=1e-4, rtol=0)
         assert (logps - expected).abs().amax(1)[shown].min() > 1e-3
 
@@ -168,3 +185,286 @@ def test_completions_of_one_prompt_share_their_images():
         # A copy holds nothing of the batch that it comes from
         own = all(row["pixel_values"].untyped_storage().nbytes() == row["pixel_values"].nbytes for row in kept.rows)
         assert own is (kept is not images)
+
+
+# --- The trunk ---
+
+
+def adapted(name):
+    model, processor = build_vision_model(name)
+    adapter = lora(layers_to_transform=[2])  # the vision towers have two layers
+    prm = ImplicitPRM.from_model(model, processor.tokenizer, peft_config=adapter, micro_batch_size=3)
+    make_trained(prm.model)
+    return prm, inputs_of(example(processor)[0])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_skipped_trunk_does_not_change_what_is_seen(name):
+    prm, inputs = adapted(name)
+    trunk = shared_trunk(prm, tuple(values[:3] for values in inputs))
+    assert len(trunk.layers) == 2
+    plain, reference = prm.log_probs(*inputs), prm.reference_log_probs(*inputs)
+    assert (plain - reference).abs().max() > 1e-3
+    states = TrunkStates(trunk, inputs[1], inputs[3])
+    prm.reference_log_probs(*inputs, around=states.keep)
+    torch.testing.assert_close(prm.log_probs(*inputs, around=states.use), plain, atol=1e-5, rtol=0)
+
+
+def test_a_trunk_that_may_be_skipped_for_text_only_is_not(train_shown, monkeypatch, caplog):
+    """A last layer that looks back at the first one where the model sees an image."""
+    logging.getLogger("transformers").propagate = True
+    build = PRIMETrainer._build_prm
+
+    def build_looking_back(*args):
+        prm = build(*args)
+        for model in (prm.model.get_base_model(), prm.reference):
+            kept = []
+            layers = model.model.language_model.layers
+            model.model.visual.register_forward_hook(lambda *_, kept=kept: kept.append(None))
+            layers[0].register_forward_hook(lambda m, a, output, kept=kept: kept.append(output) if kept else None)
+            layers[2].register_forward_hook(
+                lambda m, a, output, kept=kept: (output + kept.pop(), kept.clear())[0] if kept else None
+            )
+        return prm
+
+    settings = {"prm_peft_config": lora(layers_to_transform=[2]), "prm_learning_rate": 0.1}
+    assert train_shown("qwen2.5-vl", **settings).prm_learner.trunk is not None
+    monkeypatch.setattr(PRIMETrainer, "_build_prm", build_looking_back)
+    trainer = train_shown("qwen2.5-vl", **settings)
+    assert trainer.prm_learner.trunk is None and "log-probabilities that differ by" in caplog.text
+
+
+def test_an_adapter_of_the_last_layers_leaves_the_vision_tower_out():
+    for name in CLASSES:
+        model, _ = build_vision_model(name)
+        targets = {"target_modules": "all-linear", "exclude_modules": below_last_layers(model.config, 1)}
+        adapted = get_peft_model(model, lora(**targets))
+        places = [name for name, p in adapted.named_parameters() if p.requires_grad]
+        assert places and all(re.search(r"\.(language|text)_model\.layers\.2\.", place) for place in places), places
+
+
+# --- In a run ---
+
+RUN = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "num_generations": 2,
+    "max_completion_length": 6,
+    # Every other group passes the filter: two rounds of six groups for four
+    "reward_funcs": row_rewards((1.0, 0.0, 0.0, 0.0)),
+    "oversample_factor": 1.5,
+    "filter_max_rounds": 2,
+    "accuracy_low": 0.2,
+    "accuracy_high": 0.8,
+    "prm_micro_batch_size": 3,
+    "prm_learning_rate": 0.01,
+}
+NUM_ROWS = 40
+
+
+def shown(i):
+    """The images of a row of the data set: up to two, of several sizes."""
+    return [picture(10 * i + j, 8 * (1 + i % 3), 16) for j in range(i % 3)]
+
+
+@pytest.fixture
+def train_shown(train):
+    """A run on a data set with and without images in its rows."""
+
+    def run(name="qwen2.5-vl", *args, **settings):
+        model, processor = build_vision_model(name)
+        rows = [{"prompt": [{"role": "user", "content": f"{i}+"}], "images": shown(i)} for i in range(NUM_ROWS)]
+        settings = {"model": model, "processing_class": processor, **RUN, **settings}
+        return train(*args, train_dataset=Dataset.from_list(rows), **settings)
+
+    return run
+
+
+def alone_of(processor, output):
+    """What the processor makes of each row's prompt, by the row of the data set that its text names."""
+    found = []
+    for ids in output["prompt_ids"]:
+        number = int(re.search(r"(\d+)\+\n", processor.tokenizer.decode(ids))[1])
+        messages = prepare_multimodal_messages([{"role": "user", "content": f"{number}+"}], images=shown(number))
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        found.append(processor(images=[shown(number)] if number % 3 else None, text=[text], return_tensors="pt"))
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_keep_their_images_through_filter_rounds_and_replay(train_shown, updates, name):
+    trainer = train_shown(name, prm_replay_batches=1)
+    assert logged(trainer, "filter/rounds") == [2, 2] and len(trainer.outputs) == len(updates) == 2
+    model, processor = build_vision_model(name)
+    kinds = set()
+    for output, batch in zip(trainer.outputs, updates, strict=True):
+        alone = alone_of(processor, output)
+        kinds |= {"pixel_values" in inputs for inputs in alone}
+        expected = slow_logps(model, output, alone)
+        # The reference is the model as it was at the start; rows that are not trained on are not scored
+        rows = batch.has_tokens
+        assert rows.any()
+        torch.testing.assert_close(batch.ref_logps[rows], expected[rows], atol=1e-4, rtol=0)
+        # What the policy is trained on
+        images = images_by_row(output)[IMAGES]
+        for row, inputs in zip(images.rows, alone, strict=True):
+            single = RowImages([row]).inputs(torch.ones_like(inputs["input_ids"]), torch.zeros(1, 0))
+            for key, value in single.items():
+                assert torch.equal(value, inputs.get(key, torch.zeros_like(value))), key
+            assert ("pixel_values" in single) == ("pixel_values" in inputs)
+    assert kinds == {True, False}
+    (replayed,) = trainer.prm_learner.updater.replay
+    batch = updates[-1]
+    for row, expected in zip(replayed.images.rows, batch.images.rows, strict=True):
+        same_inputs(row, expected)
+        pixels = row.get("pixel_values", torch.zeros(0))
+        assert pixels.device.type == "cpu" and pixels.untyped_storage().nbytes() == pixels.nbytes
+    assert logged(trainer, "prm/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(math.isfinite(value) for name in ("loss", "prm/grad_norm") for value in logged(trainer, name))
+    assert distance(weights(trainer.implicit_prm.model), weights(model)) > 1e-3
+
+
+def test_the_policy_loss_reads_each_row_with_its_images(train_shown, monkeypatch):
+    """By log-probabilities of the very micro-batches that TRL cuts and shuffles."""
+    seen = []
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", _recorded(seen))
+    trainer = train_shown(max_steps=1)
+    model, processor = build_vision_model("qwen2.5-vl")
+    assert len(seen) == 4
+    for ids, mask, num_tokens, logps in seen:
+        output = {
+            "prompt_ids": ids[:, :-num_tokens],
+            "completion_ids": ids[:, -num_tokens:],
+            "completion_mask": mask[:, -num_tokens:],
+        }
+        expected = slow_logps(model, output, alone_of(processor, output))
+        torch.testing.assert_close(logps * output["completion_mask"], expected, atol=1e-4, rtol=0)
+    assert trainer.state.global_step == 1
+
+
+def _recorded(seen):
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        seen.append((input_ids, attention_mask, logits_to_keep, result[0].detach()))
+        return result
+
+    return logps
+
+
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_a_resumed_run_goes_on_with_the_images_of_replayed_batches(train_shown, tmp_path, kind):
+    settings = {"prm_replay_batches": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    if kind == "adapters":
+        settings |= {"peft_config": lora(), "prm_peft_config": lora(layers_to_transform=[2])}
+    whole = train_shown("qwen3-vl", **settings)
+    resumed = train_shown("qwen3-vl", str(tmp_path / "run" / "checkpoint-2"), **settings)
+    assert all((trainer.prm_learner.trunk is not None) is (kind == "adapters") for trainer in (whole, resumed))
+    for part in ("model", "implicit_prm.model"):
+        first, second = (weights(operator.attrgetter(part)(trainer)) for trainer in (whole, resumed))
+        assert same(first, second)
+    assert logged(whole, "prm/loss") == logged(resumed, "prm/loss")
+
+
+# --- Scores of messages with images ---
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_scores_of_messages_with_images_are_those_of_the_trainer(train_shown, updates, name):
+    trainer = train_shown(name, max_steps=1, prm_update="none")
+    (output,), prm = trainer.outputs, trainer.implicit_prm
+    make_different(prm.model)
+    inputs = inputs_of(output)
+    prm_logps, ref_logps = prm.log_probs(*inputs), prm.reference_log_probs(*inputs)
+    decode = prm.tokenizer.decode
+    numbers = [int(re.search(r"(\d+)\+\n", decode(ids))[1]) for ids in output["prompt_ids"]]
+    completions, truncated = [], []
+    for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True):
+        ids = ids[mask.bool()].tolist()
+        truncated.append(ids[-1] != prm.tokenizer.eos_token_id)
+        completions.append(decode(ids if truncated[-1] else ids[:-1]))
+    plain = [[{"role": "user", "content": f"{number}+"}] for number in numbers]
+    blocks = [prepare_multimodal_messages(m, images=shown(n)) for m, n in zip(plain, numbers, strict=True)]
+    by_argument = prm.score(plain, completions, truncated, images=[shown(number) or None for number in numbers])
+    for scored in (by_argument, prm.score(blocks, completions, truncated)):
+        for row, score in enumerate(scored):
+            num_tokens = int(output["completion_mask"][row].sum())
+            if len(score.tokens) == num_tokens:  # what was sampled need not be what the tokenizer makes of its text
+                torch.testing.assert_close(score.prm_logps, prm_logps[row, :num_tokens], atol=1e-4, rtol=0)
+                torch.testing.assert_close(score.ref_logps, ref_logps[row, :num_tokens], atol=1e-4, rtol=0)
+    assert max(abs(score.reward) for score in by_argument) > 1e-2
+    blind = prm.score(plain, completions, truncated)
+    changed = [abs(a.reward - b.reward) > 1e-5 for a, b in zip(by_argument, blind, strict=True)]
+    assert changed == [number % 3 > 0 for number in numbers]
+
+
+def make_different(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_saved_prm_has_its_processor(tmp_path):
+    model, processor = build_vision_model("idefics3")
+    prm = ImplicitPRM.from_model(model, processor.tokenizer, processor=processor)
+    make_different(prm.model)
+    prm.save_pretrained(tmp_path)
+    loaded = ImplicitPRM.from_pretrained(tmp_path)
+    assert type(loaded.processor) is type(processor)
+    prompt = prepare_multimodal_messages([{"role": "user", "content": "1+"}], images=[picture(0, 16, 24)])
+    (expected,), (score,) = (which.score([prompt], ["12"]) for which in (prm, loaded))
+    torch.testing.assert_close(score.token_rewards, expected.token_rewards)
+    assert abs(score.reward - prm.score([[{"role": "user", "content": "1+"}]], ["12"])[0].reward) > 1e-4
+
+
+# --- What is refused ---
+
+
+def test_images_that_cannot_be_read_are_refused():
+    model, processor = build_vision_model("gemma3")
+    prm = ImplicitPRM.from_model(model, processor.tokenizer)
+    message = [{"role": "user", "content": "1+"}]
+    with pytest.raises(ValueError, match="has no processor"):
+        prm.score([message], ["2"], images=[[picture(0)]])
+    with pytest.raises(ValueError, match="messages"):
+        prm.score(["1+"], ["2"], images=[[picture(0)]])
+    with pytest.raises(ValueError, match="1 completions and 2 lists of `images`"):
+        prm.score([message], ["2"], images=[[picture(0)], None])
+    with pytest.raises(ValueError, match="text only is read here"):
+        encode_prompt(prm.tokenizer, prepare_multimodal_messages(message, images=[picture(0)]), prm.text_format)
+
+
+def test_a_prm_that_sees_nothing_is_refused(train_shown):
+    _, processor = build_vision_model("qwen2.5-vl")
+    blind = build_model(vocab_size=len(processor.tokenizer))
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM, the implicit PRM or its reference, reads text only"):
+        train_shown(prm_model=blind)
+
+
+def test_rows_without_images_beside_others_are_refused_where_the_vision_tower_is_sharded(train_shown, monkeypatch):
+    monkeypatch.setattr(DataParallel, "forward_is_collective", True)
+    with pytest.raises(NotImplementedError, match=r"of 8 rows of a batch have images, and FSDP2 or ZeRO-3"):
+        train_shown(max_steps=4)
+
+
+def test_images_of_an_unknown_kind_are_refused(rollouts):
+    with pytest.raises(NotImplementedError, match=r"have \['pixel_values_videos'\]"):
+        images_by_row({**rollouts, "pixel_values_videos": torch.zeros(3)})
+
+
+def test_what_an_older_trl_cuts_wrongly_is_refused(rollouts, monkeypatch):
+    """TRL before 1.16 knows grids, and tensors of one entry a row."""
+    knows_grid = lambda batch: split_pixel_values_by_grid(batch) if "image_grid_thw" in batch else batch  # noqa: E731
+    expected = images_by_row(rollouts)[IMAGES]
+    monkeypatch.setattr(images, "split_pixel_values_by_grid", knows_grid)
+    if "image_grid_thw" in rollouts or rollouts["pixel_values"].ndim == 5:
+        for row, other in zip(images_by_row(rollouts)[IMAGES].rows, expected.rows, strict=True):
+            same_inputs(row, other)
+        return
+    with pytest.raises(NotImplementedError, match=r"\[1, 2, 0, 1, 1, 0, 2\] images"):
+        images_by_row(rollouts)
+    one_each = {name: value[:7] for name, value in rollouts.items()} | {"num_images": [1] * 7}
+    for row, pixels in zip(images_by_row(one_each)[IMAGES].rows, rollouts["pixel_values"], strict=True):
+        assert torch.equal(row["pixel_values"], pixels[None])
