@@ -17,11 +17,16 @@ from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, uns
 from vision import CLASSES, build_vision_model, picture
 
 from trl_prime import ImplicitPRM, PRIMETrainer, images
+from trl_prime.cli import main
+from trl_prime.commands import launching
+from trl_prime.data.adapters import adapt_dataset
+from trl_prime.data.formats import PROMPT_FEATURES, PROMPT_SUFFIXES
 from trl_prime.images import IMAGES, RowImages, images_by_row, in_trl_form, without_empty_images
 from trl_prime.implicit_prm.adapters import below_last_layers
 from trl_prime.implicit_prm.backends import DataParallel
 from trl_prime.implicit_prm.logps import batch_completion_logps, completion_logps, fuse_lm_head
 from trl_prime.implicit_prm.trunk import TrunkStates, shared_trunk
+from trl_prime.offline_prm.data import load_outcome_dataset
 from trl_prime.texts import encode_prompt
 
 # Images of different sizes, several in a row, none, and the same question with others
@@ -417,6 +422,46 @@ def test_a_saved_prm_has_its_processor(tmp_path):
     (expected,), (score,) = (which.score([prompt], ["12"]) for which in (prm, loaded))
     torch.testing.assert_close(score.token_rewards, expected.token_rewards)
     assert abs(score.reward - prm.score([[{"role": "user", "content": "1+"}]], ["12"])[0].reward) > 1e-4
+
+
+# --- Data sets ---
+
+
+def problems(**columns):
+    rows = [{"problem": f"<image>{i}+1 <image>", "answer": str(i + 1), **columns} for i in range(6)]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_images_stay_beside_adapted_problems(streaming):
+    shown = [picture(0), picture(1, 8, 24)]
+    data = problems(images=shown)
+    adapted = adapt_dataset(
+        data.to_iterable_dataset() if streaming else data,
+        "question_answer",
+        system_prompt="count",
+        prompt_suffix="math",
+    )
+    row = next(iter(adapted))
+    assert [image.tobytes() for image in row["images"]] == [image.tobytes() for image in shown]
+    assert [message["content"] for message in row["prompt"]] == ["count", f"0+1\n\n{PROMPT_SUFFIXES['math']}"]
+    assert set(row) == {*PROMPT_FEATURES, "images"} and row["solution"] == "1"
+    # Without images a mark is text like any other
+    assert next(iter(adapt_dataset(problems(), "question_answer")))["prompt"][0]["content"] == "<image>0+1 <image>"
+
+
+def test_data_with_images_is_refused_where_text_only_is_read(model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(launching._LAUNCHED, "1")
+    problems(image=picture(0)).save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--dataset_format", "question_answer"]
+    model = ["--model_name_or_path", model_path]
+    assert main(["eval", *model, *flags]) == 2
+    assert "images in its column 'image', but trl-prime eval reads text only" in capsys.readouterr().err
+    run = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    assert main(["train", *model, *flags, *run, "--eval_split_size", "2"]) == 2
+    assert "(eval_split_size) reads text only. Leave it out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a PRM that is trained offline reads text only"):
+        load_outcome_dataset(str(tmp_path / "data"))
 
 
 # --- What is refused ---
