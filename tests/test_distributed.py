@@ -15,7 +15,6 @@ import yaml
 from conftest import build_model
 from helpers import assert_close, launch, results
 from packaging.version import Version
-from vision import build_vision_model
 
 import trl_prime
 from trl_prime import ImplicitPRM
@@ -109,11 +108,12 @@ CASES = {
         },
     ),
     "from a folder": (8, {"model": "a folder"}),
-    # Rows of two rounds, some of which change their process with their images
+    # Some of the rows that pass the filter change their process, with their images
     "images": (
         8,
         {
             "model": "images",
+            "lora": "policy prm",
             "accuracy_low": 0.3,
             "accuracy_high": 0.7,
             "oversample_factor": 2,
@@ -194,13 +194,8 @@ def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_pr
         pytest.skip("refused by PRIMETrainer")
     (alone,), (first, second) = results(one_process / case, 1), results(two_processes / case, 2)
     assert_close(first, second, atol=0)
-    if case == "images":
-        # A few weights of the policy have gradients of rounding size, which Adam scales up to whole steps
-        weights, expected = (torch.cat([w.flatten() for w in run.pop("policy").values()]) for run in (first, alone))
-        assert ((weights - expected).abs() > 5e-5).float().mean() < 2e-3
     assert_close(first, alone, atol=5e-5)
-    model = build_vision_model("qwen3-vl")[0] if case == "images" else build_model(7, scale=4.0)
-    start = dict(model.named_parameters())
+    start = dict(build_model(7, scale=4.0).named_parameters())
     moved = [(tensor - start.get(name, 0)).abs().max() for name, tensor in alone["prm"].items() if name in start]
     moved += [tensor.abs().max() for name, tensor in alone["prm"].items() if "lora_B" in name]
     assert max(moved) > 1e-3  # far above the tolerance between the processes: something was trained

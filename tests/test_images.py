@@ -1,5 +1,6 @@
 """Images reach PRM and reference: each row its own, wherever rows go, and as the policy saw them."""
 
+import functools
 import logging
 import math
 import operator
@@ -7,6 +8,7 @@ import re
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import build_model, distance, logged, row_rewards, same, weights
 from datasets import Dataset
 from helpers import lora, make_trained
@@ -17,6 +19,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, uns
 from vision import CLASSES, build_vision_model, picture
 
 from trl_prime import ImplicitPRM, PRIMETrainer, images
+from trl_prime.checks import check_sharded_heads
 from trl_prime.cli import main
 from trl_prime.commands import launching
 from trl_prime.data.adapters import adapt_dataset
@@ -492,6 +495,22 @@ def test_rows_without_images_beside_others_are_refused_where_the_vision_tower_is
     monkeypatch.setattr(DataParallel, "forward_is_collective", True)
     with pytest.raises(NotImplementedError, match=r"of 8 rows of a batch have images, and FSDP2 or ZeRO-3"):
         train_shown(max_steps=4)
+
+
+def test_a_head_that_fsdp2_would_not_exchange_is_refused():
+    """`distributed_run.py` has shown gradient norms of 1.47 on one process and 1.62 on two."""
+    pytest.importorskip("trl", "1.16")
+    whole, adapter = build_vision_model("qwen3-vl")[0], get_peft_model(build_vision_model("qwen3-vl")[0], lora())
+    fused = build_vision_model("qwen3-vl")[0]
+    fuse_lm_head(fused)
+    check = functools.partial(check_sharded_heads, distributed_type=DistributedType.FSDP)
+    check(adapter, whole)
+    check(build_model(), build_model())
+    check_sharded_heads(whole, fused, DistributedType.MULTI_GPU)
+    with pytest.raises(NotImplementedError, match="The policy, a Qwen3VLForConditionalGeneration"):
+        check(whole, adapter)
+    with pytest.raises(NotImplementedError, match="The implicit PRM, a Qwen3VL"):
+        check(adapter, fused)
 
 
 def test_images_of_an_unknown_kind_are_refused(rollouts):

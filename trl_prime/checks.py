@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
@@ -27,6 +28,7 @@ from trl import GRPOTrainer
 from .implicit_prm import ImplicitPRM
 from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
 from .implicit_prm.files import is_adapter, is_saved_prm
+from .implicit_prm.logps import FUSED_LM_HEAD, add_fused_lm_head, unwrapped
 from .policy_loss import vary_within_rows
 from .prime_config import PRIMEConfig
 from .specs import nearest
@@ -224,6 +226,33 @@ def warn_of_uneven_saving(args: PRIMEConfig) -> None:
             f"micro-batches, a step has {args.gradient_accumulation_steps}): a run resumed from such a checkpoint generates "
             "anew and will not repeat the one that was stopped to the bit."
         )
+
+
+def check_sharded_heads(policy: torch.nn.Module, prm: torch.nn.Module, distributed_type: DistributedType) -> None:
+    """
+    Refuse a trained head whose gradient would be that of one process: FSDP2 shards the head of a vision-language model by itself, and
+    TRL's fused head reads its weights past FSDP2.
+
+    Args:
+        policy, prm (`nn.Module`): What is trained, before it is sharded.
+        distributed_type ([`~accelerate.utils.DistributedType`]): How it will be.
+
+    Raises:
+        NotImplementedError: Policy or PRM trains such a head.
+    """
+    if distributed_type != DistributedType.FSDP:
+        return
+    for name, model, is_fused in (
+        ("policy", unwrapped(policy), add_fused_lm_head is not None),
+        ("implicit PRM", unwrapped(prm), FUSED_LM_HEAD in vars(unwrapped(prm))),
+    ):
+        sees_images = model.config.get_text_config() is not model.config
+        if sees_images and is_fused and any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+            raise NotImplementedError(
+                f"The {name}, a {type(model).__name__}, is a vision-language model whose head is trained under FSDP2, where each process "
+                "would follow its own rows' gradient of the head. Use ddp, or adapters that leave the head alone "
+                "(peft_config, prm_peft_config; use_peft and prm_use_peft in a recipe)."
+            )
 
 
 def check_prm_label(prm_label: str, reward_func_names: list[str]) -> None:

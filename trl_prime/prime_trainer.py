@@ -37,6 +37,7 @@ from .checks import (
     check_grad_norm,
     check_loss,
     check_prm_label,
+    check_sharded_heads,
     check_trained,
     checked_combination,
     checked_reward_func,
@@ -154,6 +155,7 @@ class PRIMETrainer(GRPOTrainer):
             self.rollout_func = checked_rollout_func(self.rollout_func)
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_prm(prm_model, prm_peft_config, grpo["model"])
+        check_sharded_heads(self.model, self.implicit_prm.model, self.accelerator.distributed_type)
         self.prm_learner = PRMLearner(self.implicit_prm, self.accelerator, args)
         self._prm_is_started = False  # whether the learner has the schedule of the present `train()`
         self._rewards_per_func: torch.Tensor | None = None
