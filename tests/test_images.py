@@ -22,6 +22,7 @@ from trl_prime import ImplicitPRM, PRIMETrainer, images
 from trl_prime.checks import check_sharded_heads
 from trl_prime.cli import main
 from trl_prime.commands import launching
+from trl_prime.commands.score import read_rows
 from trl_prime.data.adapters import adapt_dataset
 from trl_prime.data.formats import PROMPT_FEATURES, PROMPT_SUFFIXES
 from trl_prime.images import IMAGES, RowImages, images_by_row, in_trl_form, without_empty_images
@@ -463,6 +464,9 @@ def test_data_with_images_is_refused_where_text_only_is_read(model_path, tmp_pat
     run = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
     assert main(["train", *model, *flags, *run, "--eval_split_size", "2"]) == 2
     assert "(eval_split_size) reads text only. Leave it out" in capsys.readouterr().err
+    (tmp_path / "samples.jsonl").write_text('{"prompt": "1+", "completion": "2", "images": ["a.png"]}\n')
+    with pytest.raises(ValueError, match="Line 1 .* has images, but trl-prime score reads text only"):
+        read_rows(str(tmp_path / "samples.jsonl"))
     with pytest.raises(ValueError, match="a PRM that is trained offline reads text only"):
         load_outcome_dataset(str(tmp_path / "data"))
 
