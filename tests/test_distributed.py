@@ -122,6 +122,20 @@ CASES = {
         },
     ),
     "values by an adapter": (8, {"advantage_estimator": "gae", "value_learning_rate": 1e-2, "lora": "policy prm"}),
+    # Some of the rows that pass the filter change their process, with their images
+    "images": (
+        8,
+        {
+            "model": "images",
+            "lora": "policy prm",
+            "accuracy_low": 0.3,
+            "accuracy_high": 0.7,
+            "oversample_factor": 2,
+            "filter_max_rounds": 2,
+            "prm_replay_batches": 1,
+            "prm_micro_batch_size": 3,
+        },
+    ),
 }
 if can_fuse_lm_head(build_model()):  # with TRL from 1.15
     CASES["fused head"] = (8, {"prm_fused_lm_head": True, "lora": "prm", "gradient_accumulation_steps": 2})
@@ -147,7 +161,7 @@ def cases(root, num_processes, model_path, **settings):
             continue  # which is refused
         size = {"per_device_train_batch_size": num_rows // num_processes}
         runs.append({"output_dir": str(root / name), **size, **case, **settings})
-        if "model" in case:
+        if case.get("model") == "a folder":
             runs[-1]["model"] = model_path
     size = {"offline": True, "per_device_train_batch_size": 8 // num_processes}
     return runs + [{"output_dir": str(root / name), **size, **case, **settings} for name, case in OFFLINE.items()]

@@ -1,11 +1,11 @@
 """`PRIMETrainer`: Algorithm 1 of PRIME (arXiv 2502.01456) inside TRL's GRPO step. The only file that touches TRL's private API.
 
 These methods are overridden. The step: `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has
-generated and judged), `_calculate_rewards` (keeps the rewards of each function), `training_step` (starts the PRM). The batch:
-`get_train_dataloader` (oversampling). The policy loss: `_compute_loss` (rows that were left out change neither its scale nor
-its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by completion), `_get_grad_norm` (nothing that is not
-finite reaches the optimizer). The PRM beside the policy in files and on the Hub: `train` and ten methods that save, load and
-push. All else, generation and the policy loss above all, is TRL's.
+generated and judged), `_tokenize_prompts` (prompts without images beside others), `_calculate_rewards` (keeps the rewards of each
+function), `training_step` (starts the PRM). The batch: `get_train_dataloader` (oversampling). The policy loss: `_compute_loss`
+(rows that were left out change neither its scale nor its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by
+completion), `_get_grad_norm` (nothing that is not finite reaches the optimizer). The PRM beside the policy in files and on the Hub:
+`train` and ten methods that save, load and push. All else, generation and the policy loss above all, is TRL's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .checks import (
     check_grad_norm,
     check_loss,
     check_prm_label,
-    check_text_only,
+    check_sharded_heads,
     check_trained,
     checked_combination,
     checked_reward_func,
@@ -45,6 +45,7 @@ from .checks import (
     warn_of_uneven_saving,
 )
 from .hub import PAPER, POLICY_TAGS, add_policy_section, hub_dataset, warn_of_failed_pushes
+from .images import images_by_row, in_trl_form, without_empty_images
 from .implicit_prm.build import build_prm, fuse_lm_heads, kind_of_start, warn_of_rounding
 from .implicit_prm.files import check_loaded_policy, check_states, downloaded_prm, name_base, whole_checkpoint
 from .implicit_prm.learner import PRMLearner, PRMScores
@@ -155,6 +156,7 @@ class PRIMETrainer(GRPOTrainer):
             self.rollout_func = checked_rollout_func(self.rollout_func)
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_prm(prm_model, prm_peft_config, grpo["model"])
+        check_sharded_heads(self.model, self.implicit_prm.model, self.accelerator.distributed_type)
         self.prm_learner = PRMLearner(self.implicit_prm, self.accelerator, args)
         policy = self.accelerator.unwrap_model(self.model)
         self.value_learner = make_value_learner(policy, self._tokenizer, self.accelerator, args)
@@ -184,6 +186,7 @@ class PRIMETrainer(GRPOTrainer):
             micro_batch_size=args.prm_micro_batch_size,
         )
         prm.text_format = self._text_format()
+        prm.processor = self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
         if args.prm_update != "none":
             option = "model_init_kwargs" if start is None else "prm_model_init_kwargs"
             warn_of_rounding(
@@ -238,6 +241,11 @@ class PRIMETrainer(GRPOTrainer):
                 self.value_learner.start(num_rollout_batches)
             self._prm_is_started = True
 
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        # TRL gives processors None for a prompt without images beside others, which they do not take
+        return prompt_ids, images and [shown or [] for shown in images], fields
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
@@ -250,7 +258,7 @@ class PRIMETrainer(GRPOTrainer):
         if not self.model.training:
             output, outcomes, labels, _ = self._generate_round(inputs)
             self._evaluate_prm(output, outcomes, labels)
-            return output
+            return in_trl_form(output)
         rollouts = self._generate_and_filter(inputs)
         # The PRM scores the batch and learns from it
         policy, rows = self.accelerator.unwrap_model(self.model), (rollouts.output, rollouts.labels, rollouts.trains)
@@ -266,13 +274,13 @@ class PRIMETrainer(GRPOTrainer):
         output = self._for_policy_loss(rollouts, advantages)
         if self.log_completions:
             mean_advantages = sequence_advantages(advantages, policy_mask(output)).squeeze(1)
-            self._log_rows(*rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator))
+            columns = rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator)
+            Rollouts.log_rows(self._logs, TABLE_PREFIX, *columns)
         return output
 
     def _generate_round(self, inputs: list[dict[str, Any]]) -> tuple[Any, ...]:
         """This process's rows; `(B,)` outcomes and labels (NaN = not judged) and `(B, F)` rewards of all processes."""
-        output = super()._generate_and_score_completions(inputs)
-        check_text_only(output)
+        output = images_by_row(super()._generate_and_score_completions(inputs))
         log_gold_answers(self._logs, TABLE_PREFIX + "gold", inputs)
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -357,7 +365,7 @@ class PRIMETrainer(GRPOTrainer):
 
     def _for_policy_loss(self, rollouts: Rollouts, advantages: torch.Tensor) -> dict[str, Any]:
         """This process's rows with their advantages, and with what TRL's loss divides by."""
-        output, trains = dict(rollouts.output), rollouts.trains
+        output, trains = in_trl_form(rollouts.output), rollouts.trains
         if not trains.all():
             # `tool_mask` is what TRL leaves out of every term of the loss, of KL and entropy too, while attention still
             # sees the tokens
@@ -382,7 +390,8 @@ class PRIMETrainer(GRPOTrainer):
         prm = self.prm_learner.score(batch, labels, num_generations, self.state.global_step)
         self._log_all("prm", prm.metrics)
         if self.log_completions:
-            self._log_rows(Rollouts.evaluation_columns(output, outcomes, prm.token_rewards, self.accelerator))
+            columns = Rollouts.evaluation_columns(output, outcomes, prm.token_rewards, self.accelerator)
+            Rollouts.log_rows(self._logs, TABLE_PREFIX, columns)
 
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
@@ -391,15 +400,6 @@ class PRIMETrainer(GRPOTrainer):
     def _log_all(self, of: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._log(f"{of}/{name}", value)
-
-    def _log_rows(self, columns: dict[str, list], advantages: torch.Tensor | None = None) -> None:
-        """Complete the rows of TRL's completions table that this batch has added, by columns of N values."""
-        if advantages is not None:
-            for _ in range(len(advantages)):
-                self._logs["advantages"].pop()
-            self._logs["advantages"].extend(advantages.tolist())
-        for name, values in columns.items():
-            self._logs["extra"][TABLE_PREFIX + name].extend(values)
 
     # --- The policy loss: TRL's, of advantages that differ from token to token and of rows that may be left out ---
 
@@ -410,7 +410,7 @@ class PRIMETrainer(GRPOTrainer):
         weight, policy_factor = loss_scales(mask, inputs["rows_per_trained_row"], self.loss_type)
         # The policy's term is linear in the advantages, the KL term in beta; what is divided by all tokens keeps its scale
         inputs = {
-            **inputs,
+            **without_empty_images(inputs),
             "advantages": inputs["advantages"] * policy_factor,
             "num_items_in_batch": inputs["num_items_in_batch"] * weight,
         }

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from .images import IMAGES, select_images
 from .process_rewards import aggregate_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on
@@ -166,6 +167,26 @@ class Rollouts:
         sums, trained = accelerator.gather(token_rewards.sum(1)), [False] * len(outcomes)
         columns = {"outcome": outcomes.tolist(), "process_reward": sums.tolist(), "trained": trained}
         return {**columns, **_turn_columns(output, token_rewards, accelerator)}
+
+    @staticmethod
+    def log_rows(
+        logs: dict[str, Any], prefix: str, columns: dict[str, list], advantages: torch.Tensor | None = None
+    ) -> None:
+        """
+        Complete the rows of TRL's completions table that a generation batch has added.
+
+        Args:
+            logs (`dict`): What TRL makes the table of.
+            prefix (`str`): Of the names of columns.
+            columns (`dict`): Columns by name, of N values each.
+            advantages (`torch.Tensor`, *optional*): `(N,)`, in the place of those that TRL has logged.
+        """
+        if advantages is not None:
+            for _ in range(len(advantages)):
+                logs["advantages"].pop()
+            logs["advantages"].extend(advantages.tolist())
+        for name, values in columns.items():
+            logs["extra"][prefix + name].extend(values)
 
 
 def _turn_columns(
@@ -371,8 +392,10 @@ def select_rows(
     first = outputs[0]
     if len(outputs) == 1 and len(rows) == len(first["completion_ids"]) * accelerator.num_processes:
         return first
-    selected = {}
+    selected: dict[str, Any] = {**select_images(outputs, rows, accelerator)}
     for key, value in first.items():
+        if key == IMAGES:
+            continue
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             is_prompt, pad_index = key.startswith("prompt_"), pad_token_id if key.endswith("_ids") else 0
             rounds = [gather_padded(output[key], accelerator, pad_index, pad_first=is_prompt) for output in outputs]

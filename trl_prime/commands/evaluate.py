@@ -398,7 +398,7 @@ def _output_dir(args: EvalArguments) -> Path:
 
 def _load_dataset(args: EvalArguments) -> Any:
     """The problems, in the form that the verifiers read."""
-    from ..data.adapters import load_prime_dataset
+    from ..data.adapters import check_text_only, load_prime_dataset
     from ..evaluation.benchmarks import BENCHMARKS, PROCESS_BENCH
 
     known = PROCESS_BENCH if args.judges_prm else BENCHMARKS.get(args.benchmark)
@@ -419,6 +419,9 @@ def _load_dataset(args: EvalArguments) -> Any:
     )
     if not len(dataset):
         raise ValueError(f"'{name}' has no rows.")
+    check_text_only(
+        dataset, "trl-prime eval", "Measure the policy in training, by eval_strategy, or remove the column."
+    )
     return dataset if args.limit is None else dataset.select(range(min(args.limit, len(dataset))))
 
 

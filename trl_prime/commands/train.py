@@ -233,6 +233,7 @@ def _build(
     """The trainer, and what it is measured on before and after training."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..data.adapters import check_text_only
     from ..prime_trainer import PRIMETrainer
     from ..reports.progress import PRIME_METRICS, MetricsProgressCallback
     from ..rewards import load_reward_func
@@ -257,6 +258,8 @@ def _build(
                 args,
             )
         if script_args.eval_split_size is not None:
+            remedy = "Leave it out, and measure by dataset_test_split and eval_strategy."
+            check_text_only(train_dataset, "the measure before and after training (eval_split_size)", remedy)
             held_out = HeldOut(eval_dataset)
             if args.process_index == 0:
                 print(f"Held out {len(eval_dataset)} rows, {len(train_dataset)} are left to train on.", flush=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..images import IMAGES
 from ..process_rewards import implicit_process_rewards
 from ..processes import local_rows, masked_mean
 from ..rollouts import policy_mask
@@ -20,7 +21,7 @@ from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
 from .backends import DataParallel
 from .batch import PRMBatch
 from .files import save_prm, saved_weights
-from .logps import batch_completion_logps
+from .logps import batch_completion_logps, check_sees
 from .losses import group_rows, label_log_odds, outcome_scores
 from .precision import PrecisionProbe
 from .second_model import SecondModelLearner
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from ..images import RowImages
     from ..prime_config import PRIMEConfig
     from .model import ImplicitPRM
 
@@ -74,7 +76,8 @@ class PRMLearner(SecondModelLearner):
         self.trust = Trust()
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
         self.trunk: SharedTrunk | None = None
-        self._is_checked = self._is_compared = False
+        self._is_checked = self._sees = False
+        self._compared: set[bool] = set()  # with images or without: what the trunk has been compared on
 
     def start(self, num_rollout_batches: int, measure_every: int = 1) -> None:
         """
@@ -114,7 +117,10 @@ class PRMLearner(SecondModelLearner):
         Returns:
             [`PRMBatch`]
         """
-        inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", IMAGES)
+        inputs = tuple(output[key] for key in keys if key in output)
+        images = output.get(IMAGES)
+        self._check_images(images, len(inputs[0]), policy)
         mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
         rows = mask.any(1)
         with self.accelerator.autocast():
@@ -123,18 +129,43 @@ class PRMLearner(SecondModelLearner):
         # A completion without tokens has no score to be compared with
         labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
-        return PRMBatch(*inputs, mask, ref_logps, local_rows(labels, self.accelerator), group_labels, trunk=states)
+        labels = local_rows(labels, self.accelerator)
+        return PRMBatch(*inputs[:4], mask, ref_logps, labels, group_labels, images=images, trunk=states)
 
-    def _new_trunk_states(self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor) -> TrunkStates | None:
+    def _check_images(self, images: RowImages | None, num_rows: int, policy: PreTrainedModel) -> None:
+        """
+        Refuse models that would not see what the policy has seen; and, where the vision tower is sharded, rows without image beside
+        rows with one: not all processes would call it.
+        """
+        if not self._sees and images is not None and images.is_shown.any():
+            for model in (self.prm.model, self.prm.reference or policy):
+                check_sees(model)
+            self._sees = True
+        if not self.backend.forward_is_collective:
+            return
+        shown = torch.zeros(num_rows, dtype=torch.bool) if images is None else images.is_shown
+        shown = self.accelerator.gather(shown.to(self.accelerator.device))
+        if shown.any() and not shown.all():
+            raise NotImplementedError(
+                f"{int(shown.sum())} of {len(shown)} rows of a batch have images, and FSDP2 or ZeRO-3 shards the model: a process "
+                "whose rows are text would not call the vision tower that the others wait for. Train on rows that all have images, "
+                "or take ddp or zero2."
+            )
+
+    def _new_trunk_states(self, inputs: tuple[Any, ...], rows: torch.Tensor) -> TrunkStates | None:
         """
         For the hidden states of the `(B,)` rows of a batch, to be kept by the reference's pass. `None` where PRM and reference share
         no trunk, or memory is short beside those of replayed batches.
         """
-        if not self._is_compared:
-            self._is_compared = True
+        shown = rows & inputs[4].is_shown.to(rows.device) if len(inputs) > 4 else torch.zeros_like(rows)
+        has_images = bool(shown.any())
+        if has_images not in self._compared and (self.trunk is not None or not self._compared):
+            self._compared.add(has_images)
+            # Deeper layers may read images, too: a row of the run's own, because nobody else has one for this model
+            example = tuple(values[shown.nonzero()[0]] for values in inputs) if has_images else None
             reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
             if type(self.backend) is DataParallel and not (self.args.gradient_checkpointing and reentrant):
-                self.trunk = shared_trunk(self.prm)
+                self.trunk = shared_trunk(self.prm, example)
         if self.trunk is None:
             return None
         kept = [batch.trunk for batch in self.updater.replay] if self.updater is not None else []
@@ -146,7 +177,7 @@ class PRMLearner(SecondModelLearner):
 
     def _reference_logps(
         self,
-        inputs: tuple[torch.Tensor, ...],
+        inputs: tuple[Any, ...],
         rows: torch.Tensor,
         states: TrunkStates | None,
         policy: PreTrainedModel | None = None,
@@ -155,7 +186,7 @@ class PRMLearner(SecondModelLearner):
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
         passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
         if self.prm.reference is None:
-            return batch_completion_logps(policy, *inputs, self.prm.micro_batch_size, **passes)
+            return batch_completion_logps(policy, *inputs[:4], self.prm.micro_batch_size, *inputs[4:], **passes)
         if states is not None:
             passes["around"] = states.keep
         return self.prm.reference_log_probs(*inputs, **passes)

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ try:
     from trl.trainer.utils import add_fused_lm_head
 except ImportError:  # TRL before 1.15
     add_fused_lm_head = None
+
+if TYPE_CHECKING:
+    from ..images import RowImages
 
 # Attribute of a model whose forward gives log-probabilities without logits
 FUSED_LM_HEAD = "prime_fused_lm_head"
@@ -86,6 +90,7 @@ def completion_logps(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    images: RowImages | None = None,
 ) -> torch.Tensor:
     """
     Log-probabilities of the completion tokens at temperature 1, of one micro-batch, with gradient.
@@ -97,12 +102,15 @@ def completion_logps(
         model (`nn.Module`): Causal LM.
         prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
         completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+        images ([`~trl_prime.images.RowImages`], *optional*): What the model sees in each of the b rows.
 
     Returns:
         `torch.Tensor`: `(b, T)` float32, zero at padding.
     """
     num_tokens = completion_ids.shape[1]
-    inputs, completion_len = micro_batch_inputs(model, prompt_ids, prompt_mask, completion_ids, completion_mask)
+    inputs, completion_len = micro_batch_inputs(
+        model, prompt_ids, prompt_mask, completion_ids, completion_mask, images
+    )
     completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
     base = unwrapped(model)
     if FUSED_LM_HEAD in vars(base):
@@ -128,6 +136,7 @@ def micro_batch_inputs(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    images: RowImages | None = None,
 ) -> tuple[dict[str, torch.Tensor | int | bool], int]:
     """
     What the forward pass over a micro-batch takes, cut to its longest prompt and its longest completion. The head need not compute
@@ -137,6 +146,7 @@ def micro_batch_inputs(
         model (`nn.Module`): Causal LM.
         prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
         completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+        images ([`~trl_prime.images.RowImages`], *optional*): What the model sees in each of the b rows.
 
     Returns:
         `tuple[dict, int]`: keyword arguments of the model, and tokens of the longest completion, 1 at least.
@@ -144,12 +154,15 @@ def micro_batch_inputs(
     # At least one column each, so that shapes stay those of a batch
     prompt_len = max(int(prompt_mask.sum(1).amax()), 1)
     completion_len = max(int(completion_mask.sum(1).amax()), 1)
+    masks = (prompt_mask[:, -prompt_len:], completion_mask[:, :completion_len])
     input_ids = torch.cat([prompt_ids[:, -prompt_len:], completion_ids[:, :completion_len]], dim=1)
-    attention_mask = torch.cat([prompt_mask[:, -prompt_len:], completion_mask[:, :completion_len]], dim=1)
+    attention_mask = torch.cat(masks, dim=1)
     _check_lengths(model, attention_mask)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs |= {} if images is None else images.inputs(*masks)
     parameters = inspect.signature(unwrapped(model).forward).parameters
-    if "position_ids" in parameters:
+    # Patches have places in time, height and width, which models that know them by a grid find by the attention mask
+    if "position_ids" in parameters and "image_grid_thw" not in inputs:
         # Explicit, so that a row's result does not depend on how far its neighbours pad it
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in parameters:
@@ -228,6 +241,25 @@ def check_scoring(model: nn.Module) -> None:
             "model of another architecture."
         )
     setattr(base, _CHECKED, {*passed, is_fused})
+
+
+def check_sees(model: nn.Module) -> None:
+    """
+    Refuse a model that takes no images: it would read the text, and pass over what the policy was shown.
+
+    Args:
+        model (`nn.Module`): Causal LM or PeftModel.
+
+    Raises:
+        ValueError: Its forward has no argument for them.
+    """
+    base = unwrapped(model)
+    # By name: most text models take any further arguments, and ignore them
+    if "pixel_values" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"Prompts have images, but {type(base).__name__}, the implicit PRM or its reference, reads text only. Leave prm_model out, "
+            "or set it to a vision-language model of the policy's family."
+        )
 
 
 def example_rows(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -311,6 +343,7 @@ def batch_completion_logps(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     micro_batch_size: int,
+    images: RowImages | None = None,
     *,
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
@@ -330,7 +363,7 @@ def batch_completion_logps(
     Returns:
         `torch.Tensor`: `(B, T)` float32.
     """
-    inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+    inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask, *([] if images is None else [images]))
     logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
     with evaluating(model):
         check_scoring(model)

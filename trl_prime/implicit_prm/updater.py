@@ -104,7 +104,7 @@ class PRMUpdater(SecondModelUpdater):
                 results.append(result)
                 seen_logps[-1] += logps
         if self.replay.maxlen:
-            self.replay.append(batch)
+            self.replay.append(batch.for_replay())
         return PRMUpdate(self._metrics(results, learning_rate), seen_logps[0], seen_logps[-1])
 
     def _step(
@@ -177,9 +177,5 @@ class PRMUpdater(SecondModelUpdater):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.replay.clear()
-        device = self.accelerator.device
-        for fields in state["replay"]:
-            self.replay.append(
-                PRMBatch(**{name: value if value is None else value.to(device) for name, value in fields.items()})
-            )
+        self.replay.extend(PRMBatch.from_saved(fields, self.accelerator.device) for fields in state["replay"])
         self.intercept = state["intercept"]
