@@ -116,6 +116,7 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     shared = {**learning_lm.SHARED, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     monkeypatch.setattr(learning_lm, "SHARED", {**shared, "max_completion_length": 8, "save_steps": 1})
     monkeypatch.setattr(learning_lm, "PRM_LAYERS", 1)
+    monkeypatch.setattr(learning_lm, "POLICY_LAYERS", 2)
     (tmp_path / "base.json").write_text(json.dumps({"greedy": 0.25, "sampled": 0.125}))
     methods = ("grpo", "oracle", "prime")
     for method in methods:
