@@ -8,8 +8,10 @@ import sys
 import types
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from packaging.version import Version
 
 from trl_prime.data.adapters import adapt_dataset, load_prime_dataset
 from trl_prime.data.formats import DATASET_FORMATS, PROMPT_FEATURES, PROMPT_SUFFIXES, SFT_FEATURES
@@ -613,7 +615,14 @@ def test_plain_prompts_are_the_contents_of_the_messages(tmp_path, streaming):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("broken.jsonl", b'{"prompt": "1"}\n{"prompt": "2\n', "JSON parse error.*Mend the file"),
+        pytest.param(
+            "broken.jsonl",
+            b'{"prompt": "1"}\n{"prompt": "2\n',
+            "JSON parse error.*Mend the file",
+            marks=pytest.mark.skipif(
+                Version(datasets.__version__) < Version("5"), reason="older ones tell it without the name of the file"
+            ),
+        ),
         ("latin.csv", "prompt\nWie heißt er?\n".encode("latin-1"), "0xdf.*Save it as UTF-8"),
         ("open.csv", b'prompt\n"1', "EOF inside string.*Mend the file"),
         ("empty.jsonl", b"", "it holds no row"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from trl_prime.cli import main
 from trl_prime.commands import env
@@ -44,9 +45,12 @@ def test_check_names_the_rows_and_what_is_wrong(gsm8k, model_path, capsys):
     assert data("check", gsm8k, "--tokenizer", model_path, "--max_prompt_length", "20") == 2
     printed = capsys.readouterr().out
     assert "4 rows, 1 malformed\n  row 1: the answer ends in 'no number'" in printed
-    # "user:0plus1assistant:": the tokenizer knows neither white space nor brackets
-    assert "prompts of 21 to 21 tokens, median 21" in printed
-    assert "3 prompts with more than 20 tokens\n  row 0: 21 tokens\n  row 2" in printed
+    # The tokenizer knows neither white space nor brackets, which it leaves out or writes as unknown, by its version
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    messages = [{"role": "user", "content": "0 [plus] 1"}]
+    num = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    assert num >= 21 and f"prompts of {num} to {num} tokens, median {num}" in printed
+    assert f"3 prompts with more than 20 tokens\n  row 0: {num} tokens\n  row 2" in printed
     assert "1 rows whose gold answer or tests cannot be judged\n  row 3: the gold answer '\\\\frac{1}{'" in printed
     assert data("check", gsm8k, "--max_rows", "1") == 0
     assert "1 rows, 0 malformed" in capsys.readouterr().out

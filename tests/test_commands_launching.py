@@ -7,7 +7,9 @@ import types
 
 import pytest
 import torch
+import transformers
 from accelerate.commands import launch
+from packaging.version import Version
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_prime.cli import main
@@ -170,7 +172,15 @@ def test_two_processes_train_together(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--accelerate_config", "cpu", "--fsdp"], ["--accelerate_config", "fsdp2", "--mixed_precision", "no"]],
+    [
+        pytest.param(
+            ["--accelerate_config", "cpu", "--fsdp"],
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.13"), reason="--fsdp takes a list of words there"
+            ),
+        ),
+        ["--accelerate_config", "fsdp2", "--mixed_precision", "no"],
+    ],
 )
 def test_fsdp_that_accelerate_leaves_out_is_refused(recipe, tmp_path, capfd, flags):
     flags += ["--num_processes", "2", "--eval_split_size", "none"]

@@ -227,7 +227,9 @@ def test_importing_the_trainer_loads_little_more_than_trl_does():
     extra = {name.split(".")[0] for name in ours - trls}
     assert "trl_prime" in extra
     assert not extra & {"matplotlib", "math_verify", "sympy", "vllm", "deepspeed", "bitsandbytes"}
-    assert len(ours - trls) < 60, sorted(ours - trls)
+    # How many of its own modules torch brings along differs from version to version
+    more = {name for name in ours - trls if not name.startswith("torch.")}
+    assert len(more) < 60, sorted(more)
 
 
 def test_reading_data_loads_no_trainer():

@@ -5,12 +5,14 @@ import logging
 import shutil
 import signal
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_model, logged, row_rewards, same, weights
 from datasets import Dataset
 from helpers import BAND, FAILS, INPUTS, MIXED, PASSES, assert_close, launch, lora, results
+from packaging.version import Version
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -185,6 +187,9 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_kind_of_adapter_takes_its_own_checkpoint(kind, tokenizer, tmp_path):
+    if kind == "VeRA" and Version(peft.__version__) < Version("0.19"):
+        pytest.skip("PEFT 0.18 saves projections of VeRA by other names than the model has, which is refused")
+
     def build(seed):
         model = get_peft_model(build_model(), ADAPTERS[kind])
         torch.manual_seed(seed)

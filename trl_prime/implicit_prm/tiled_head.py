@@ -61,7 +61,7 @@ def _num_logits(model: nn.Module, head: nn.Module) -> int:
     was_training = model.training
     model.eval()  # dropout would take random numbers from the run
     try:
-        with replaced_forward(head, forward):
+        with replaced_forward(head, forward), _uncached_autocast(ids.device.type):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         model.train(was_training)
@@ -123,12 +123,7 @@ def _other_logps(
     """`(n,)` log-probabilities by any head; the backward pass computes it again."""
     device = hidden.device.type
     # Each tile casts weights for itself: in a cast that all share, their gradients would be added up in low precision
-    autocast = torch.autocast(
-        device,
-        enabled=torch.is_autocast_enabled(device),
-        dtype=torch.get_autocast_dtype(device),
-        cache_enabled=False,
-    )
+    autocast = _uncached_autocast(device)
 
     def tile_logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with autocast:
@@ -143,6 +138,19 @@ def _other_logps(
     else:
         parts = map(tile_logps, hidden.tensor_split(num_tiles), targets.tensor_split(num_tiles))
     return torch.cat(list(parts))
+
+
+def _uncached_autocast(device: str) -> torch.autocast:
+    """
+    The present autocast without its cache of casted weights. A cast without gradient must not stay there: torch 2.7 gives
+    it to passes with gradient too.
+    """
+    return torch.autocast(
+        device,
+        enabled=torch.is_autocast_enabled(device),
+        dtype=torch.get_autocast_dtype(device),
+        cache_enabled=False,
+    )
 
 
 def _linear_logps(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, num_tiles: int) -> torch.Tensor:
