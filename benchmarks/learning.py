@@ -70,6 +70,8 @@ ABLATIONS = {
     "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
     "filter 0.2 to 0.8": {"accuracy_low": 0.2, "accuracy_high": 0.8},
     "no guess rate": {"prm_guess_rate": 0.0},
+    "calibrated reference, plain": {"prm_reference_weight": "fitted", "prm_reference_centred": False},
+    "calibrated reference": {"prm_reference_weight": "fitted"},
     "loss dpo": {"prm_loss_type": "dpo", "prm_guess_rate": 0.0},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
@@ -79,6 +81,8 @@ ABLATIONS = {
 NUM_ABLATION_SEEDS = 3
 # The offline PRM learns from as many completions of the base as this number of rollout batches has
 OFFLINE_BATCHES = 20
+# Values of each step that a run keeps
+LOGGED = ("entropy", "prm/reference_weight")
 # The final PRM chooses among this number of samples of a problem
 BEST_OF = 16
 # Every method has as many settings; `beta` is the weight of TRL's KL penalty
@@ -357,6 +361,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "settings": settings,
         "steps": steps,
         "curve": curve,
+        "logged": {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in LOGGED},
     }
     if method == "prime":
         run["best_of_n"] = choose(scoring_prm(trainer), task, max_completion_length)

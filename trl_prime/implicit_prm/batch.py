@@ -30,6 +30,8 @@ class PRMBatch:
             the batch. `None` where they come out of the first update (see [`~PRMUpdater.can_score`]).
         trunk ([`~trl_prime.implicit_prm.trunk.TrunkStates`], *optional*): Hidden states with which the PRM's passes begin.
             `None` where it computes all of its layers.
+        ref_entropies (`torch.Tensor`, *optional*): `(B, T)` entropies of the reference's distributions, in nats, where its
+            confidence is taken against what it expects.
     """
 
     prompt_ids: torch.Tensor
@@ -42,6 +44,16 @@ class PRMBatch:
     group_labels: torch.Tensor
     group_scores: torch.Tensor | None = None
     trunk: TrunkStates | None = None
+    ref_entropies: torch.Tensor | None = None
+
+    @property
+    def confidences(self) -> torch.Tensor:
+        """
+        `(B, T)` confidence c of the reference in each token: its log-probability, plus its entropy there if that is known, so
+        that the expected value is 0. Zero where the policy did not write the token.
+        """
+        confidences = self.ref_logps if self.ref_entropies is None else self.ref_logps + self.ref_entropies
+        return confidences.masked_fill(~self.policy_mask, 0.0)
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
-from trl.trainer.utils import selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from .tiled_head import Float32Head, can_tile, head_gives_logps
 
@@ -86,6 +86,7 @@ def completion_logps(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    entropies: bool = False,
 ) -> torch.Tensor:
     """
     Log-probabilities of the completion tokens at temperature 1, of one micro-batch, with gradient.
@@ -97,6 +98,7 @@ def completion_logps(
         model (`nn.Module`): Causal LM.
         prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
         completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+        entropies (`bool`): Give the entropies of the distributions of these tokens instead, in nats. Without gradient.
 
     Returns:
         `torch.Tensor`: `(b, T)` float32, zero at padding.
@@ -116,7 +118,7 @@ def completion_logps(
     if "position_ids" in parameters:
         # Explicit, so that a row's result does not depend on how far its neighbours pad it
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    if FUSED_LM_HEAD in vars(base):
+    if FUSED_LM_HEAD in vars(base) and not entropies:
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :prompt_len] = -100
         logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -completion_len:].float()
@@ -124,12 +126,13 @@ def completion_logps(
         if "logits_to_keep" in parameters:
             inputs["logits_to_keep"] = completion_len + 1
         if can_tile(base):
-            with head_gives_logps(base, completion_ids, completion_mask):
+            with head_gives_logps(base, completion_ids, completion_mask, entropies):
                 logps = model(**inputs).logits.squeeze(-1)
         else:
             logits = model(**inputs).logits[:, -completion_len - 1 : -1]
             # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
-            logps = selective_log_softmax(logits.float(), completion_ids)
+            logits = logits.float()
+            logps = entropy_from_logits(logits) if entropies else selective_log_softmax(logits, completion_ids)
     logps = logps.masked_fill(completion_mask == 0, 0.0)
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
 
@@ -292,6 +295,7 @@ def batch_completion_logps(
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
     around: Callable[[torch.Tensor], AbstractContextManager] = contextlib.nullcontext,
+    entropies: bool = False,
 ) -> torch.Tensor:
     """
     [`completion_logps`] of a whole batch without gradient, in the order of its rows whatever the micro-batches.
@@ -303,6 +307,7 @@ def batch_completion_logps(
             processes, and one with fewer rows must not leave the others waiting.
         around (`Callable[[torch.Tensor], AbstractContextManager]`): Makes the context of the pass over `(b,)` rows, such as
             [`~trl_prime.implicit_prm.trunk.TrunkStates.keep`].
+        entropies (`bool`): As in [`completion_logps`].
 
     Returns:
         `torch.Tensor`: `(B, T)` float32.
@@ -319,9 +324,9 @@ def batch_completion_logps(
         check_scoring(model)
         for chunk in chunks:
             with around(chunk):
-                logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs))
+                logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs), entropies)
         for _ in range(num_passes - len(chunks)):
-            completion_logps(model, *(tensor[:1] for tensor in inputs))
+            completion_logps(model, *(tensor[:1] for tensor in inputs), entropies)
     finally:
         model.train(was_training)
     return logps
