@@ -73,7 +73,6 @@ ABLATIONS = {
     "no guess rate": {"prm_guess_rate": 0.0},
     "calibrated reference, plain": {"prm_reference_weight": "fitted", "prm_reference_centred": False},
     "calibrated reference": {"prm_reference_weight": "fitted"},
-    "prefix loss": {"prm_loss_type": "prefix"},
     "min form": {"hook": "min form"},
     "masked step": {"hook": "masked step"},
     "loss dpo": {"prm_loss_type": "dpo", "prm_guess_rate": 0.0},

@@ -182,11 +182,6 @@ def slow_prm_loss(log_ratios, labels, mask, beta, loss_type, peer_scores, peer_l
         if loss_type in ("ce", "calibrated_ce"):
             losses.append(label * softplus(-score) + (1 - label) * softplus(score))
             continue
-        if loss_type == "prefix":
-            tokens = spots(mask[i])
-            values = [beta * sum(log_ratios[i][s] for s in tokens if s <= t) for t in tokens]
-            losses.append(statistics.fmean(label * softplus(-v) + (1 - label) * softplus(v) for v in values))
-            continue
         opponents = slow_opponents(label, peer_labels[i])
         if not opponents:
             continue

@@ -20,7 +20,6 @@ from slow_reference import (
 )
 
 from trl_prime.implicit_prm.losses import (
-    COMPARING_LOSSES,
     LOSS_TYPES,
     counted_rows,
     dpo_pair_losses,
@@ -29,8 +28,6 @@ from trl_prime.implicit_prm.losses import (
     kto_row_losses,
     label_log_odds,
     outcome_scores,
-    prefix_row_losses,
-    prefix_scores,
     prm_loss,
     prm_row_losses,
 )
@@ -42,14 +39,8 @@ def assert_same(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, tensor(expected, actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-def row_losses(log_ratios, labels, mask, beta, loss_type, *peers):
-    if loss_type == "prefix":
-        return prefix_row_losses(prefix_scores(log_ratios, mask, beta), labels, mask)
-    return prm_row_losses(outcome_scores(log_ratios, mask, beta), labels, loss_type, *peers)
-
-
 def test_loss_types_are_those_of_the_paper_and_one_of_ours():
-    assert set(LOSS_TYPES) == {"ce", "dpo", "bon_acc", "bon_rm", "calibrated_ce", "prefix"}
+    assert set(LOSS_TYPES) == {"ce", "dpo", "bon_acc", "bon_rm", "calibrated_ce"}
 
 
 def test_scores_and_groups_against_the_slow_reference():
@@ -99,9 +90,7 @@ def test_counted_rows_against_the_slow_reference(loss_type):
         peers = groups_of(batch.outcomes, k)
         counted = counted_rows(tensor(batch.outcomes), tensor(batch.mask), loss_type, tensor(peers))
         expected = [
-            not math.isnan(label)
-            and any(row)
-            and (loss_type not in COMPARING_LOSSES or bool(slow_opponents(label, peers[i])))
+            not math.isnan(label) and any(row) and ("ce" in loss_type or bool(slow_opponents(label, peers[i])))
             for i, (label, row) in enumerate(zip(batch.outcomes, batch.mask, strict=True))
         ]
         assert counted.tolist() == expected
@@ -113,7 +102,7 @@ def test_row_losses_are_finite_for_rows_that_do_not_count_and_mean_to_the_loss()
         log_ratios, labels, mask = tensor(batch.rewards), tensor(batch.outcomes), tensor(batch.mask)
         scores = outcome_scores(log_ratios, mask, 0.7)
         peers = group_rows(scores, k), group_rows(labels, k)
-        losses = row_losses(log_ratios, labels, mask, 0.7, loss_type, *peers)
+        losses = prm_row_losses(scores, labels, loss_type, *peers)
         assert losses.isfinite().all()
         counted = counted_rows(labels, mask, loss_type, peers[1])
         loss = prm_loss(log_ratios, labels, mask, 0.7, loss_type=loss_type, num_generations=k)
@@ -254,7 +243,7 @@ def test_point_9_a_completion_without_tokens_is_in_no_mean(loss_type):
     mask = tensor([[1] * 4, [1] * 4, [0] * 4])
     loss = prm_loss(log_ratios, labels, mask, 0.5, loss_type=loss_type, num_generations=3)
     scores = outcome_scores(log_ratios, mask, 0.5)
-    rows = row_losses(log_ratios, labels, mask, 0.5, loss_type, group_rows(scores, 3), group_rows(labels, 3))
+    rows = prm_row_losses(scores, labels, loss_type, group_rows(scores, 3), group_rows(labels, 3))
     assert_same(loss, rows[:2].mean().item())
 
 

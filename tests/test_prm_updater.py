@@ -15,7 +15,7 @@ from helpers import lora, ragged_batch
 from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.backends import make_backend
 from trl_prime.implicit_prm.batch import PRMBatch
-from trl_prime.implicit_prm.losses import CALIBRATED_LOSSES, COMPARING_LOSSES, LOSS_TYPES, group_rows, prm_loss
+from trl_prime.implicit_prm.losses import COMPARING_LOSSES, LOSS_TYPES, group_rows, prm_loss
 from trl_prime.implicit_prm.updater import PRMUpdater
 
 K, LR = 4, 0.5
@@ -51,7 +51,7 @@ def expected_step(prm, batch, loss_type="ce", max_norm=None, rows=slice(None)):
     """Weights after `prm - lr * grad` by hand for some rows, the loss and the gradient norm."""
     model = copy.deepcopy(prm.model)
     log_ratios = slow_log_probs(model, *batch.inputs) - batch.ref_logps
-    if loss_type in CALIBRATED_LOSSES:
+    if loss_type == "calibrated_ce":
         # On the first token, which the policy wrote in every row: a score is a sum
         shift = torch.logit(batch.labels.nanmean()) / prm.beta
         log_ratios = torch.cat([log_ratios[:, :1] + shift, log_ratios[:, 1:]], dim=1)

@@ -18,7 +18,7 @@ from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from .advantages import ESTIMATORS
-from .implicit_prm.losses import CALIBRATED_LOSSES, LOSS_TYPES
+from .implicit_prm.losses import LOSS_TYPES
 from .implicit_prm.optimizer import SUITS_ADAPTERS, make_schedule, with_defaults
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
 from .specs import check_installed, nearest
@@ -108,8 +108,7 @@ class PRIMEConfig(GRPOConfig):
             are trained on. A score is normalised, so a PRM that has learned nothing gives every completion q = 0 and believes
             that half of them are right. Where far fewer are, Eq 4 spends its first updates on lowering the probability of
             whatever the policy writes; with b only what tells right from wrong is learned. Scores and process rewards hold no
-            b. `"prefix"`: the same of every prefix of a completion (IPVRM, arXiv 2604.13197). The other losses compare
-            completions of a prompt. `"dpo"`: detached DPO against the mean of the peers with
+            b. The other losses compare completions of a prompt. `"dpo"`: detached DPO against the mean of the peers with
             another outcome. `"bon_acc"`, `"bon_rm"`: the same, weighted by how likely a completion is the best of K by
             outcome or by score.
         prm_guess_rate (`float`, *optional*, defaults to `0.0`):
@@ -301,7 +300,7 @@ class PRIMEConfig(GRPOConfig):
         default="ce",
         metadata={
             "help": "Loss of the PRM: 'ce' (Eq 4), 'calibrated_ce' (for where far fewer or far more than half of the completions "
-            "are right: the log-odds of the mean label are added to the score), 'prefix' (the same of every prefix), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N "
+            "are right: the log-odds of the mean label are added to the score), 'dpo', 'bon_acc' or 'bon_rm' (best-of-N "
             "weighted DPO)."
         },
     )
@@ -621,7 +620,7 @@ class PRIMEConfig(GRPOConfig):
                 f"prm_guess_rate is {self.prm_guess_rate}, but it is a share of the wrong completions: choose one from 0 to below "
                 "1, for example 0.25 where one of four options is to be chosen."
             )
-        if self.prm_guess_rate and self.prm_loss_type not in CALIBRATED_LOSSES:
+        if self.prm_guess_rate and self.prm_loss_type != "calibrated_ce":
             raise ValueError(
                 f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which does not "
                 "allow for luck. Use prm_loss_type='calibrated_ce' or leave prm_guess_rate out."

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 
 # Losses that compare the completions of a group with each other
 COMPARING_LOSSES = ("dpo", "bon_acc", "bon_rm")
-# Losses with an intercept and a guess rate, see `label_log_odds`
-CALIBRATED_LOSSES = ("calibrated_ce", "prefix")
-LOSS_TYPES = ("ce", *CALIBRATED_LOSSES, *COMPARING_LOSSES)
+LOSS_TYPES = ("ce", "calibrated_ce", *COMPARING_LOSSES)
 # Losses of the offline trainer. Its "dpo" trains on both completions of a given pair; the online "dpo" compares a completion
 # with the detached mean of its peers.
 OFFLINE_LOSS_TYPES = ("ce", "dpo", "kto")
@@ -27,12 +25,6 @@ def outcome_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) ->
     """`(B,)` scores q: `beta` times the `(B, T)` log-ratios in nats, summed over the unmasked tokens, at least float32."""
     log_ratios = log_ratios.to(torch.promote_types(log_ratios.dtype, torch.float32))
     return beta * log_ratios.masked_fill(~mask.bool(), 0.0).sum(-1)
-
-
-def prefix_scores(log_ratios: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
-    """`(B, T)` scores of the prefixes that end with each token: [`outcome_scores`] up to there."""
-    log_ratios = log_ratios.to(torch.promote_types(log_ratios.dtype, torch.float32))
-    return beta * log_ratios.masked_fill(~mask.bool(), 0.0).cumsum(-1)
 
 
 def label_log_odds(scores: torch.Tensor, intercept: float = 0.0, guess_rate: float = 0.0) -> torch.Tensor:
@@ -137,23 +129,6 @@ def prm_row_losses(
     return losses * count * share ** (count - 1).clamp(min=0)
 
 
-def prefix_row_losses(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Cross-entropy of every prefix of a completion against its outcome, the mean over its tokens (IPVRM, arXiv 2604.13197).
-
-    Args:
-        scores (`torch.Tensor`): `(B, T)` scores of prefixes, or what [`label_log_odds`] makes of them, with gradient.
-        labels (`torch.Tensor`): `(B,)` outcomes between 0 and 1; NaN = could not be judged.
-        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
-
-    Returns:
-        `torch.Tensor`: `(B,)`, as [`prm_row_losses`].
-    """
-    labels = labels.to(scores.dtype).nan_to_num(0.5)[:, None].expand_as(scores)
-    losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").masked_fill(~mask.bool(), 0.0)
-    return losses.sum(-1) / mask.bool().sum(-1).clamp(min=1)
-
-
 def prm_loss(
     log_ratios: torch.Tensor,
     labels: torch.Tensor,
@@ -176,8 +151,7 @@ def prm_loss(
         loss_type (`str`):
             `"ce"` (Eq 4): binary cross-entropy of `sigmoid(q)` against the label, on logits, so that it keeps its gradient
             where the PRM is sure and wrong. `"calibrated_ce"`: the same here, since intercept and guess rate come in before the
-            loss, by [`label_log_odds`]; see [`prm_row_losses`]. `"prefix"`: as `"calibrated_ce"`, of every prefix of the
-            completion, see [`prefix_row_losses`]. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower
+            loss, by [`label_log_odds`]; see [`prm_row_losses`]. `"dpo"`: `-log sigmoid(q - mean q of the peers with a lower
             label)` for a label above 1/2, `-log sigmoid(mean q of the peers with a higher label - q)` for others, the peers
             detached.
             `"bon_acc"`, `"bon_rm"`: the same, each completion weighted by K * P(a peer is not better)^(K-1), the density of
@@ -200,10 +174,7 @@ def prm_loss(
         peer_scores = group_rows(scores.detach(), num_generations)
         peer_labels = group_rows(labels, num_generations)
     counted = counted_rows(labels, mask, loss_type, peer_labels)
-    if loss_type == "prefix":
-        losses = prefix_row_losses(prefix_scores(log_ratios, mask, beta), labels, mask)
-    else:
-        losses = prm_row_losses(scores, labels, loss_type, peer_scores, peer_labels)
+    losses = prm_row_losses(scores, labels, loss_type, peer_scores, peer_labels)
     return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 

@@ -21,15 +21,12 @@ from ..processes import local_rows
 from .batch import PRMBatch
 from .logps import completion_logps, has_dropout, length_sorted_chunks, num_chunks, rope_boundary, unwrapped
 from .losses import (
-    CALIBRATED_LOSSES,
     COMPARING_LOSSES,
     base_rate_log_odds,
     counted_rows,
     group_rows,
     label_log_odds,
     outcome_scores,
-    prefix_row_losses,
-    prefix_scores,
     prm_row_losses,
 )
 from .optimizer import make_optimizer, make_schedule
@@ -76,7 +73,7 @@ class PRMUpdater:
         self.accelerator = backend.accelerator
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         self.skipped_steps = 0
-        # Log-odds added to the scores inside the calibrated losses, as of the last update
+        # Log-odds added to the scores inside the loss "calibrated_ce", as of the last update
         self.intercept = 0.0
         # Weight of the reference's confidence, which is added too
         self.reference_weight = 0.0
@@ -130,7 +127,7 @@ class PRMUpdater:
             [`PRMUpdate`]
         """
         args, learning_rate = self.args, self.scheduler.get_last_lr()[0]
-        if args.prm_loss_type in CALIBRATED_LOSSES and args.prm_reference_weight == 0:
+        if args.prm_loss_type == "calibrated_ce" and args.prm_reference_weight == 0:
             self.intercept = self._base_rate_log_odds([*self.replay, batch])
         num_replayed = self._num_replayed(len(self.replay))
         # By the place in the schedule: the same on all processes and in a resumed run
@@ -206,19 +203,13 @@ class PRMUpdater:
                 scores = outcome_scores(logps - batch.ref_logps[index], batch.policy_mask[index], self.prm.beta)
                 if self.reference_weight:
                     scores = scores + self.reference_weight * batch.confidences[index].sum(1)
-                if args.prm_loss_type == "prefix":
-                    mask = batch.policy_mask[index]
-                    scores = prefix_scores(logps - batch.ref_logps[index], mask, self.prm.beta)
-                    log_odds = label_log_odds(scores, self.intercept, args.prm_guess_rate)
-                    losses = prefix_row_losses(log_odds, batch.labels[index], mask)
-                else:
-                    losses = prm_row_losses(
-                        label_log_odds(scores, self.intercept, args.prm_guess_rate),
-                        batch.labels[index],
-                        args.prm_loss_type,
-                        None if peer_scores is None else peer_scores[index],
-                        None if peer_labels is None else peer_labels[index],
-                    )
+                losses = prm_row_losses(
+                    label_log_odds(scores, self.intercept, args.prm_guess_rate),
+                    batch.labels[index],
+                    args.prm_loss_type,
+                    None if peer_scores is None else peer_scores[index],
+                    None if peer_labels is None else peer_labels[index],
+                )
                 loss = losses.sum() * (0.0 if chunk is None else 1.0 / total)
                 self.backend.backward(loss)
             if chunk is not None:
