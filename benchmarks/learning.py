@@ -78,6 +78,8 @@ ABLATIONS = {
     "loss dpo": {"prm_loss_type": "dpo", "prm_guess_rate": 0.0},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
+    # The value model is a copy of the whole policy, and so learns at the policy's rate
+    "estimator gae": {"advantage_estimator": "gae", "value_learning_rate": 4e-4, "value_num_epochs": 4},
     "reward-to-go": {"process_gamma": 1.0},
     "scaled to the spread": {"process_reward_norm": "std"},
 }

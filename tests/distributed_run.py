@@ -20,6 +20,7 @@ from datasets import Dataset
 from offline_prm_run import train_offline
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from vision import build_vision_model, picture
 
 from trl_prime import PRIMEConfig, PRIMETrainer
 
@@ -33,8 +34,17 @@ def rollout(prompts, trainer):
         generator = torch.Generator().manual_seed(1000 * sum(map(ord, text)) + i)
         length = int(torch.randint(1, 9, (), generator=generator))
         completion_ids.append([*torch.randint(3, 44, (length,), generator=generator).tolist(), 1])
-        prompt_ids.append(trainer.processing_class(text).input_ids)
+        prompt_ids.append(trainer.processing_class(text=text)["input_ids"])
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+
+def rollout_of_images(prompts, trainer):
+    """The same, after messages with images."""
+    texts = [next(block["text"] for block in prompt[-1]["content"] if block["type"] == "text") for prompt in prompts]
+    encoded = trainer.processing_class.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return {**rollout(texts, trainer), "prompt_ids": encoded["input_ids"]}
 
 
 def rollout_of_turns(prompts, trainer):
@@ -90,7 +100,9 @@ def placement(model):
 
 def save_distribution(folder, trainer, backend, prm):
     """Write how a trained trainer distributed its models; `prm` is the model that the loss was computed by."""
-    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.prm.reference}
+    models = {"trained": trainer.model_wrapped, "prm": prm, "reference": backend.second.reference}
+    if getattr(trainer, "value_learner", None) is not None:
+        models["value"] = trainer.value_learner.backend.model
     told = {part: placement(model) for part, model in models.items() if model is not None}
     told |= {"type": trainer.accelerator.distributed_type.value, "backend": type(backend).__name__}
     (folder / f"distribution_{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
@@ -130,6 +142,14 @@ def train(settings):
     rollout_func = None if settings.pop("sample", False) else rollout
     rollout_func = rollout_of_turns if settings.get("process_reward_granularity") == "turn" else rollout_func
     rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}="} for i in range(40)]
+    processing_class = build_tokenizer()
+    if model == "images":
+        # One or two images of several sizes for each prompt
+        model, processing_class = build_vision_model("qwen3-vl")
+        rollout_func = rollout_of_images
+        for i, row in enumerate(rows):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row["images"] = [picture(10 * i + j, 8 * (1 + i % 3), 16) for j in range(1 + i % 2)]
     args = PRIMEConfig(
         **{
             "use_cpu": True,
@@ -157,7 +177,7 @@ def train(settings):
         reward_funcs=reward,
         args=args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=build_tokenizer(),
+        processing_class=processing_class,
         peft_config=LoraConfig(**config) if "policy" in lora else None,
         prm_peft_config=LoraConfig(**config, layers_to_transform=[1] if "last" in lora else None)
         if "prm" in lora
@@ -170,6 +190,8 @@ def train(settings):
     rank = trainer.accelerator.process_index
     prm = trainer.implicit_prm
     parts = {"policy": trainer.model, "prm": prm.model, "reference": prm.reference}
+    if trainer.value_learner is not None:
+        parts["value"] = trainer.value_learner.value_model.model
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(
         {part: gathered(model) for part, model in parts.items() if model is not None}, folder / f"result_{rank}.pt"

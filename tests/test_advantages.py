@@ -245,8 +245,8 @@ def test_point_5_every_accepted_combination_runs(estimator):
 
 def test_point_5_impossible_arguments_are_refused_with_a_reason():
     outcomes, rewards = torch.zeros(4), torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"'gae'.*rloo.*grpo"):
-        combine_rewards(outcomes, rewards, rewards, 2, estimator="gae")
+    with pytest.raises(ValueError, match=r"'dpo'.*rloo.*grpo"):
+        combine_rewards(outcomes, rewards, rewards, 2, estimator="dpo")
     with pytest.raises(ValueError, match="num_generations=3"):
         combine_rewards(outcomes, rewards, rewards, 3)
     for shapes in ((rewards, rewards[:, :2]), (rewards[:2], rewards[:2])):

@@ -11,10 +11,10 @@ from conftest import build_model, build_tokenizer, logged, parity_reward, row_re
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from helpers import MIXED, lora, rollouts_of
 from peft import get_peft_model
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from trl_prime import PRIMETrainer
-from trl_prime.checks import check_text_only, checked_combination
+from trl_prime.checks import checked_combination
 
 NAN = float("nan")
 
@@ -139,24 +139,6 @@ def test_a_completion_without_tokens_is_refused_with_its_row(make_trainer):
         ValueError, match=r"'rollout' returned no tokens for completion 2 \(2 of 8 are empty\).*eos token"
     ):
         trainer.train()
-
-
-def test_a_run_with_images_trains_nothing(make_trainer, monkeypatch):
-    generate = GRPOTrainer._generate_and_score_completions
-    with_images = lambda self, inputs: {**generate(self, inputs), "pixel_values": torch.zeros(8, 3)}  # noqa: E731
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_images)
-    trainer = make_trainer()
-    with pytest.raises(NotImplementedError, match="pixel_values"):
-        trainer.train()
-    assert same(weights(trainer.model), weights(build_model())) and not trainer.outputs
-
-
-def test_a_rollout_with_images_is_refused():
-    text = {"prompt_ids": torch.ones(1, 2), "mm_token_type_ids": torch.zeros(1, 4), "num_images": None}
-    check_text_only(text)
-    for key in ("pixel_values", "image_grid_thw", "num_images"):
-        with pytest.raises(NotImplementedError, match=key):
-            check_text_only({**text, key: [1]})
 
 
 # --- The combination of rewards ---

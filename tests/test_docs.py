@@ -277,9 +277,10 @@ def test_every_metric_is_in_the_docs(train):
     sources = "".join(path.read_text() for path in (ROOT / "trl_prime").rglob("*.py"))
     metrics = set(re.findall(r"(?:_log|log_metric)\(\s*\"([\w/]+)\"", sources))
     # The learner's names have no prefix where they are written
-    logs = train(bf16=True, prm_num_epochs=2, max_steps=1).state.log_history
-    metrics |= {name for row in logs for name in row if name.startswith("prm/")}
+    logs = train(bf16=True, prm_num_epochs=2, max_steps=1, advantage_estimator="gae").state.log_history
+    metrics |= {name for row in logs for name in row if name.startswith(("prm/", "value/"))}
     assert {"prm/precision", "prm/loss", "prm/trust", "prm/pairwise_accuracy_after_update"} <= metrics
+    assert {"value/loss", "value/explained_variance", "value/process_explained_variance"} <= metrics
     assert "filter/pass_rate" in metrics and "math_reward/undecided" in metrics
     settings = (ROOT / "docs" / "settings.md").read_text()
     assert {metric for metric in metrics if f"`{metric}`" not in settings} == set()

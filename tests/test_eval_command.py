@@ -249,6 +249,7 @@ def test_right_solutions_alone_are_refused_before_they_are_scored(tmp_path, caps
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, capsys, monkeypatch):
     monkeypatch.setattr("trl_prime.evaluation.sampling.load_policy", None)
+    monkeypatch.setattr("trl_prime.commands.evaluate.is_vllm_available", lambda: False)
     for settings, words in (
         ({"benchmark": "gsm9k"}, "'gsm8k'"),
         ({"benchmark": None, "dataset_name": None}, "dataset_name"),
@@ -258,6 +259,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(evaluate, problems, caps
         ({"temperature": 0}, "num_samples: 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"limit": 0}, "limit is 0"),
+        ({"use_vllm": "true"}, "pip install trl-prime[vllm]"),
         ({"num_samples": 0, "greedy": "false"}, "nothing would be sampled"),
         ({"num_samples": 0, "prm_name_or_path": "x"}, "chooses among samples"),
         ({"benchmark": "math500"}, "problem"),

@@ -188,12 +188,6 @@ def test_vllm_is_given_no_adapter_that_it_does_not_take(vllm, tokenizer, model_p
     assert vllm == []
 
 
-def test_vllm_that_is_not_installed_is_asked_for(monkeypatch, tokenizer, model_path):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"pip install trl-prime\[vllm\]"):
-        VLLMSampler(model_path, tokenizer, SamplingSettings(4))
-
-
 def test_rows_are_read_again_and_a_half_written_line_is_cut_off(tmp_path):
     path = tmp_path / "run" / "rows.jsonl"
     ResumableRows(path, {"a": 1}).append([{"i": 0, "text": "é\n"}, {"i": 1}])

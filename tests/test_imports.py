@@ -15,7 +15,7 @@ import trl_prime
 
 PACKAGE = Path(trl_prime.__file__).parent
 GROUND_FLOOR = ("hub", "process_exit", "processes", "specs", "texts", "version")
-ABOVE_THE_PRM = ("commands", "evaluation", "offline_prm", "prime_config", "prime_trainer", "reports")
+ABOVE_THE_PRM = ("commands", "evaluation", "offline_prm", "prime_config", "prime_trainer", "reports", "value_model")
 # Programs in the sandbox's box have this folder on their path, and import their neighbours by bare names
 SCRIPTS = f"{PACKAGE.name}.sandbox.inside"
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig
 from trl.chat_template_utils import qwen2_5_chat_template
 from trl.scripts import sft
+from vision import build_vision_model, picture
 
 from trl_prime import ImplicitPRM, OfflinePRMConfig, PRIMEConfig
 from trl_prime.cli import main
@@ -67,6 +68,18 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def tiny_vision(tmp_path_factory):
+    """The same of one that sees images, and problems with images."""
+    folder, data = tmp_path_factory.mktemp("tiny_vision"), tmp_path_factory.mktemp("problems")
+    model, processor = build_vision_model("idefics3")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    problems = [{"images": [picture(i)], "problem": f"<image>{i} plus 1", "answer": str(i + 1)} for i in range(16)]
+    Dataset.from_list(problems).save_to_disk(data)
+    return str(folder), data
+
+
 def rows(dataset_format):
     """Rows as the data set of the recipe has them."""
     if dataset_format == "gsm8k":
@@ -100,7 +113,7 @@ def reward_digit(completions, solution, **kwargs):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: "-".join(path.relative_to(FOLDER).with_suffix("").parts))
-def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
+def test_recipe_trains_for_two_steps(recipe, tiny, tiny_vision, tmp_path, monkeypatch):
     monkeypatch.setenv(launching._LAUNCHED, "1")  # its processes are not started
     given = yaml.safe_load(recipe.read_text())
     command = recipe.parent.name if recipe.parent.name in ("sft", "prm") else "train"
@@ -110,7 +123,9 @@ def test_recipe_trains_for_two_steps(recipe, tiny, tmp_path, monkeypatch):
     if command == "sft":
         flags["save_strategy"] = "epoch"
     flags["per_device_train_batch_size"] = given.get("num_generations", 4)
-    if "task" in given:
+    if given.get("dataset_name") == "hiyouga/geometry3k":
+        flags |= dict(zip(("model_name_or_path", "dataset_name"), tiny_vision, strict=True))
+    elif "task" in given:
         flags["task_kwargs"] = json.dumps({"model": tiny})
     else:
         data = tmp_path / "data.jsonl"

@@ -219,7 +219,7 @@ def test_a_run_with_a_trunk_learns_the_same(train, monkeypatch, policy, settings
     settings = {**TRUNK_RUN, **settings, "peft_config": lora() if policy == "lora" else None}
     trainer = train(**settings)
     assert trainer.prm_learner.trunk is not None
-    monkeypatch.setattr(learner, "shared_trunk", lambda prm: None)
+    monkeypatch.setattr(learner, "shared_trunk", lambda *args: None)
     plain = train(**settings)
     assert plain.prm_learner.trunk is None
     for key in ("prm/loss", "prm/process_reward", "loss"):

@@ -1,8 +1,8 @@
 """Outcome and process rewards combined into advantages (PRIME, arXiv 2502.01456, section 3.2, Eq 5, 7 and 8).
 
-Covered: every estimator of the paper that needs no value model, the published code's variant of RLOO, whitening, and the
-hook through which a user replaces all of it. Not covered: process rewards themselves (`process_rewards.py`), the policy
-loss (TRL). B = completions, T = completion tokens, K = `num_generations`; groups are contiguous.
+Covered: every estimator of the paper, the published code's variant of RLOO, whitening, and the hook through which a user
+replaces all of it. Not covered: process rewards themselves (`process_rewards.py`), the returns of GAE and the loss of a value
+model (`values.py`), the policy loss (TRL). B = completions, T = completion tokens, K = `num_generations`; groups are contiguous.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from .process_rewards import discounted_returns
+from .values import value_targets
 
 ESTIMATORS = ("rloo", "rloo_reference_code", "grpo", "reinforce", "reinforce_plus_plus", "value")
+# These need values beside the rewards, by a model that is trained along
+VALUE_MODEL_ESTIMATORS = ("gae",)
 
 # Spreads below these are rounding, not signal, and are not scaled up. Outcomes and advantages are of order one; the score
 # of a completion, its process rewards summed, says something from 0.01 log-odds on.
@@ -78,6 +81,8 @@ def advantage_terms(
     outcome_gamma: float = 1.0,
     process_gamma: float = 1.0,
     reward_mask: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    gae_lambda: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The two terms of the advantage, weighted, before whitening. Arguments as in [`combine_rewards`].
@@ -86,8 +91,11 @@ def advantage_terms(
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the outcome term, the process term, both `(B, T)` and zero where
         the third, the `(B, T)` bool mask of tokens that have an advantage, is false.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is {estimator!r}; choose one of {ESTIMATORS}.")
+    known = (*ESTIMATORS, *VALUE_MODEL_ESTIMATORS)
+    if estimator not in known:
+        raise ValueError(f"estimator is {estimator!r}; choose one of {known}.")
+    if estimator in VALUE_MODEL_ESTIMATORS and values is None:
+        raise ValueError(f"estimator is {estimator!r}, which needs `values`, but none were given.")
     num_rows = outcome_rewards.shape[0]
     if num_rows % num_generations:
         raise ValueError(f"{num_rows} completions cannot be split into groups of num_generations={num_generations}.")
@@ -136,17 +144,24 @@ def advantage_terms(
         contributes = judged
         process_contributes = has_process
         outcome_advantages = outcomes
-        if estimator == "value":
+        if estimator == "gae":
+            gammas = {"outcome_gamma": outcome_gamma, "process_gamma": process_gamma}
+            values = values.to(dtype)
+            targets = value_targets(outcomes, process, values, mask, positions, gae_lambda=gae_lambda, **gammas)
+            outcome_advantages, process_advantages = (targets - values).unbind(-1)
+        elif estimator == "value":
             # v_phi(y_<t), the process reward collected before t, in the place of a value model
             process_advantages = process - process.cumsum(-1)
         else:
             process_advantages = discounted_returns(process, positions, process_gamma)
 
     active = mask & contributes[:, None]
-    outcome_advantages = (outcome_weight * outcome_advantages)[:, None].expand_as(process)
-    if outcome_gamma != 1.0:
-        tokens_left = mask.flip(-1).cumsum(-1).flip(-1) - mask.long()
-        outcome_advantages = outcome_advantages * outcome_gamma ** tokens_left.to(dtype)
+    outcome_advantages = outcome_weight * outcome_advantages
+    if estimator != "gae":
+        outcome_advantages = outcome_advantages[:, None].expand_as(process)
+        if outcome_gamma != 1.0:
+            tokens_left = mask.flip(-1).cumsum(-1).flip(-1) - mask.long()
+            outcome_advantages = outcome_advantages * outcome_gamma ** tokens_left.to(dtype)
     outcome_term = torch.where(active, outcome_advantages, 0.0)
     process_term = (process_weight * process_advantages).masked_fill_(~(active & process_contributes[:, None]), 0.0)
     return outcome_term, process_term, active
@@ -165,6 +180,8 @@ def combine_rewards(
     process_gamma: float = 1.0,
     whiten: bool = True,
     reward_mask: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    gae_lambda: float = 1.0,
 ) -> torch.Tensor:
     """
     Advantage of every token from the outcome reward of each completion and its process rewards.
@@ -180,6 +197,7 @@ def combine_rewards(
             `"grpo"` (Eq 7): centred by the mean and divided by the (unbiased) standard deviation of the group.
             `"reinforce"` (Eq 8): no baseline. `"reinforce_plus_plus"` (arXiv 2501.03262): the same, always whitened.
             `"value"` (section 5.4): outcome minus the process reward collected so far, which stands in for a value.
+            `"gae"`: generalised advantage estimation (arXiv 1506.02438) of each source of reward, with `values`.
         outcome_weight (`float`): Factor of the outcome term.
         process_weight (`float`): Factor of the process term.
         outcome_gamma (`float`): Discount of the outcome per token before the end.
@@ -189,6 +207,10 @@ def combine_rewards(
         reward_mask (`torch.Tensor`, *optional*): `(B, T)`, where process rewards sit, see
             [`~trl_prime.process_rewards.reward_positions`]. Baselines are means over these positions, so that with whole
             completions the baseline is the mean of the peers' sums. Defaults to `completion_mask`.
+        values (`torch.Tensor`, *optional*): `(B, T, 2)`, of the outcome and of the process rewards that are to come, before each
+            token was written. Needed for `"gae"`.
+        gae_lambda (`float`): How far GAE trusts rewards rather than values, from 0 to 1, see
+            [`~trl_prime.values.lambda_returns`].
 
     Returns:
         `torch.Tensor`: `(B, T)` advantages, zero where masked, for rows that could not be judged and, with baselines of peers,
@@ -205,6 +227,8 @@ def combine_rewards(
         outcome_gamma=outcome_gamma,
         process_gamma=process_gamma,
         reward_mask=reward_mask,
+        values=values,
+        gae_lambda=gae_lambda,
     )
     return add_terms(*terms, whiten=_whitens(whiten, estimator))
 
@@ -267,6 +291,7 @@ class RolloutRewards:
         prompts (`list`): B prompts, text or messages.
         completions (`list`): B completions, text or messages.
         trainer_state ([`~transformers.TrainerState`]): Step, epoch and log history.
+        values (`torch.Tensor`): `(B, T, 2)` by the value model, with an estimator that needs one.
     """
 
     outcome_rewards: torch.Tensor
@@ -281,6 +306,7 @@ class RolloutRewards:
     prompts: Sequence[Any] = ()
     completions: Sequence[Any] = ()
     trainer_state: Any = None
+    values: torch.Tensor | None = None
 
     def combine(self, **changes: Any) -> torch.Tensor:
         """
@@ -297,6 +323,19 @@ class RolloutRewards:
         share = process_variance_share(*terms)
         return add_terms(*terms, whiten=whiten), share
 
+    def value_targets(self, gae_lambda: float) -> torch.Tensor:
+        """`(B, T, 2)` by [`~trl_prime.values.value_targets`]: what the value model is trained on, with the lambda of GAE."""
+        return value_targets(
+            self.outcome_rewards,
+            self.process_rewards,
+            self.values,
+            self.completion_mask,
+            self.reward_mask,
+            outcome_gamma=self.settings["outcome_gamma"],
+            process_gamma=self.settings["process_gamma"],
+            gae_lambda=gae_lambda,
+        )
+
     def _arguments(self) -> dict[str, Any]:
         return {
             "outcome_rewards": self.outcome_rewards,
@@ -304,6 +343,7 @@ class RolloutRewards:
             "completion_mask": self.completion_mask,
             "num_generations": self.num_generations,
             "reward_mask": self.reward_mask,
+            "values": self.values,
             **self.settings,
         }
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
@@ -27,6 +28,7 @@ from trl import GRPOTrainer
 from .implicit_prm import ImplicitPRM
 from .implicit_prm.adapters import QUANTIZED, no_virtual_tokens
 from .implicit_prm.files import is_adapter, is_saved_prm
+from .implicit_prm.logps import FUSED_LM_HEAD, add_fused_lm_head, unwrapped
 from .policy_loss import vary_within_rows
 from .prime_config import PRIMEConfig
 from .specs import nearest
@@ -49,8 +51,6 @@ _REWARD_KWARGS = {
     "environments",
     "self",
 }
-# TRL adds these to rollouts with images, beside keys that begin with pixel_ or image_
-_VISION_KEYS = {"num_images", "num_tiles", "spatial_shapes"}
 # What has been said of batches that teach nothing, once in a process
 _IDLE_BATCHES: set[str] = set()
 
@@ -92,6 +92,7 @@ def check_before_loading(
             "path."
         )
     _check_models(grpo, prm_model, prm_peft_config)
+    _check_value_model(grpo, reward_combination)
     _check_prm_is_trainable(grpo, prm_model, prm_peft_config)
     _check_tokenizers(grpo, prm_model)
     _check_train_dataset(grpo)
@@ -127,6 +128,38 @@ def _check_models(grpo: dict[str, Any], prm_model: Any, prm_peft_config: PeftCon
                 f"{option} is '{name}', which holds an adapter only. Load it with its base: pass "
                 "peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)."
             )
+
+
+def _check_value_model(grpo: dict[str, Any], reward_combination: Any) -> None:
+    """Refuse what an estimator with a value model does not go with."""
+    args = grpo["args"]
+    if not args.needs_value_model:
+        return
+    estimator = f"advantage_estimator={args.advantage_estimator!r}"
+    if reward_combination is not None:
+        raise ValueError(
+            f"{estimator} does not go with reward_combination: the value model learns the returns of the rewards as configured, and "
+            "not of what a hook makes of them. Leave the hook out, or use another estimator, such as 'rloo'."
+        )
+    if args.deepspeed_plugin:
+        raise NotImplementedError(
+            f"{estimator} does not run with DeepSpeed: a value model beside policy and PRM would be a third engine, which was "
+            "never tried. Use DDP or FSDP2, or another estimator, such as 'rloo'."
+        )
+    policy_config = _policy_adapter(grpo)
+    if policy_config is not None and policy_config.is_prompt_learning:
+        raise ValueError(
+            f"{estimator} does not go with a {type(policy_config).__name__}: the value model is an adapter of the policy's kind, and "
+            "with virtual tokens it would not start from the policy's base. Use an adapter of the weights, such as LoraConfig."
+        )
+
+
+def _policy_adapter(grpo: dict[str, Any]) -> PeftConfig | None:
+    """The settings of the policy's adapter, if it has one."""
+    policy = grpo["model"]
+    if grpo.get("peft_config") is None and isinstance(policy, PeftModel):
+        return policy.active_peft_config
+    return grpo.get("peft_config")
 
 
 def _check_tokenizers(grpo: dict[str, Any], prm_model: Any) -> None:
@@ -228,6 +261,33 @@ def warn_of_uneven_saving(args: PRIMEConfig) -> None:
         )
 
 
+def check_sharded_heads(policy: torch.nn.Module, prm: torch.nn.Module, distributed_type: DistributedType) -> None:
+    """
+    Refuse a trained head whose gradient would be that of one process: FSDP2 shards the head of a vision-language model by itself, and
+    TRL's fused head reads its weights past FSDP2.
+
+    Args:
+        policy, prm (`nn.Module`): What is trained, before it is sharded.
+        distributed_type ([`~accelerate.utils.DistributedType`]): How it will be.
+
+    Raises:
+        NotImplementedError: Policy or PRM trains such a head.
+    """
+    if distributed_type != DistributedType.FSDP:
+        return
+    for name, model, is_fused in (
+        ("policy", unwrapped(policy), add_fused_lm_head is not None),
+        ("implicit PRM", unwrapped(prm), FUSED_LM_HEAD in vars(unwrapped(prm))),
+    ):
+        sees_images = model.config.get_text_config() is not model.config
+        if sees_images and is_fused and any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+            raise NotImplementedError(
+                f"The {name}, a {type(model).__name__}, is a vision-language model whose head is trained under FSDP2, where each process "
+                "would follow its own rows' gradient of the head. Use ddp, or adapters that leave the head alone "
+                "(peft_config, prm_peft_config; use_peft and prm_use_peft in a recipe)."
+            )
+
+
 def check_prm_label(prm_label: str, reward_func_names: list[str]) -> None:
     """Raise a ValueError unless `prm_label` is "reward" or the name of a reward function."""
     if prm_label != "reward" and prm_label not in reward_func_names:
@@ -272,9 +332,7 @@ def _check_prm_is_trainable(grpo: dict[str, Any], prm_model: Any, prm_peft_confi
             quantized |= isinstance(policy, str) and grpo.get("quantization_config") is not None
         if quantized and not is_saved_prm(prm_model):
             raise ValueError(QUANTIZED)
-    policy_config = grpo.get("peft_config")
-    if policy_config is None and isinstance(policy, PeftModel):
-        policy_config = policy.active_peft_config
+    policy_config = _policy_adapter(grpo)
     if policy_config is not None and policy_config.is_prompt_learning and args.prm_reference == "policy":
         raise ValueError(
             f"prm_reference='policy' does not go with a {type(policy_config).__name__}: the PRM starts without the policy's virtual "
@@ -319,21 +377,6 @@ def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedT
         f"The PRM's tokenizer differs from the policy's: {len(different)} of {len(ours)} tokens have another id or none, "
         f"{different[0]!r} first. The PRM reads the policy's token ids, so use one of the same model family."
     )
-
-
-def check_text_only(output: dict[str, Any]) -> None:
-    """Refuse rollouts with pictures: the policy would see them, and PRM and reference would not."""
-    found = [
-        key
-        for key, value in output.items()
-        if value is not None and (key in _VISION_KEYS or key.startswith(("pixel_", "image_")))
-    ]
-    if found:
-        raise NotImplementedError(
-            f"The rollouts hold images ({', '.join(sorted(found))}), which the policy sees, but the implicit PRM and its "
-            "reference score text only so far. Take the images out of the data set: columns 'image' and 'images', and "
-            "blocks of type 'image' in the prompts. A multimodal model can be trained on text."
-        )
 
 
 # --- While a step is made ---

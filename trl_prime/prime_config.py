@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import math
@@ -17,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
-from .advantages import ESTIMATORS
+from .advantages import ESTIMATORS, VALUE_MODEL_ESTIMATORS
 from .implicit_prm.losses import LOSS_TYPES
 from .implicit_prm.optimizer import SUITS_ADAPTERS, make_schedule, with_defaults
 from .process_rewards import GRANULARITIES, NORMALIZATIONS
@@ -27,6 +28,8 @@ UPDATE_MODES = ("after", "before", "reverse", "none")
 REFERENCES = ("frozen", "policy")
 # TRL checks these only after the models are loaded and the first batch is generated
 TRL_CHOICES = ("loss_type", "importance_sampling_level", "vllm_importance_sampling_mode")
+# Options that change nothing without a value model
+VALUE_OPTIONS = ("gae_lambda", "value_learning_rate", "value_num_epochs", "value_clip_range")
 
 
 @functools.cache
@@ -73,7 +76,8 @@ class PRIMEConfig(GRPOConfig):
             that compare completions use the scores of that single scoring pass through all epochs. `"none"`: never.
         advantage_estimator (`str`, *optional*, defaults to `"rloo"`):
             `"rloo"` (Eq 5), `"rloo_reference_code"` (as the published code computes it), `"grpo"` (Eq 7), `"reinforce"`
-            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4).
+            (Eq 8), `"reinforce_plus_plus"` (Eq 8, always whitened), `"value"` (the PRM as value model, section 5.4), `"gae"` (PPO: a
+            value model is trained along, see `gae_lambda`).
         process_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the process term of the advantage. 0 trains on outcomes only, while the PRM still learns and reports.
         accuracy_low (`float`, *optional*, defaults to `0.2`):
@@ -183,6 +187,20 @@ class PRIMEConfig(GRPOConfig):
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Zero mean and unit variance over all tokens of the batch.
 
+        > Parameters that control the value model
+
+        gae_lambda (`float`, *optional*, defaults to `1.0`):
+            How far an advantage trusts the rewards that came (1) rather than the values of the tokens in between (0). With 1 a
+            value is a baseline and nothing else, so that a value model which knows nothing yet does no harm.
+        value_learning_rate (`float`, *optional*):
+            Initial learning rate of the value model. Defaults to 1e-5, and to 1e-4 where it trains an adapter, as it does where the
+            policy does. Optimizer, schedule, gradient clip and micro-batches are those of the PRM.
+        value_num_epochs (`int`, *optional*, defaults to `1`):
+            Passes of the value model over each rollout batch. Each makes as many optimizer steps as the policy does on the batch.
+        value_clip_range (`float`, *optional*, defaults to `0.2`):
+            How far a value may move on one rollout batch before its loss stops to pull it further, as in PPO. It acts from the
+            second optimizer step on a batch on. 0 to not clip.
+
         > Parameters that control the online prompt filter
 
         filter_truncated (`bool`, *optional*, defaults to `False`):
@@ -249,8 +267,8 @@ class PRIMEConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="rloo",
         metadata={
-            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus' or "
-            "'value' (section 5.4)."
+            "help": "'rloo' (Eq 5), 'rloo_reference_code', 'grpo' (Eq 7), 'reinforce' (Eq 8), 'reinforce_plus_plus', "
+            "'value' (section 5.4) or 'gae' (PPO, with a value model that is trained along)."
         },
     )
     process_weight: float = field(default=1.0, metadata={"help": "Factor of the process term of the advantage."})
@@ -407,6 +425,32 @@ class PRIMEConfig(GRPOConfig):
         default=True, metadata={"help": "Zero mean and unit variance of the advantages over all tokens of the batch."}
     )
 
+    # Parameters that control the value model
+    gae_lambda: float = field(
+        default=1.0,
+        metadata={
+            "help": "How far an advantage by 'gae' trusts the rewards that came (1) rather than the values of the tokens in between "
+            "(0)."
+        },
+    )
+    value_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate of the value model of 'gae'. Defaults to 1e-5, and to 1e-4 for an adapter. All else of "
+            "its optimizer is as the PRM's."
+        },
+    )
+    value_num_epochs: int = field(
+        default=1, metadata={"help": "Passes of the value model of 'gae' over each rollout batch."}
+    )
+    value_clip_range: float = field(
+        default=0.2,
+        metadata={
+            "help": "How far a value may move on one rollout batch before its loss stops to pull it further, as in PPO. 0 to not "
+            "clip."
+        },
+    )
+
     # Parameters that control the online prompt filter
     filter_truncated: bool = field(
         default=False, metadata={"help": "Whether groups with a truncated completion are not trained on."}
@@ -457,7 +501,8 @@ class PRIMEConfig(GRPOConfig):
             trained_beta (`float`, *optional*): Reward scale that the PRM was trained with before.
 
         Returns:
-            [`PRIMEConfig`]: with `learning_rate`, `prm_learning_rate` and `prm_beta`.
+            [`PRIMEConfig`]: with `learning_rate`, `prm_learning_rate`, `prm_beta` and, where there is a value model,
+            `value_learning_rate`.
         """
         # Scores are sums over tokens: a larger scale keeps those of short completions from being all near zero
         tokens = self.max_completion_length
@@ -467,9 +512,23 @@ class PRIMEConfig(GRPOConfig):
             "prm_learning_rate": (1e-4, SUITS_ADAPTERS) if prm_is_adapter else (1e-5, ""),
             "prm_beta": (beta, f"for completions of at most {tokens} tokens" if beta > 0.05 else ""),
         }
+        if self.needs_value_model:
+            chosen["value_learning_rate"] = (1e-4, SUITS_ADAPTERS) if policy_is_adapter else (1e-5, "")
         if trained_beta is not None:
             chosen["prm_beta"] = (trained_beta, "with which the PRM was trained")
         return with_defaults(self, chosen)
+
+    @property
+    def needs_value_model(self) -> bool:
+        """Whether a value model is trained along."""
+        return self.advantage_estimator in VALUE_MODEL_ESTIMATORS
+
+    def for_value_model(self) -> PRIMEConfig:
+        """A copy whose `prm_*` fields are what the value model is trained by: its own rate and epochs, no replay, else the PRM's."""
+        args = copy.copy(self)
+        args.prm_learning_rate, args.prm_num_epochs = self.value_learning_rate, self.value_num_epochs
+        args.prm_replay_batches, args.prm_replay_steps = 0, None
+        return args
 
     @property
     def prompts_per_generation(self) -> int:
@@ -495,6 +554,7 @@ class PRIMEConfig(GRPOConfig):
             "outcome_gamma": self.outcome_gamma,
             "process_gamma": self.process_gamma,
             "whiten": self.whiten_advantages,
+            "gae_lambda": self.gae_lambda,
         }
 
     def _check_choices(self) -> None:
@@ -506,7 +566,7 @@ class PRIMEConfig(GRPOConfig):
             "prm_lr_scheduler_type": [schedule.value for schedule in SchedulerType],
             "process_reward_granularity": GRANULARITIES,
             "process_reward_norm": NORMALIZATIONS,
-            "advantage_estimator": ESTIMATORS,
+            "advantage_estimator": (*ESTIMATORS, *VALUE_MODEL_ESTIMATORS),
             **{name: trl_choices(name) for name in TRL_CHOICES},
         }.items():
             value = getattr(self, name)
@@ -529,6 +589,8 @@ class PRIMEConfig(GRPOConfig):
             "prm_max_grad_norm",
             "outcome_weight",
             "process_weight",
+            "value_learning_rate",
+            "value_clip_range",
         ):
             value = getattr(self, name)
             if value is not None and (not value >= 0 or not math.isfinite(value)):
@@ -536,6 +598,8 @@ class PRIMEConfig(GRPOConfig):
         for name in ("outcome_gamma", "process_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a discount must be between 0 and 1.")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda is {self.gae_lambda}, but must be between 0 and 1.")
         for name, least in {
             "prm_num_epochs": 1,
             "prm_replay_batches": 0,
@@ -543,6 +607,7 @@ class PRIMEConfig(GRPOConfig):
             "prm_warmup_steps": 0,
             "prm_micro_batch_size": 1,
             "filter_max_rounds": 1,
+            "value_num_epochs": 1,
         }.items():
             value = getattr(self, name)
             if value is not None and (value < least or value != int(value)):
@@ -605,6 +670,18 @@ class PRIMEConfig(GRPOConfig):
                 f"{self.outcome_gamma}. Use importance_sampling_level='token' (also with loss_type='luspo'), or process_weight=0 "
                 "and outcome_gamma=1."
             )
+        if self.importance_sampling_level == "sequence" and self.needs_value_model:
+            raise ValueError(
+                "importance_sampling_level='sequence' gives all tokens of a completion one weight, so that their advantages are "
+                f"averaged, but advantage_estimator={self.advantage_estimator!r} has a value for each token. Use "
+                "importance_sampling_level='token' (also with loss_type='luspo'), or another estimator, such as 'rloo'."
+            )
+        for name in () if self.needs_value_model else VALUE_OPTIONS:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but advantage_estimator={self.advantage_estimator!r} has no value model, so "
+                    f"that it would change nothing. Use advantage_estimator='gae', or leave {name} out."
+                )
         if self.prm_fused_lm_head and self.prm_reference == "policy":
             raise ValueError(
                 "prm_fused_lm_head=True does not go with prm_reference='policy': PRM and reference must round alike, and the "

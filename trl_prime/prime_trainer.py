@@ -1,16 +1,15 @@
 """`PRIMETrainer`: Algorithm 1 of PRIME (arXiv 2502.01456) inside TRL's GRPO step. The only file that touches TRL's private API.
 
 These methods are overridden. The step: `_generate_and_score_completions` (filter, implicit PRM and advantages after TRL has
-generated and judged), `_calculate_rewards` (keeps the rewards of each function), `training_step` (starts the PRM). The batch:
-`get_train_dataloader` (oversampling). The policy loss: `_compute_loss` (rows that were left out change neither its scale nor
-its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by completion), `_get_grad_norm` (nothing that is not
-finite reaches the optimizer). The PRM beside the policy in files and on the Hub: `train` and ten methods that save, load and
-push. All else, generation and the policy loss above all, is TRL's.
+generated and judged), `_tokenize_prompts` (prompts without images beside others), `_calculate_rewards` (keeps the rewards of each
+function), `training_step` (starts the PRM). The batch: `get_train_dataloader` (oversampling). The policy loss: `_compute_loss`
+(rows that were left out change neither its scale nor its metrics), `get_off_policy_mask` and `get_gamma_weights` (which decide by
+completion), `_get_grad_norm` (nothing that is not finite reaches the optimizer). The PRM beside the policy in files and on the Hub:
+`train` and ten methods that save, load and push. All else, generation and the policy loss above all, is TRL's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import shutil
@@ -37,7 +36,7 @@ from .checks import (
     check_grad_norm,
     check_loss,
     check_prm_label,
-    check_text_only,
+    check_sharded_heads,
     check_trained,
     checked_combination,
     checked_reward_func,
@@ -46,8 +45,9 @@ from .checks import (
     warn_of_uneven_saving,
 )
 from .hub import PAPER, POLICY_TAGS, add_policy_section, hub_dataset, warn_of_failed_pushes
+from .images import images_by_row, in_trl_form, without_empty_images
 from .implicit_prm.build import build_prm, fuse_lm_heads, kind_of_start, warn_of_rounding
-from .implicit_prm.files import check_loaded_policy, check_prm_state, downloaded_prm, name_base, whole_checkpoint
+from .implicit_prm.files import check_loaded_policy, check_states, downloaded_prm, name_base, whole_checkpoint
 from .implicit_prm.learner import PRMLearner, PRMScores
 from .implicit_prm.model import ImplicitPRM
 from .policy_loss import loss_scales, sequence_advantages
@@ -59,6 +59,7 @@ from .prompt_filter import select_groups
 from .reports.run_files import TABLE_PREFIX
 from .rollouts import Rollouts, draw_rows, is_truncated, log_gold_answers, outcomes_and_labels, policy_mask, table_room
 from .texts import TextFormat
+from .value_model.learner import make_value_learner
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -111,6 +112,7 @@ class PRIMETrainer(GRPOTrainer):
         implicit_prm ([`ImplicitPRM`]): The PRM: `.model` is trained, `.reference` is frozen, or `None` when its
             log-probabilities come from the policy.
         prm_learner ([`~trl_prime.implicit_prm.learner.PRMLearner`]): Its optimizer, replay and trust.
+        value_learner ([`~trl_prime.value_model.learner.ValueLearner`]): Value model and optimizer, if the estimator needs them.
     """
 
     _tag_names = POLICY_TAGS
@@ -154,7 +156,11 @@ class PRIMETrainer(GRPOTrainer):
             self.rollout_func = checked_rollout_func(self.rollout_func)
         self.reward_combination = reward_combination
         self.implicit_prm = self._build_prm(prm_model, prm_peft_config, grpo["model"])
+        check_sharded_heads(self.model, self.implicit_prm.model, self.accelerator.distributed_type)
         self.prm_learner = PRMLearner(self.implicit_prm, self.accelerator, args)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.value_learner = make_value_learner(policy, self._tokenizer, self.accelerator, args)
+        self._learners = [self.prm_learner] + ([self.value_learner] if self.value_learner else [])
         self._prm_is_started = False  # whether the learner has the schedule of the present `train()`
         self._rewards_per_func: torch.Tensor | None = None
         warn_of_uneven_saving(args)
@@ -180,9 +186,12 @@ class PRIMETrainer(GRPOTrainer):
             micro_batch_size=args.prm_micro_batch_size,
         )
         prm.text_format = self._text_format()
+        prm.processor = self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
         if args.prm_update != "none":
             option = "model_init_kwargs" if start is None else "prm_model_init_kwargs"
-            warn_of_rounding(prm, "prm_learning_rate", args.prm_learning_rate, f"{option}={{'dtype': 'float32'}}")
+            warn_of_rounding(
+                prm.model, "PRM", "prm_learning_rate", args.prm_learning_rate, f"{option}={{'dtype': 'float32'}}"
+            )
         name_base(policy, to_hub=args.push_to_hub)
         if args.push_to_hub:
             prm.reference_name = prm.portable_reference_name()
@@ -228,42 +237,50 @@ class PRIMETrainer(GRPOTrainer):
         if not self._prm_is_started:
             num_rollout_batches = self.args.num_generation_batches(self.state.max_steps)
             self.prm_learner.start(num_rollout_batches, measure_every=max(int(self.state.logging_steps), 1))
+            if self.value_learner:
+                self.value_learner.start(num_rollout_batches)
             self._prm_is_started = True
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        # TRL gives processors None for a prompt without images beside others, which they do not take
+        return prompt_ids, images and [shown or [] for shown in images], fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
-        self.prm_learner.place()
+        for learner in self._learners:
+            learner.place()
         self.implicit_prm.text_format.messages = not isinstance(inputs[0]["prompt"], str)
         # The policy generates, and the outcome rewards judge
         if not self.model.training:
             output, outcomes, labels, _ = self._generate_round(inputs)
             self._evaluate_prm(output, outcomes, labels)
-            return output
+            return in_trl_form(output)
         rollouts = self._generate_and_filter(inputs)
         # The PRM scores the batch and learns from it
-        policy = self.accelerator.unwrap_model(self.model)
-        batch = self.prm_learner.make_batch(
-            rollouts.output, rollouts.labels, rollouts.trains, self.num_generations, policy
-        )
+        policy, rows = self.accelerator.unwrap_model(self.model), (rollouts.output, rollouts.labels, rollouts.trains)
+        batch = self.prm_learner.make_batch(*rows, self.num_generations, policy)
         prm = self.prm_learner.score_and_learn(batch, rollouts.labels, self.state.global_step)
-        for name, value in prm.metrics.items():
-            self._log(f"prm/{name}", value)
+        self._log_all("prm", prm.metrics)
         # Outcome and process rewards become one advantage per token
         rewards = self._rollout_rewards(rollouts, batch, prm)
+        if self.value_learner:
+            rewards, metrics = self.value_learner.value_and_learn(batch, rewards, self.state.global_step)
+            self._log_all("value", metrics)
         advantages = self._advantages(rollouts, rewards)
         output = self._for_policy_loss(rollouts, advantages)
         if self.log_completions:
             mean_advantages = sequence_advantages(advantages, policy_mask(output)).squeeze(1)
-            self._log_rows(*rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator))
+            columns = rollouts.table_columns(prm.token_rewards, mean_advantages, self.accelerator)
+            Rollouts.log_rows(self._logs, TABLE_PREFIX, *columns)
         return output
 
     def _generate_round(self, inputs: list[dict[str, Any]]) -> tuple[Any, ...]:
         """This process's rows; `(B,)` outcomes and labels (NaN = not judged) and `(B, F)` rewards of all processes."""
-        output = super()._generate_and_score_completions(inputs)
-        check_text_only(output)
+        output = images_by_row(super()._generate_and_score_completions(inputs))
         log_gold_answers(self._logs, TABLE_PREFIX + "gold", inputs)
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -339,24 +356,16 @@ class PRIMETrainer(GRPOTrainer):
             advantages, share = rewards.combine_with_share()
             self._log("advantage/process_share", share)
         else:
-            advantages = checked_combination(self.reward_combination, self._with_rollouts(rewards, rollouts))
+            shown = (self._logs, self.accelerator, self._tokenizer.pad_token_id)
+            advantages = checked_combination(self.reward_combination, rollouts.shown_to_hook(rewards, *shown))
         advantages = advantages.masked_fill(~rollouts.trains[:, None], 0.0)
         check_advantages(advantages, rewards.completion_mask, self.importance_sampling_level, self.state.global_step)
         num_tokens = rollouts.output["completion_ids"].shape[1]
         return local_rows(advantages, self.accelerator)[:, :num_tokens]
 
-    def _with_rollouts(self, rewards: RolloutRewards, rollouts: Rollouts) -> RolloutRewards:
-        """Add what only a hook needs: the rollouts as ids and as TRL has just logged them."""
-        texts, num_generated = {}, len(rollouts.generated_outcomes)
-        for column in ("prompt", "completion"):
-            logged = list(self._logs[column])[-num_generated:]
-            texts[f"{column}s"] = [logged[row] for row in rollouts.rows.tolist()]
-        ids = gather_padded(rollouts.output["completion_ids"], self.accelerator, self._tokenizer.pad_token_id)
-        return dataclasses.replace(rewards, completion_ids=ids, **texts)
-
     def _for_policy_loss(self, rollouts: Rollouts, advantages: torch.Tensor) -> dict[str, Any]:
         """This process's rows with their advantages, and with what TRL's loss divides by."""
-        output, trains = dict(rollouts.output), rollouts.trains
+        output, trains = in_trl_form(rollouts.output), rollouts.trains
         if not trains.all():
             # `tool_mask` is what TRL leaves out of every term of the loss, of KL and entropy too, while attention still
             # sees the tokens
@@ -379,23 +388,18 @@ class PRIMETrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         batch = self.prm_learner.make_batch(output, labels, judged, num_generations, policy)
         prm = self.prm_learner.score(batch, labels, num_generations, self.state.global_step)
-        for name, value in prm.metrics.items():
-            self._log(f"prm/{name}", value)
+        self._log_all("prm", prm.metrics)
         if self.log_completions:
-            self._log_rows(Rollouts.evaluation_columns(output, outcomes, prm.token_rewards, self.accelerator))
+            columns = Rollouts.evaluation_columns(output, outcomes, prm.token_rewards, self.accelerator)
+            Rollouts.log_rows(self._logs, TABLE_PREFIX, columns)
 
     def _log(self, name: str, value: float | torch.Tensor) -> None:
         # TRL averages over the logging interval and leaves NaN out
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))
 
-    def _log_rows(self, columns: dict[str, list], advantages: torch.Tensor | None = None) -> None:
-        """Complete the rows of TRL's completions table that this batch has added, by columns of N values."""
-        if advantages is not None:
-            for _ in range(len(advantages)):
-                self._logs["advantages"].pop()
-            self._logs["advantages"].extend(advantages.tolist())
-        for name, values in columns.items():
-            self._logs["extra"][TABLE_PREFIX + name].extend(values)
+    def _log_all(self, of: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._log(f"{of}/{name}", value)
 
     # --- The policy loss: TRL's, of advantages that differ from token to token and of rows that may be left out ---
 
@@ -406,7 +410,7 @@ class PRIMETrainer(GRPOTrainer):
         weight, policy_factor = loss_scales(mask, inputs["rows_per_trained_row"], self.loss_type)
         # The policy's term is linear in the advantages, the KL term in beta; what is divided by all tokens keeps its scale
         inputs = {
-            **inputs,
+            **without_empty_images(inputs),
             "advantages": inputs["advantages"] * policy_factor,
             "num_items_in_batch": inputs["num_items_in_batch"] * weight,
         }
@@ -459,7 +463,7 @@ class PRIMETrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if resume_from_checkpoint:
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
-            check_prm_state(resume_from_checkpoint, self.accelerator, self.args.prm_update)
+            check_states(resume_from_checkpoint, self.accelerator, self.args)
         self._prm_is_started = False
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_trained(self.state, self.args)
@@ -473,7 +477,8 @@ class PRIMETrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        self.prm_learner.save_state(output_dir, self.args.should_save)
+        for learner in self._learners:
+            learner.save_state(output_dir, self.args.should_save)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -483,8 +488,8 @@ class PRIMETrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._start_prm()
-        if checkpoint is not None:
-            self.prm_learner.load(checkpoint)
+        for learner in self._learners if checkpoint is not None else ():
+            learner.load(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         check_loaded_policy(self.model, load_result)  # Trainer only warns
@@ -495,12 +500,7 @@ class PRIMETrainer(GRPOTrainer):
 
     # --- The Hub ---
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         # Trainer writes the card anew at every push, and only the last one may be told the data set
         self._card_dataset = hub_dataset(dataset_name) or self._card_dataset
         super().create_model_card(model_name, self._card_dataset, tags)

@@ -112,13 +112,24 @@ def reward_positions(mask: torch.Tensor, granularity: str, step_ids: torch.Tenso
     """
     mask = mask.bool()
     unit_ids = _unit_ids(mask, granularity, step_ids)
-    num_tokens = mask.shape[1]
-    # Index of the next unmasked token after t, num_tokens where there is none
-    index = torch.arange(num_tokens, device=mask.device).expand(mask.shape).masked_fill(~mask, num_tokens)
-    next_index = torch.nn.functional.pad(index[:, 1:], (0, 1), value=num_tokens)
-    next_index = next_index.flip(-1).cummin(-1).values.flip(-1) if num_tokens else next_index
-    next_unit = torch.nn.functional.pad(unit_ids, (0, 1), value=-1).gather(1, next_index)
+    next_unit = torch.nn.functional.pad(unit_ids, (0, 1), value=-1).gather(1, next_unmasked(mask))
     return mask & (next_unit != unit_ids)
+
+
+def next_unmasked(mask: torch.Tensor) -> torch.Tensor:
+    """
+    Where the next unmasked token after each token is.
+
+    Args:
+        mask (`torch.Tensor`): `(B, T)`, non-zero where the policy wrote the token.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` indices; T where there is none.
+    """
+    num_tokens = mask.shape[1]
+    index = torch.arange(num_tokens, device=mask.device).expand(mask.shape).masked_fill(~mask.bool(), num_tokens)
+    next_index = torch.nn.functional.pad(index[:, 1:], (0, 1), value=num_tokens)
+    return next_index.flip(-1).cummin(-1).values.flip(-1) if num_tokens else next_index
 
 
 def aggregate_process_rewards(

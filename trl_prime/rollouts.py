@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from .images import IMAGES, select_images
 from .process_rewards import aggregate_process_rewards, reward_positions
 from .processes import gather_padded, local_rows
 from .prompt_filter import rows_to_train_on
@@ -27,6 +28,8 @@ from .prompt_filter import rows_to_train_on
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+
+    from .advantages import RolloutRewards
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +97,28 @@ class Rollouts:
             generated_outcomes=outcomes,
         )
 
+    def shown_to_hook(
+        self, rewards: RolloutRewards, logs: dict[str, Any], accelerator: Accelerator, pad_token_id: int
+    ) -> RolloutRewards:
+        """
+        Rewards with what only a hook needs: the rollouts as ids, and as TRL has just logged them.
+
+        Args:
+            rewards ([`~trl_prime.advantages.RolloutRewards`]): Of these rows.
+            logs (`dict`): What TRL makes the completions table of.
+            accelerator ([`~accelerate.Accelerator`]): Of the trainer.
+            pad_token_id (`int`): Fills up token ids.
+
+        Returns:
+            [`~trl_prime.advantages.RolloutRewards`]
+        """
+        texts, num_generated = {}, len(self.generated_outcomes)
+        for column in ("prompt", "completion"):
+            logged = list(logs[column])[-num_generated:]
+            texts[f"{column}s"] = [logged[row] for row in self.rows.tolist()]
+        ids = gather_padded(self.output["completion_ids"], accelerator, pad_token_id)
+        return dataclasses.replace(rewards, completion_ids=ids, **texts)
+
     def table_columns(
         self, token_rewards: torch.Tensor, advantages: torch.Tensor, accelerator: Accelerator
     ) -> tuple[dict[str, list], torch.Tensor]:
@@ -142,6 +167,26 @@ class Rollouts:
         sums, trained = accelerator.gather(token_rewards.sum(1)), [False] * len(outcomes)
         columns = {"outcome": outcomes.tolist(), "process_reward": sums.tolist(), "trained": trained}
         return {**columns, **_turn_columns(output, token_rewards, accelerator)}
+
+    @staticmethod
+    def log_rows(
+        logs: dict[str, Any], prefix: str, columns: dict[str, list], advantages: torch.Tensor | None = None
+    ) -> None:
+        """
+        Complete the rows of TRL's completions table that a generation batch has added.
+
+        Args:
+            logs (`dict`): What TRL makes the table of.
+            prefix (`str`): Of the names of columns.
+            columns (`dict`): Columns by name, of N values each.
+            advantages (`torch.Tensor`, *optional*): `(N,)`, in the place of those that TRL has logged.
+        """
+        if advantages is not None:
+            for _ in range(len(advantages)):
+                logs["advantages"].pop()
+            logs["advantages"].extend(advantages.tolist())
+        for name, values in columns.items():
+            logs["extra"][prefix + name].extend(values)
 
 
 def _turn_columns(
@@ -347,8 +392,10 @@ def select_rows(
     first = outputs[0]
     if len(outputs) == 1 and len(rows) == len(first["completion_ids"]) * accelerator.num_processes:
         return first
-    selected = {}
+    selected: dict[str, Any] = {**select_images(outputs, rows, accelerator)}
     for key, value in first.items():
+        if key == IMAGES:
+            continue
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             is_prompt, pad_index = key.startswith("prompt_"), pad_token_id if key.endswith("_ids") else 0
             rounds = [gather_padded(output[key], accelerator, pad_index, pad_first=is_prompt) for output in outputs]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 # Content that no chat template changes
 _CONTENT = "4"
@@ -99,12 +99,44 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], 
 
     Returns:
         `list[int]`: the ids.
+
+    Raises:
+        ValueError: The prompt has images, which a tokenizer knows nothing of.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
+    if shown_images(prompt):
+        raise ValueError(
+            "A prompt has images, and text only is read here. Leave such prompts out, or score them by an ImplicitPRM that has the "
+            "processor of its model: ImplicitPRM.score."
+        )
     # A chat template writes its own special tokens
     rendered = text_format.render(tokenizer, prompt, add_generation_prompt=True)
     return tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+def shown_images(prompt: str | list[dict]) -> list[Any]:
+    """The images in the blocks of messages, in order."""
+    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    blocks = [block for content in contents if isinstance(content, (list, tuple)) for block in content]
+    return [block.get("image") for block in blocks if isinstance(block, dict) and block.get("type") == "image"]
+
+
+def encode_shown_prompt(processor: ProcessorMixin, prompt: list[dict], text_format: TextFormat) -> BatchFeature:
+    """
+    What a model reads of a prompt with images, as the policy is given it.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]): The processor.
+        prompt (`list[dict]`): Messages, with the images in blocks `{"type": "image", "image": ...}`.
+        text_format ([`TextFormat`]): How messages are rendered.
+
+    Returns:
+        [`~transformers.BatchFeature`]: of one row, without padding.
+    """
+    rendered = text_format.render(processor.tokenizer, prompt, add_generation_prompt=True)
+    # A chat template writes its own special tokens
+    return processor(images=[shown_images(prompt)], text=[rendered], return_tensors="pt", add_special_tokens=False)
 
 
 def tokenize(
@@ -136,7 +168,8 @@ def tokenize(
             f"A completion must be text or one assistant message, but has {len(completion)} messages. Give turns one at a time, "
             "with the turns before in the prompt."
         )
-    return tokenize_turns(tokenizer, prompt, completion, text_format, truncated)[:2]
+    ids, _ = tokenize_turns(tokenizer, prompt, completion, text_format, truncated)
+    return encode_prompt(tokenizer, prompt, text_format), ids
 
 
 def tokenize_turns(
@@ -145,9 +178,10 @@ def tokenize_turns(
     completion: str | list[dict],
     text_format: TextFormat,
     truncated: bool = False,
-) -> tuple[list[int], list[int], list[bool]]:
+) -> tuple[list[int], list[bool]]:
     """
-    As [`tokenize`], of a completion that may have several turns of the policy, with what it was told between them.
+    Token ids of a completion, as [`tokenize`] has them, which may have several turns of the policy with what it was told between
+    them.
 
     Args:
         completion (`str` or `list[dict]`): Text, or messages, the first of them the assistant's. After messages the chat
@@ -155,8 +189,7 @@ def tokenize_turns(
         tokenizer, prompt, text_format, truncated: as in [`tokenize`]. The last turn is the one that was cut off.
 
     Returns:
-        `tuple[list[int], list[int], list[bool]]`: ids of the prompt and of the completion, and whether the policy wrote each
-        token of the completion.
+        `tuple[list[int], list[bool]]`: ids of the completion, and whether the policy wrote each of them.
 
     Raises:
         ValueError: The completion is no text and does not begin with an assistant's message, or one of the assistant's
@@ -188,7 +221,7 @@ def tokenize_turns(
             part = _told_ids(tokenizer, run, text_format, end)
         ids += part
         written += [is_policy] * len(part)
-    return encode_prompt(tokenizer, prompt, text_format), ids, written
+    return ids, written
 
 
 def _told_ids(

@@ -99,7 +99,7 @@ class DatasetArguments(SplitArguments):
         prompt_suffix (`str`, *optional*): Appended to every prompt: `"math"` or `"code"`, the paper's, or a text.
         plain_prompts (`bool`): Prompts are plain text, for base models without a chat template.
         on_malformed_row (`str`): `"raise"`, or `"skip"` to leave out rows that cannot be adapted.
-        max_prompt_length (`int`, *optional*): Rows whose prompt has more tokens are left out.
+        max_prompt_length (`int`, *optional*): Rows whose prompt has more tokens are left out; tokens of images do not count.
     """
 
     dataset_format: str | None = field(
@@ -126,7 +126,7 @@ class DatasetArguments(SplitArguments):
         },
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Leave out rows whose prompt has more tokens."}
+        default=None, metadata={"help": "Leave out rows whose prompt has more tokens, those of images not counted."}
     )
 
 

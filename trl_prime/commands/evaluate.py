@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..specs import nearest
+from trl.import_utils import is_vllm_available
+
+from ..specs import check_installed, nearest
 from .arguments import parse_arguments
 from .models import check_model, check_prm
 
@@ -213,6 +215,7 @@ class EvalArguments:
                 )
         if not 0 < self.calibration_fraction < 1:
             raise ValueError(f"calibration_fraction is {self.calibration_fraction}, but must lie between 0 and 1.")
+        check_installed("use_vllm", self.use_vllm, is_vllm_available(), "vllm")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "eval runs in one process. Start it without a launcher; for several GPUs give use_vllm: true with "
@@ -395,7 +398,7 @@ def _output_dir(args: EvalArguments) -> Path:
 
 def _load_dataset(args: EvalArguments) -> Any:
     """The problems, in the form that the verifiers read."""
-    from ..data.adapters import load_prime_dataset
+    from ..data.adapters import check_text_only, load_prime_dataset
     from ..evaluation.benchmarks import BENCHMARKS, PROCESS_BENCH
 
     known = PROCESS_BENCH if args.judges_prm else BENCHMARKS.get(args.benchmark)
@@ -416,6 +419,9 @@ def _load_dataset(args: EvalArguments) -> Any:
     )
     if not len(dataset):
         raise ValueError(f"'{name}' has no rows.")
+    check_text_only(
+        dataset, "trl-prime eval", "Measure the policy in training, by eval_strategy, or remove the column."
+    )
     return dataset if args.limit is None else dataset.select(range(min(args.limit, len(dataset))))
 
 

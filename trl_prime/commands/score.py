@@ -180,6 +180,10 @@ def _row_completions(row: Any, where: str) -> list[Completion]:
         raise ValueError(
             f"{where} has a `prompt` that is neither text nor a list of messages with a role and a content."
         )
+    if "image" in row or "images" in row:
+        raise ValueError(
+            f"{where} has images, but trl-prime score reads text only. Use ImplicitPRM.score from Python."
+        )
     completions = row["completions"] if "completions" in row else [row["completion"]]
     outcomes = next((row[name] for name in OUTCOME_FIELDS if row.get(name) is not None), None)
     if "completions" not in row or outcomes is None:

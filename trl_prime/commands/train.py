@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
+    "number_chains": "trl_prime.tasks.number_chains.prepare",
     "word_problems": "trl_prime.tasks.word_problems.prepare",
     "letter_search": "trl_prime.tasks.letter_search.prepare",
 }
@@ -48,8 +49,8 @@ class PRIMEScriptArguments(DatasetArguments):
     The fields of a recipe beside those of [`PRIMEConfig`] and [`~trl.ModelConfig`].
 
     Parameters:
-        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"word_problems"`,
-            `"letter_search"` (of several turns), or the dotted path of a function that returns a
+        task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"number_chains"`,
+            `"word_problems"`, `"letter_search"` (of several turns), or the dotted path of a function that returns a
             [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
@@ -232,6 +233,7 @@ def _build(
     """The trainer, and what it is measured on before and after training."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..data.adapters import check_text_only
     from ..prime_trainer import PRIMETrainer
     from ..reports.progress import PRIME_METRICS, MetricsProgressCallback
     from ..rewards import load_reward_func
@@ -256,6 +258,8 @@ def _build(
                 args,
             )
         if script_args.eval_split_size is not None:
+            remedy = "Leave it out, and measure by dataset_test_split and eval_strategy."
+            check_text_only(train_dataset, "the measure before and after training (eval_split_size)", remedy)
             held_out = HeldOut(eval_dataset)
             if args.process_index == 0:
                 print(f"Held out {len(eval_dataset)} rows, {len(train_dataset)} are left to train on.", flush=True)

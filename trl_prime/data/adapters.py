@@ -13,6 +13,9 @@ kinds can be concatenated:
 | `data_source` | name of the source |
 | `index` | the row's id in its source, as a string, or None |
 
+A column `image` or `images` stays beside them, for vision-language models: TRL puts the images before the text of the first user
+message, and the marks `<image>` that some data sets have for them are taken out.
+
 A row that cannot be adapted is refused with its index and the reason, or left out and counted.
 """
 
@@ -47,6 +50,9 @@ _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 # This column tells why a row could not be adapted; it exists while rows are adapted, and after that with on_error="mark"
 MALFORMED = "__malformed__"
 ON_ERROR = ("raise", "skip", "mark")
+# TRL shows the policy what is in these columns
+IMAGE_COLUMNS = ("image", "images")
+_IMAGE_MARK = "<image>"
 
 
 def load_prime_dataset(
@@ -164,10 +170,34 @@ def adapt_dataset(
         skip=on_error != "raise",
         version=__version__,
     )
-    features = Features({**known.features, **({MALFORMED: Value("string")} if on_error != "raise" else {})})
-    adapted = dataset.map(adapt, with_indices=True, remove_columns=present, features=features)
+    images = [name for name in IMAGE_COLUMNS if name in present and "prompt" in known.features]
+    if images and dataset.features is None:
+        raise ValueError(
+            f"The column {images[0]!r} of a stream has no type, so that its images would be lost. Load it without streaming."
+        )
+    features = {**known.features, **{name: dataset.features[name] for name in images}}
+    features = Features({**features, **({MALFORMED: Value("string")} if on_error != "raise" else {})})
+    removed = [name for name in present if name not in images]
+    adapted = dataset.map(adapt, with_indices=True, remove_columns=removed, features=features)
     adapted = adapted.map(_as_text) if plain_prompts else adapted
     return _without_malformed(adapted, format) if on_error == "skip" else adapted
+
+
+def check_text_only(dataset: Dataset | IterableDataset, reader: str, remedy: str) -> None:
+    """
+    Refuse a data set with images where text only is read: its problems would be others.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
+        reader (`str`): Who reads text only.
+        remedy (`str`): A sentence.
+
+    Raises:
+        ValueError: It has a column of images.
+    """
+    found = [name for name in IMAGE_COLUMNS if name in (dataset.column_names or ())]
+    if found:
+        raise ValueError(f"The data set has images in its column {found[0]!r}, but {reader} reads text only. {remedy}")
 
 
 def _as_text(row: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +226,11 @@ def _adapt_row(
             ) from error
         return dict.fromkeys(known.features) | {MALFORMED: f"row {i}: {error}"}
     messages = "prompt" if "prompt" in adapted else "messages"
+    if messages == "prompt" and any(name in row for name in IMAGE_COLUMNS):
+        adapted["prompt"] = [
+            {**message, "content": message["content"].replace(_IMAGE_MARK, "").strip()}
+            for message in adapted["prompt"]
+        ]
     adapted[messages] = _dress_messages(adapted[messages], system_prompt, suffix)
     return adapted | ({MALFORMED: None} if skip else {})
 

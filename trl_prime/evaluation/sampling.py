@@ -195,10 +195,7 @@ class VLLMSampler:
         revision: str | None = None,
         **engine: Any,
     ):
-        try:
-            import vllm
-        except ImportError as error:
-            raise ValueError("use_vllm is true, but vLLM is not installed: pip install trl-prime[vllm]") from error
+        import vllm
 
         self.tokenizer = tokenizer
         self.settings = settings

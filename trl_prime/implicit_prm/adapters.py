@@ -68,14 +68,14 @@ def check_base_frozen(base: PreTrainedModel) -> None:
 def below_last_layers(config: PretrainedConfig, num_layers: int) -> str:
     """
     What an adapter of the last layers leaves out, for `exclude_modules` of a [`~peft.LoraConfig`] that targets `"all-linear"` or
-    modules by their last name.
+    modules by their last name. In a model that sees images that is its vision tower, too, which is below all layers.
 
     Args:
         config ([`~transformers.PretrainedConfig`]): Of the model.
         num_layers (`int`): How many of the last layers the adapter is on.
 
     Returns:
-        `str`: regular expression of the modules in all layers below.
+        `str`: regular expression of the modules below these layers.
 
     Raises:
         ValueError: The model has no more layers than that.
@@ -86,7 +86,8 @@ def below_last_layers(config: PretrainedConfig, num_layers: int) -> str:
             f"prm_lora_layers is {num_layers}, but must be from 1 to {in_all - 1}: the model has {in_all} layers. Leave it out for "
             "an adapter of all of them."
         )
-    return rf"\D*\.({'|'.join(map(str, range(in_all - num_layers)))})\..*"
+    below = rf"\D*\.({'|'.join(map(str, range(in_all - num_layers)))})\..*"
+    return below if config.get_text_config() is config else rf"{below}|(?!.*\b(language_model|text_model)\.).*"
 
 
 def rewrites_base(config: PeftConfig) -> bool:

@@ -2,9 +2,10 @@
 
 Trainer, accelerate and DeepSpeed all assume one trained model a run. What the second needs differs: where its weights
 live, when its gradients are exchanged, who clips and steps, and how weights are collected for saving. Everything else
-about the PRM's update is in `updater.py` and the same for all.
+about its update is in `second_model.py` and `updater.py` and the same for all. The second model is the PRM, or a value model
+beside it, which has no reference.
 
-| backend | PRM | reference |
+| backend | second model | reference |
 |---|---|---|
 | `DataParallel` | whole on every process, by DDP where there are several | whole |
 | `FullyShard` | FSDP2 | FSDP2 |
@@ -35,10 +36,10 @@ from .logps import num_chunks, rope_boundary
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .model import ImplicitPRM
+    from .second_model import SecondModel
 
 
-def make_backend(prm: ImplicitPRM, accelerator: Accelerator) -> DataParallel:
+def make_backend(second: SecondModel, accelerator: Accelerator) -> DataParallel:
     """
     The backend for the way in which `accelerator` distributes the policy.
 
@@ -53,7 +54,7 @@ def make_backend(prm: ImplicitPRM, accelerator: Accelerator) -> DataParallel:
             "each process would train whole models. Leave fsdp out; on a CPU, --accelerate_config cpu starts several processes."
         )
     kinds = {DistributedType.FSDP: FullyShard, DistributedType.DEEPSPEED: ZeRO}
-    return kinds.get(accelerator.distributed_type, DataParallel)(prm, accelerator)
+    return kinds.get(accelerator.distributed_type, DataParallel)(second, accelerator)
 
 
 def unshared(model: nn.Module) -> nn.Module:
@@ -69,14 +70,15 @@ def unshared(model: nn.Module) -> nn.Module:
 
 class DataParallel:
     """
-    The whole PRM on every process.
+    The whole model on every process.
 
     Args:
-        prm ([`ImplicitPRM`]): Its models are moved to the device.
+        second ([`~trl_prime.implicit_prm.second_model.SecondModel`]): The PRM, or another model that is trained beside the policy.
+            It and its reference are moved to the device.
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
 
     Attributes:
-        model (`nn.Module`): What computes the loss; a wrapper around `prm.model` where gradients are exchanged.
+        model (`nn.Module`): What computes the loss; a wrapper around `second.model` where gradients are exchanged.
         forward_is_collective (`bool`): Whether a forward pass is a joint act of all processes, so that all need as many of them.
         optimizer_is_sharded (`bool`): Whether each process holds its own part of the optimizer's state.
     """
@@ -84,21 +86,21 @@ class DataParallel:
     forward_is_collective = False
     optimizer_is_sharded = False
 
-    def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
-        self.prm = prm
+    def __init__(self, second: SecondModel, accelerator: Accelerator):
+        self.second = second
         self.accelerator = accelerator
-        self.model: nn.Module = prm.model
+        self.model: nn.Module = second.model
         self.optimizer: torch.optim.Optimizer | None = None
 
     def place(self) -> None:
         """Bring both models to where they compute. Called once, before the first forward pass."""
-        self.prm.model.to(self.accelerator.device)
+        self.second.model.to(self.accelerator.device)
         self.place_reference()
 
     def place_reference(self) -> None:
         """Bring the reference alone to where it computes, for a PRM that a trainer places by itself."""
-        if self.prm.reference is not None:
-            self.prm.reference.to(self.accelerator.device)
+        if self.second.reference is not None:
+            self.second.reference.to(self.accelerator.device)
 
     def num_passes(self, rows: torch.Tensor) -> int:
         """
@@ -110,7 +112,7 @@ class DataParallel:
         if not self.forward_is_collective:
             return 0
         num_rows = int(self.accelerator.gather(rows.sum().view(1)).max())
-        return num_chunks(num_rows, self.prm.micro_batch_size, rope_boundary(self.prm.model))
+        return num_chunks(num_rows, self.second.micro_batch_size, rope_boundary(self.second.model))
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         """
@@ -124,9 +126,9 @@ class DataParallel:
             `torch.optim.Optimizer`: the optimizer that learning-rate schedules act on.
         """
         self.max_grad_norm = max_grad_norm or float("inf")
-        self.model = self.accelerator.prepare_model(self.prm.model)
+        self.model = self.accelerator.prepare_model(self.second.model)
         # Bare: accelerate's wrapper does nothing while the policy accumulates gradients
-        self.optimizer = make_optimizer(self.prm.model)
+        self.optimizer = make_optimizer(self.second.model)
         return self.optimizer
 
     @contextlib.contextmanager
@@ -174,8 +176,8 @@ class DataParallel:
         return None
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load weights of the PRM by name, all or an adapter's, the same on every process."""
-        _load(self.prm.model, weights)
+        """Load weights by name, all or an adapter's, the same on every process."""
+        _load(self.second.model, weights)
 
 
 def _load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -183,19 +185,19 @@ def _load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if unexpected or trainable & set(missing):
         raise ValueError(
-            f"The saved weights do not fit the PRM: {sorted(trainable & set(missing))[:3]} are missing and "
-            f"{unexpected[:3]} unknown. Was the checkpoint made with another prm_model or prm_peft_config?"
+            f"The saved weights do not fit the model: {sorted(trainable & set(missing))[:3]} are missing and "
+            f"{unexpected[:3]} unknown. Was the checkpoint made with another prm_model, prm_peft_config or peft_config?"
         )
 
 
 class FullyShard(DataParallel):
-    """PRM and reference sharded by FSDP2, as accelerate shards the policy."""
+    """The model and its reference sharded by FSDP2, as accelerate shards the policy."""
 
     forward_is_collective = True
     optimizer_is_sharded = True
 
-    def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
-        super().__init__(prm, accelerator)
+    def __init__(self, second: SecondModel, accelerator: Accelerator):
+        super().__init__(second, accelerator)
         if accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise NotImplementedError(
                 "PRIMETrainer needs FSDP2, but this is FSDP version 1. Set `version: 2` in fsdp_config, or `fsdp_version: 2` "
@@ -203,12 +205,12 @@ class FullyShard(DataParallel):
             )
 
     def place(self) -> None:
-        self._shard(self.prm.model)
+        self._shard(self.second.model)
         self.place_reference()
 
     def place_reference(self) -> None:
-        if self.prm.reference is not None:
-            self._shard(self.prm.reference)
+        if self.second.reference is not None:
+            self._shard(self.second.reference)
 
     def _shard(self, model: nn.Module) -> None:
         fsdp2_prepare_model(self.accelerator, model)
@@ -216,7 +218,7 @@ class FullyShard(DataParallel):
 
     def prepare(self, make_optimizer: Any, max_grad_norm: float | None) -> torch.optim.Optimizer:
         self.max_grad_norm = max_grad_norm or float("inf")
-        self.optimizer = make_optimizer(self.prm.model)
+        self.optimizer = make_optimizer(self.second.model)
         return self.optimizer
 
     @contextlib.contextmanager
@@ -248,7 +250,7 @@ class FullyShard(DataParallel):
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(self.prm.model, weights, options=options)
+        set_model_state_dict(self.second.model, weights, options=options)
 
 
 def _reshard_after_scoring(model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -274,12 +276,12 @@ def _map_tensors(value: Any, function: Any) -> Any:
 
 
 class ZeRO(DataParallel):
-    """The PRM in a DeepSpeed engine of its own, with the policy's settings."""
+    """The model in a DeepSpeed engine of its own, with the policy's settings."""
 
     optimizer_is_sharded = True
 
-    def __init__(self, prm: ImplicitPRM, accelerator: Accelerator):
-        super().__init__(prm, accelerator)
+    def __init__(self, second: SecondModel, accelerator: Accelerator):
+        super().__init__(second, accelerator)
         self.config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
         self.stage = self.config.get("zero_optimization", {}).get("stage", 0)
         self.forward_is_collective = self.stage == 3
@@ -290,11 +292,11 @@ class ZeRO(DataParallel):
 
         if self.config.get("bf16", {}).get("enabled") is True:
             # An engine rounds its model. If only one of the two were rounded, their difference would be a reward out of nothing.
-            for model in (self.prm.model, self.prm.reference):
+            for model in (self.second.model, self.second.reference):
                 if model is not None and not any(hasattr(p, "ds_id") for p in model.parameters()):
                     model.bfloat16()
-        if self.prm.reference is not None and self.stage == 3:
-            prepare_deepspeed(self.prm.reference, self.accelerator)
+        if self.second.reference is not None and self.stage == 3:
+            prepare_deepspeed(self.second.reference, self.accelerator)
         else:
             super().place_reference()
 
@@ -311,10 +313,10 @@ class ZeRO(DataParallel):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        optimizer = make_optimizer(self.prm.model)
+        optimizer = make_optimizer(self.second.model)
         self.skips = _skip_infinite_steps(optimizer)
         self.model, self.optimizer, *_ = deepspeed.initialize(
-            model=self.prm.model, optimizer=optimizer, config=self.config
+            model=self.second.model, optimizer=optimizer, config=self.config
         )
         return optimizer
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..images import RowImages
 
 if TYPE_CHECKING:
     from .trunk import TrunkStates
@@ -28,6 +30,7 @@ class PRMBatch:
         group_labels (`torch.Tensor`): `(B, K)` labels of each row's whole group.
         group_scores (`torch.Tensor`, *optional*): `(B, K)` scores q of each row's whole group by the PRM as it was before it saw
             the batch. `None` where they come out of the first update (see [`~PRMUpdater.can_score`]).
+        images ([`~trl_prime.images.RowImages`], *optional*): What the policy was shown in each row. `None` where that was text only.
         trunk ([`~trl_prime.implicit_prm.trunk.TrunkStates`], *optional*): Hidden states with which the PRM's passes begin.
             `None` where it computes all of its layers.
         ref_entropies (`torch.Tensor`, *optional*): `(B, T)` entropies of the reference's distributions, in nats, where its
@@ -43,6 +46,7 @@ class PRMBatch:
     labels: torch.Tensor
     group_labels: torch.Tensor
     group_scores: torch.Tensor | None = None
+    images: RowImages | None = None
     trunk: TrunkStates | None = None
     ref_entropies: torch.Tensor | None = None
 
@@ -56,14 +60,29 @@ class PRMBatch:
         return confidences.masked_fill(~self.policy_mask, 0.0)
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tensors that a model reads: prompt ids and mask, completion ids and mask."""
-        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+    def inputs(self) -> tuple[Any, ...]:
+        """What a model reads, each of it by row: prompt ids and mask, completion ids and mask, and images if there are any."""
+        text = self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+        return text if self.images is None else (*text, self.images)
+
+    def for_replay(self) -> PRMBatch:
+        """The batch as it is kept for later updates: its images, which are large beside all else, are on the CPU."""
+        return self if self.images is None else dataclasses.replace(self, images=self.images.on_cpu())
 
     @property
-    def saved_fields(self) -> dict[str, torch.Tensor | None]:
+    def saved_fields(self) -> dict[str, Any]:
         """The fields by name that a checkpoint keeps: hidden states are computed again."""
-        return {name: value for name, value in vars(self).items() if name != "trunk"}
+        fields = {name: value for name, value in vars(self).items() if name != "trunk"}
+        return fields if self.images is None else {**fields, "images": self.images.rows}
+
+    @classmethod
+    def from_saved(cls, fields: dict[str, Any], device: torch.device) -> PRMBatch:
+        """The batch of [`saved_fields`], as it is kept for replay on a device."""
+        fields = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in fields.items()
+        }
+        rows = fields.get("images")
+        return cls(**{**fields, "images": None if rows is None else RowImages(rows)})
 
     def around(self, rows: torch.Tensor) -> AbstractContextManager:
         """The context of the PRM's pass over `(b,)` rows of the batch."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -152,20 +153,21 @@ def _check_vocabulary(prm: ImplicitPRM, tokenizer: PreTrainedTokenizerBase) -> N
         )
 
 
-def warn_of_rounding(prm: ImplicitPRM, option: str, learning_rate: float, remedy: str) -> None:
+def warn_of_rounding(model: nn.Module, title: str, option: str, learning_rate: float, remedy: str) -> None:
     """
-    Warn where the PRM's trainable weights are so imprecise that small updates are lost.
+    Warn where a model's trainable weights are so imprecise that small updates are lost.
 
     Args:
-        prm ([`ImplicitPRM`]): The PRM.
+        model (`nn.Module`): The model.
+        title (`str`): What it is, in the warning.
         option (`str`): Name of the option with its learning rate.
         learning_rate (`float`): That rate.
         remedy (`str`): The option that loads it in float32.
     """
-    trainable = [p for p in prm.model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trainable):
         logger.warning(
-            f"The trainable weights of the PRM are {trainable[0].dtype}: updates of the size of {option}={learning_rate} are "
+            f"The trainable weights of the {title} are {trainable[0].dtype}: updates of the size of {option}={learning_rate} are "
             f"rounded away. Load it in float32 ({remedy}); bf16=True still computes in bfloat16."
         )
 

@@ -1,7 +1,7 @@
 """Saved PRMs and checkpoints of runs: where the files are, what is in them, and which are whole.
 
 Covered: finding a PRM in a folder or on the Hub, its weights, card and text format; checkpoints of both trainers, and the
-state of a learning PRM in them. Not covered: building a PRM (`model.py`, `build.py`), what is pushed (`hub.py`).
+state of a learning PRM or value model in them. Not covered: building a PRM (`model.py`, `build.py`), what is pushed (`hub.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from huggingface_hub import ModelCard
 
+    from ..prime_config import PRIMEConfig
     from .backends import DataParallel
     from .model import ImplicitPRM
 
@@ -35,8 +36,6 @@ logger = logging.get_logger(__name__)
 
 # In the folder of a PRM: its settings
 CONFIG_NAME = "implicit_prm.json"
-# In a checkpoint, where all processes hold the same: the optimizer of the PRM
-PRM_OPTIMIZER_NAME = "prm_optimizer.pt"
 
 # --- Finding a PRM ---
 
@@ -256,65 +255,85 @@ def save_prm(prm: ImplicitPRM, backend: DataParallel, folder: str, should_save: 
         prm.save_pretrained(folder, weights, reference_weights)
 
 
-def _state_path(checkpoint: str, accelerator: Accelerator) -> str:
-    return os.path.join(checkpoint, f"prm_state_{accelerator.process_index}.pt")
+def trained_weights(backend: DataParallel) -> dict[str, torch.Tensor]:
+    """The weights that are trained of a model that may be spread over processes, on the CPU; all processes call this."""
+    model = backend.second.model
+    weights = backend.full_weights(model)
+    weights = model.state_dict() if weights is None else weights
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: weight.cpu() for name, weight in weights.items() if name in names}
 
 
-def save_prm_state(checkpoint: str, state: dict[str, Any], accelerator: Accelerator, optimizer_is_saved: bool) -> None:
+def _state_path(checkpoint: str, name: str, accelerator: Accelerator) -> str:
+    return os.path.join(checkpoint, f"{name}_state_{accelerator.process_index}.pt")
+
+
+def _optimizer_path(checkpoint: str, name: str) -> str:
+    return os.path.join(checkpoint, f"{name}_optimizer.pt")
+
+
+def save_learner_state(
+    checkpoint: str, name: str, state: dict[str, Any], backend: DataParallel, should_save: bool
+) -> None:
     """
-    Save what a learning PRM needs beside its weights, of each process in a file of its own.
+    Save what a learning model needs beside its weights, of each process in a file of its own.
 
     Args:
         checkpoint (`str`): Folder of the checkpoint, made if needed.
-        state (`dict`): State of [`~trl_prime.implicit_prm.learner.PRMLearner`]. An optimizer that is the same on all
-            processes is `state["optimizer"]`; it has a file by itself, because it is twice the size of the trained weights.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        optimizer_is_saved (`bool`): Whether this process writes that file.
+        name (`str`): Of the model, `"prm"` or `"value"`.
+        state (`dict`): State of the learner; `state["updater"]` is that of its updater, or `None`. An optimizer that is the same on
+            all processes has a file by itself, because it is twice the size of the trained weights.
+        backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): Of the model.
+        should_save (`bool`): Whether this process writes that file.
     """
     os.makedirs(checkpoint, exist_ok=True)
-    state = {"num_processes": accelerator.num_processes, **state}
-    optimizer = state.pop("optimizer", None)
-    if optimizer is not None and optimizer_is_saved:
-        torch.save(optimizer, os.path.join(checkpoint, PRM_OPTIMIZER_NAME))
-    torch.save(state, _state_path(checkpoint, accelerator))
+    if state["updater"] is not None and not backend.optimizer_is_sharded:
+        optimizer = state["updater"].pop("optimizer")
+        if should_save:
+            torch.save(optimizer, _optimizer_path(checkpoint, name))
+    state = {"num_processes": backend.accelerator.num_processes, **state}
+    torch.save(state, _state_path(checkpoint, name, backend.accelerator))
 
 
-def load_prm_state(checkpoint: str, accelerator: Accelerator, with_optimizer: bool) -> dict[str, Any]:
+def load_learner_state(checkpoint: str, name: str, backend: DataParallel, with_optimizer: bool) -> dict[str, Any]:
     """
-    Load the state that [`save_prm_state`] saved of this process, on the CPU.
+    Load the state that [`save_learner_state`] saved of this process, on the CPU.
 
     Args:
         checkpoint (`str`): Its folder.
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        with_optimizer (`bool`): Whether the optimizer has a file by itself; what lies there otherwise is an earlier run's.
+        name (`str`): Of the model.
+        backend ([`~trl_prime.implicit_prm.backends.DataParallel`]): Of the model.
+        with_optimizer (`bool`): Whether the model goes on learning.
 
     Returns:
-        `dict`: As it was saved, with `"optimizer"` if asked for.
+        `dict`: As it was given to be saved.
 
     Raises:
         FileNotFoundError: A file is missing.
     """
-    state = torch.load(_state_path(checkpoint, accelerator), map_location="cpu", weights_only=True)
-    if with_optimizer:
-        path = os.path.join(checkpoint, PRM_OPTIMIZER_NAME)
-        state["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(_state_path(checkpoint, name, backend.accelerator), map_location="cpu", weights_only=True)
+    # What lies in the file by itself otherwise is an earlier run's
+    if with_optimizer and not backend.optimizer_is_sharded:
+        path = _optimizer_path(checkpoint, name)
+        state["updater"]["optimizer"] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def check_prm_state(checkpoint: str, accelerator: Accelerator, prm_update: str) -> None:
+def check_states(checkpoint: str, accelerator: Accelerator, args: PRIMEConfig) -> None:
     """
     Refuse a checkpoint that a run cannot go on from.
 
     Args:
         checkpoint (`str`): Its folder.
         accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        prm_update (`str`): That of the run's configuration.
+        args ([`PRIMEConfig`]): The run's configuration.
 
     Raises:
-        ValueError: Another number of processes saved it, or it has no optimizer for a PRM that is going to learn.
+        ValueError: Another number of processes saved it, it has no optimizer for a PRM that is going to learn, or no value model for
+            a run with one.
         FileNotFoundError: It lacks this process's state.
     """
-    path = _state_path(checkpoint, accelerator)
+    prm_update, path = args.prm_update, _state_path(checkpoint, "prm", accelerator)
     found = [path] if os.path.isfile(path) else sorted(map(str, Path(checkpoint).glob("prm_state_*.pt")))
     if found:
         state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
@@ -336,6 +355,12 @@ def check_prm_state(checkpoint: str, accelerator: Accelerator, prm_update: str) 
             f"'{checkpoint}' has no {os.path.basename(path)}: it was not saved by PRIMETrainer, or with save_only_model=True, "
             "and the PRM could not go on where it stopped. Resume from another checkpoint, or start a new run with model= and "
             "prm_model= set to its weights."
+        )
+    if args.needs_value_model and not os.path.isfile(_state_path(checkpoint, "value", accelerator)):
+        raise ValueError(
+            f"resume_from_checkpoint is '{checkpoint}', which a run without a value model saved, but advantage_estimator is "
+            f"{args.advantage_estimator!r}. Resume with the estimator of that run, or start a new run with model= and prm_model= "
+            "set to its weights."
         )
 
 

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..images import IMAGES
 from ..process_rewards import implicit_process_rewards
 from ..processes import local_rows, masked_mean
 from ..rollouts import policy_mask
 from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
-from .backends import DataParallel, make_backend
+from .backends import DataParallel
 from .batch import PRMBatch
 from .calibration import ReferenceCalibration
-from .files import load_prm_state, save_prm, save_prm_state, saved_weights
-from .logps import batch_completion_logps
+from .files import save_prm, saved_weights
+from .logps import batch_completion_logps, check_sees
 from .losses import group_rows, label_log_odds, outcome_scores
 from .precision import PrecisionProbe
+from .second_model import SecondModelLearner
 from .trunk import SharedTrunk, TrunkStates, fits_in_memory, shared_trunk
 from .trust import Trust
 from .updater import PRMUpdater
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from ..images import RowImages
     from ..prime_config import PRIMEConfig
     from .model import ImplicitPRM
 
@@ -55,7 +58,7 @@ class PRMScores:
     metrics: dict[str, float]
 
 
-class PRMLearner:
+class PRMLearner(SecondModelLearner):
     """
     An implicit PRM with its optimizer, replay and trust.
 
@@ -65,12 +68,12 @@ class PRMLearner:
         args ([`PRIMEConfig`]): The `prm_*` fields are read.
     """
 
+    name = "prm"
+    updater: PRMUpdater | None
+
     def __init__(self, prm: ImplicitPRM, accelerator: Accelerator, args: PRIMEConfig):
+        super().__init__(prm, accelerator, args)
         self.prm = prm
-        self.accelerator = accelerator
-        self.args = args
-        self.backend = make_backend(prm, accelerator)
-        self.updater: PRMUpdater | None = None
         self.trust = Trust()
         self.calibration: ReferenceCalibration | None = None
         if args.prm_reference_weight != 0:
@@ -78,15 +81,8 @@ class PRMLearner:
             self.calibration = ReferenceCalibration(fixed, args.prm_guess_rate)
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
         self.trunk: SharedTrunk | None = None
-        self._is_placed = self._is_checked = self._is_compared = False
-
-    # --- Placing and starting ---
-
-    def place(self) -> None:
-        """Bring PRM and reference to where they compute, once. The policy is distributed first."""
-        if not self._is_placed:
-            self.backend.place()
-            self._is_placed = True
+        self._is_checked = self._sees = False
+        self._compared: set[bool] = set()  # with images or without: what the trunk has been compared on
 
     def start(self, num_rollout_batches: int, measure_every: int = 1) -> None:
         """
@@ -126,7 +122,10 @@ class PRMLearner:
         Returns:
             [`PRMBatch`]
         """
-        inputs = tuple(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", IMAGES)
+        inputs = tuple(output[key] for key in keys if key in output)
+        images = output.get(IMAGES)
+        self._check_images(images, len(inputs[0]), policy)
         mask = policy_mask(output) & local_rows(trains, self.accelerator)[:, None]
         rows = mask.any(1)
         with self.accelerator.autocast():
@@ -139,18 +138,43 @@ class PRMLearner:
         labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
         labels = local_rows(labels, self.accelerator)
-        return PRMBatch(*inputs, mask, ref_logps, labels, group_labels, trunk=states, ref_entropies=ref_entropies)
+        more = {"images": images, "trunk": states, "ref_entropies": ref_entropies}
+        return PRMBatch(*inputs[:4], mask, ref_logps, labels, group_labels, **more)
 
-    def _new_trunk_states(self, inputs: tuple[torch.Tensor, ...], rows: torch.Tensor) -> TrunkStates | None:
+    def _check_images(self, images: RowImages | None, num_rows: int, policy: PreTrainedModel) -> None:
+        """
+        Refuse models that would not see what the policy has seen; and, where the vision tower is sharded, rows without image beside
+        rows with one: not all processes would call it.
+        """
+        if not self._sees and images is not None and images.is_shown.any():
+            for model in (self.prm.model, self.prm.reference or policy):
+                check_sees(model)
+            self._sees = True
+        if not self.backend.forward_is_collective:
+            return
+        shown = torch.zeros(num_rows, dtype=torch.bool) if images is None else images.is_shown
+        shown = self.accelerator.gather(shown.to(self.accelerator.device))
+        if shown.any() and not shown.all():
+            raise NotImplementedError(
+                f"{int(shown.sum())} of {len(shown)} rows of a batch have images, and FSDP2 or ZeRO-3 shards the model: a process "
+                "whose rows are text would not call the vision tower that the others wait for. Train on rows that all have images, "
+                "or take ddp or zero2."
+            )
+
+    def _new_trunk_states(self, inputs: tuple[Any, ...], rows: torch.Tensor) -> TrunkStates | None:
         """
         For the hidden states of the `(B,)` rows of a batch, to be kept by the reference's pass. `None` where PRM and reference share
         no trunk, or memory is short beside those of replayed batches.
         """
-        if not self._is_compared:
-            self._is_compared = True
+        shown = rows & inputs[4].is_shown.to(rows.device) if len(inputs) > 4 else torch.zeros_like(rows)
+        has_images = bool(shown.any())
+        if has_images not in self._compared and (self.trunk is not None or not self._compared):
+            self._compared.add(has_images)
+            # Deeper layers may read images, too: a row of the run's own, because nobody else has one for this model
+            example = tuple(values[shown.nonzero()[0]] for values in inputs) if has_images else None
             reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
             if type(self.backend) is DataParallel and not (self.args.gradient_checkpointing and reentrant):
-                self.trunk = shared_trunk(self.prm)
+                self.trunk = shared_trunk(self.prm, example)
         if self.trunk is None:
             return None
         kept = [batch.trunk for batch in self.updater.replay] if self.updater is not None else []
@@ -162,7 +186,7 @@ class PRMLearner:
 
     def _reference_logps(
         self,
-        inputs: tuple[torch.Tensor, ...],
+        inputs: tuple[Any, ...],
         rows: torch.Tensor,
         states: TrunkStates | None,
         policy: PreTrainedModel | None = None,
@@ -175,7 +199,7 @@ class PRMLearner:
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
         passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows), "entropies": entropies}
         if self.prm.reference is None:
-            return batch_completion_logps(policy, *inputs, self.prm.micro_batch_size, **passes)
+            return batch_completion_logps(policy, *inputs[:4], self.prm.micro_batch_size, *inputs[4:], **passes)
         if states is not None:
             passes["around"] = states.keep
         return self.prm.reference_log_probs(*inputs, **passes)
@@ -317,16 +341,8 @@ class PRMLearner:
 
     def save_state(self, checkpoint: str, should_save: bool) -> None:
         """Save in a checkpoint what [`PRMLearner.load`] needs beside the PRM itself; all processes call this."""
-        state = {"wins": self.trust.wins, "pairs": self.trust.pairs, "updater": None}
-        if self.calibration is not None:
-            state["calibration"] = self.calibration.state_dict()
-        if self.updater is not None:
-            state["updater"] = self.updater.state_dict()
-            if not self.backend.optimizer_is_sharded:
-                state["optimizer"] = state["updater"].pop("optimizer")
-        save_prm_state(checkpoint, state, self.accelerator, should_save)
-        if self.updater is not None:
-            self.backend.save_checkpoint(checkpoint)
+        more = {} if self.calibration is None else {"calibration": self.calibration.state_dict()}
+        self._save_state(checkpoint, should_save, wins=self.trust.wins, pairs=self.trust.pairs, **more)
 
     def load_weights(self, checkpoint: str) -> None:
         """Load the PRM's weights from a checkpoint of this run or of one like it."""
@@ -336,15 +352,11 @@ class PRMLearner:
     def load(self, checkpoint: str) -> None:
         """Load weights, optimizer, schedule, replay and trust; the learner has been started."""
         self.load_weights(checkpoint)
-        has_shared_optimizer = self.updater is not None and not self.backend.optimizer_is_sharded
-        state = load_prm_state(checkpoint, self.accelerator, has_shared_optimizer)
+        state = self._load_state(checkpoint)
         self.trust = Trust(state["wins"], state["pairs"])
         if self.calibration is not None and "calibration" in state:
             self.calibration.load_state_dict(state["calibration"], self.accelerator.device)
         if self.updater is not None:
-            if has_shared_optimizer:
-                state["updater"]["optimizer"] = state["optimizer"]
-            self.updater.load_state_dict(state["updater"])
             self._restore_trunk_states(self.updater.replay)
 
     def _restore_trunk_states(self, replay: deque[PRMBatch]) -> None:

@@ -8,9 +8,11 @@ which model (`model.py`), gradient accumulation (`updater.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ try:
     from trl.trainer.utils import add_fused_lm_head
 except ImportError:  # TRL before 1.15
     add_fused_lm_head = None
+
+if TYPE_CHECKING:
+    from ..images import RowImages
 
 # Attribute of a model whose forward gives log-probabilities without logits
 FUSED_LM_HEAD = "prime_fused_lm_head"
@@ -86,6 +91,8 @@ def completion_logps(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    images: RowImages | None = None,
+    *,
     entropies: bool = False,
 ) -> torch.Tensor:
     """
@@ -98,33 +105,24 @@ def completion_logps(
         model (`nn.Module`): Causal LM.
         prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
         completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+        images ([`~trl_prime.images.RowImages`], *optional*): What the model sees in each of the b rows.
         entropies (`bool`): Give the entropies of the distributions of these tokens instead, in nats. Without gradient.
 
     Returns:
         `torch.Tensor`: `(b, T)` float32, zero at padding.
     """
     num_tokens = completion_ids.shape[1]
-    # Cut to the longest row. At least one column each, so that shapes stay those of a batch.
-    prompt_len = max(int(prompt_mask.sum(1).amax()), 1)
-    completion_len = max(int(completion_mask.sum(1).amax()), 1)
-    prompt_ids, prompt_mask = prompt_ids[:, -prompt_len:], prompt_mask[:, -prompt_len:]
+    inputs, completion_len = micro_batch_inputs(
+        model, prompt_ids, prompt_mask, completion_ids, completion_mask, images
+    )
     completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
-    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    _check_lengths(model, attention_mask)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     base = unwrapped(model)
-    parameters = inspect.signature(base.forward).parameters
-    if "position_ids" in parameters:
-        # Explicit, so that a row's result does not depend on how far its neighbours pad it
-        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     if FUSED_LM_HEAD in vars(base) and not entropies:
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :prompt_len] = -100
+        inputs.pop("logits_to_keep", None)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        labels[:, :-completion_len] = -100
         logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -completion_len:].float()
     else:
-        if "logits_to_keep" in parameters:
-            inputs["logits_to_keep"] = completion_len + 1
         if can_tile(base):
             with head_gives_logps(base, completion_ids, completion_mask, entropies):
                 logps = model(**inputs).logits.squeeze(-1)
@@ -135,6 +133,46 @@ def completion_logps(
             logps = entropy_from_logits(logits) if entropies else selective_log_softmax(logits, completion_ids)
     logps = logps.masked_fill(completion_mask == 0, 0.0)
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
+
+
+def micro_batch_inputs(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    images: RowImages | None = None,
+) -> tuple[dict[str, torch.Tensor | int | bool], int]:
+    """
+    What the forward pass over a micro-batch takes, cut to its longest prompt and its longest completion. The head need not compute
+    more than the completion and the position before it.
+
+    Args:
+        model (`nn.Module`): Causal LM.
+        prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
+        completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
+        images ([`~trl_prime.images.RowImages`], *optional*): What the model sees in each of the b rows.
+
+    Returns:
+        `tuple[dict, int]`: keyword arguments of the model, and tokens of the longest completion, 1 at least.
+    """
+    # At least one column each, so that shapes stay those of a batch
+    prompt_len = max(int(prompt_mask.sum(1).amax()), 1)
+    completion_len = max(int(completion_mask.sum(1).amax()), 1)
+    masks = (prompt_mask[:, -prompt_len:], completion_mask[:, :completion_len])
+    input_ids = torch.cat([prompt_ids[:, -prompt_len:], completion_ids[:, :completion_len]], dim=1)
+    attention_mask = torch.cat(masks, dim=1)
+    _check_lengths(model, attention_mask)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs |= {} if images is None else images.inputs(*masks)
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    # Patches have places in time, height and width, which models that know them by a grid find by the attention mask
+    if "position_ids" in parameters and "image_grid_thw" not in inputs:
+        # Explicit, so that a row's result does not depend on how far its neighbours pad it
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = completion_len + 1
+    return inputs, completion_len
 
 
 def _check_lengths(model: nn.Module, attention_mask: torch.Tensor) -> None:
@@ -208,6 +246,25 @@ def check_scoring(model: nn.Module) -> None:
             "model of another architecture."
         )
     setattr(base, _CHECKED, {*passed, is_fused})
+
+
+def check_sees(model: nn.Module) -> None:
+    """
+    Refuse a model that takes no images: it would read the text, and pass over what the policy was shown.
+
+    Args:
+        model (`nn.Module`): Causal LM or PeftModel.
+
+    Raises:
+        ValueError: Its forward has no argument for them.
+    """
+    base = unwrapped(model)
+    # By name: most text models take any further arguments, and ignore them
+    if "pixel_values" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"Prompts have images, but {type(base).__name__}, the implicit PRM or its reference, reads text only. Leave prm_model out, "
+            "or set it to a vision-language model of the policy's family."
+        )
 
 
 def example_rows(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -291,6 +348,7 @@ def batch_completion_logps(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     micro_batch_size: int,
+    images: RowImages | None = None,
     *,
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
@@ -312,21 +370,55 @@ def batch_completion_logps(
     Returns:
         `torch.Tensor`: `(B, T)` float32.
     """
-    inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+    inputs = (prompt_ids, prompt_mask, completion_ids, completion_mask, *([] if images is None else [images]))
     logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
-    wanted = torch.arange(len(logps), device=logps.device)
-    wanted = wanted if rows is None else wanted[rows]
-    masks, boundary = (prompt_mask[wanted], completion_mask[wanted]), rope_boundary(model)
-    chunks = [wanted[i] for i in length_sorted_chunks(*masks, micro_batch_size, boundary)]
+    with evaluating(model):
+        check_scoring(model)
+        compute = functools.partial(completion_logps, entropies=entropies)
+        fill_by_micro_batches(
+            logps, compute, model, inputs, micro_batch_size, rows=rows, num_passes=num_passes, around=around
+        )
+    return logps
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """For so long a model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
-        check_scoring(model)
-        for chunk in chunks:
-            with around(chunk):
-                logps[chunk] = completion_logps(model, *(tensor[chunk] for tensor in inputs), entropies)
-        for _ in range(num_passes - len(chunks)):
-            completion_logps(model, *(tensor[:1] for tensor in inputs), entropies)
+        yield
     finally:
         model.train(was_training)
-    return logps
+
+
+def fill_by_micro_batches(
+    result: torch.Tensor,
+    compute: Callable[..., torch.Tensor],
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    micro_batch_size: int,
+    *,
+    rows: torch.Tensor | None = None,
+    num_passes: int = 0,
+    around: Callable[[torch.Tensor], AbstractContextManager] = contextlib.nullcontext,
+) -> None:
+    """
+    Compute something of the completions of a batch, rows of like length together.
+
+    Args:
+        result (`torch.Tensor`): `(B, T, ...)`, is filled.
+        compute (`Callable`): Gives the `(b, T, ...)` of the model and the inputs of a micro-batch.
+        model (`nn.Module`): Causal LM.
+        inputs (`tuple[torch.Tensor, ...]`): Prompt ids and mask, completion ids and mask, `(B, ...)`.
+        micro_batch_size, rows, num_passes, around: As in [`batch_completion_logps`].
+    """
+    wanted = torch.arange(len(result), device=result.device)
+    wanted = wanted if rows is None else wanted[rows]
+    masks, boundary = (inputs[1][wanted], inputs[3][wanted]), rope_boundary(model)
+    chunks = [wanted[i] for i in length_sorted_chunks(*masks, micro_batch_size, boundary)]
+    for chunk in chunks:
+        with around(chunk):
+            result[chunk] = compute(model, *(tensor[chunk] for tensor in inputs))
+    for _ in range(num_passes - len(chunks)):
+        compute(model, *(tensor[:1] for tensor in inputs))

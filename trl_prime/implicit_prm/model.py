@@ -19,11 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import logging
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from ..hub import cached_commit, create_repo, upload
+from ..images import RowImages
 from ..process_rewards import (
     aggregate_process_rewards,
     implicit_process_rewards,
@@ -31,7 +40,7 @@ from ..process_rewards import (
     split_steps,
     turn_ids,
 )
-from ..texts import TextFormat, token_texts, tokenize_turns
+from ..texts import TextFormat, encode_prompt, encode_shown_prompt, shown_images, token_texts, tokenize_turns
 from .adapters import QUANTIZED, check_adapter, check_base_frozen, with_adapter
 from .copies import (
     bare_base,
@@ -43,7 +52,7 @@ from .copies import (
 )
 from .files import CONFIG_NAME, local_folder, name_base, saved_prm_card
 from .loading import load_adapter, load_model
-from .logps import batch_completion_logps, check_scoring, unwrapped
+from .logps import batch_completion_logps, check_scoring, evaluating, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,6 +137,8 @@ class ImplicitPRM:
         reference_revision (`str`, *optional*): Commit on the Hub that it was loaded from.
         text_format ([`~trl_prime.texts.TextFormat`], *optional*): How text becomes the token ids that the PRM is
             trained on. Not given, prompts are rendered by the bare chat template.
+        processor ([`~transformers.ProcessorMixin`], *optional*): What makes inputs of a vision-language model out of prompts with
+            images.
 
     Raises:
         ValueError: `beta` is not positive, or model and reference differ in vocabulary or data type.
@@ -145,6 +156,7 @@ class ImplicitPRM:
         reference_name: str | None = None,
         reference_revision: str | None = None,
         text_format: TextFormat | None = None,
+        processor: ProcessorMixin | None = None,
     ):
         if beta <= 0:
             raise ValueError(f"beta is {beta}, but the reward scale must be positive. The paper uses 0.05.")
@@ -169,8 +181,15 @@ class ImplicitPRM:
         self.reference_name = reference_name
         self.reference_revision = reference_revision
         if text_format is None:
-            text_format = TextFormat.of(tokenizer, end_token_ids(model))
+            template = getattr(processor, "chat_template", None)
+            text_format = TextFormat.of(
+                tokenizer,
+                end_token_ids(model),
+                chat_template_kwargs={"chat_template": template} if template else {},
+                content_blocks=processor is not None,
+            )
         self.text_format = text_format
+        self.processor = processor
 
     # --- Building ---
 
@@ -193,7 +212,7 @@ class ImplicitPRM:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
             peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; the reference then costs nothing.
             frozen_reference (`bool`): False to keep no reference.
-            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`, `reference_name`, `text_format`.
+            **kwargs: `beta`, `step_delimiter`, `micro_batch_size`, `reference_name`, `text_format`, `processor`.
 
         Returns:
             [`ImplicitPRM`]
@@ -350,6 +369,7 @@ class ImplicitPRM:
             reference_name=reference_name,
             reference_revision=reference_revision,
             text_format=None if text_format is None else TextFormat(**text_format),
+            processor=AutoProcessor.from_pretrained(folder) if saved.get("processor") else None,
         )
 
     def use_settings(self, *, beta: float, step_delimiter: str, micro_batch_size: int) -> None:
@@ -457,7 +477,8 @@ class ImplicitPRM:
         name_base(self.model, to_hub=reference_name in (None, "reference"))
         # Not in the folder itself: Trainer would take an adapter there for one of the policy
         self.model.save_pretrained(path / "adapter" if is_adapter else path, state_dict=weights)
-        self.tokenizer.save_pretrained(path)
+        # A processor has the tokenizer
+        (self.tokenizer if self.processor is None else self.processor).save_pretrained(path)
         settings = {
             "beta": self.beta,
             "step_delimiter": self.step_delimiter,
@@ -469,6 +490,7 @@ class ImplicitPRM:
             "dtype": str(unwrapped(self.model).dtype).removeprefix("torch."),
             "float32_head": has_float32_head(self.model),
             "text_format": dataclasses.asdict(self.text_format),
+            "processor": self.processor is not None,
         }
         (path / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -477,32 +499,28 @@ class ImplicitPRM:
     @torch.no_grad()
     def check_scoring(self) -> None:
         """Raise unless the model's log-probabilities are independent of padding, see [`~trl_prime.implicit_prm.logps.check_scoring`]."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             check_scoring(self.model)
-        finally:
-            self.model.train(was_training)
 
-    def log_probs(self, *batch: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def log_probs(self, *batch: Any, **kwargs: Any) -> torch.Tensor:
         """
         Log-probabilities under the PRM, without gradient, at temperature 1.
 
         Args:
             *batch (`torch.Tensor`): prompt ids and mask `(B, P)` padded on the left, completion ids and mask `(B, T)` padded
-                on the right.
+                on the right; for a model that sees images [`~trl_prime.images.RowImages`] after them.
             **kwargs: `rows` and `num_passes` of [`~trl_prime.implicit_prm.logps.batch_completion_logps`].
 
         Returns:
             `torch.Tensor`: `(B, T)` float32 in nats, zero at padding.
         """
-        return batch_completion_logps(self.model, *batch, self.micro_batch_size, **kwargs)
+        return batch_completion_logps(self.model, *batch[:4], self.micro_batch_size, *batch[4:], **kwargs)
 
-    def reference_log_probs(self, *batch: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def reference_log_probs(self, *batch: Any, **kwargs: Any) -> torch.Tensor:
         """Log-probabilities under the reference, as [`ImplicitPRM.log_probs`]."""
         if self.reference is None:
             raise ValueError("This PRM has no reference model: its reference log-probabilities come from the policy.")
-        return batch_completion_logps(self.reference, *batch, self.micro_batch_size, **kwargs)
+        return batch_completion_logps(self.reference, *batch[:4], self.micro_batch_size, *batch[4:], **kwargs)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text that each token adds, for finding step delimiters and for showing."""
@@ -516,7 +534,11 @@ class ImplicitPRM:
         return torch.tensor(steps, dtype=torch.long, device=completion_ids.device).view(completion_ids.shape)
 
     def score(
-        self, prompts: Sequence[Any], completions: Sequence[Any], truncated: Sequence[bool] | None = None
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        truncated: Sequence[bool] | None = None,
+        images: Sequence[Sequence[Any] | None] | None = None,
     ) -> list[ScoredCompletion]:
         """
         Token and step rewards of completions given as text, read as the token ids that the PRM was trained on.
@@ -530,12 +552,14 @@ class ImplicitPRM:
                 writes it.
             truncated (`list[bool]`, *optional*): Which completions were cut off at their longest length and have no such
                 token. None of them by default.
+            images (`list[list]`, *optional*): The images of each prompt, as a data set has them in its column `images`. Prompts that
+                are messages may have them in their blocks instead, `{"type": "image", "image": ...}`.
 
         Returns:
             `list[ScoredCompletion]`: one for each completion, in order.
 
         Raises:
-            ValueError: The arguments are of different lengths, or a completion is neither text nor messages of text that begin
+            ValueError: The arguments are of different lengths, there are images and the PRM has no processor, or a completion is neither text nor messages of text that begin
                 with the assistant's.
         """
         if isinstance(completions, str):
@@ -547,8 +571,12 @@ class ImplicitPRM:
         truncated = [False] * len(prompts) if truncated is None else truncated
         if len(truncated) != len(completions):
             raise ValueError(f"Got {len(completions)} completions and {len(truncated)} values of `truncated`.")
+        if images is not None and len(images) != len(completions):
+            raise ValueError(f"Got {len(completions)} completions and {len(images)} lists of `images`.")
         if not prompts:
             return []
+        if images is not None:
+            prompts = [self._with_images(prompt, shown) for prompt, shown in zip(prompts, images, strict=True)]
         if self.text_format.messages and any(isinstance(prompt, str) for prompt in prompts):
             logger.warning_once(
                 "The implicit PRM was trained on prompts that are messages and is given text, which it knows little of. Give "
@@ -556,9 +584,12 @@ class ImplicitPRM:
             )
         device = next(self.model.parameters()).device
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        encoded = [self._encoded(prompt) for prompt in prompts]
         rows = [
-            tokenize_turns(self.tokenizer, prompt, completion, self.text_format, is_truncated)
-            for prompt, completion, is_truncated in zip(prompts, completions, truncated, strict=True)
+            (ids, *tokenize_turns(self.tokenizer, prompt, completion, self.text_format, is_truncated))
+            for (ids, _), prompt, completion, is_truncated in zip(
+                encoded, prompts, completions, truncated, strict=True
+            )
         ]
         batch = [
             tensor.to(device)
@@ -570,6 +601,9 @@ class ImplicitPRM:
         ]
         completion_ids = batch[2]
         mask = pad([torch.tensor(row[2], dtype=torch.bool) for row in rows], False, "right").to(device)
+        features = [found for _, found in encoded]
+        if any(found is not None for found in features):
+            batch.append(RowImages.of_prompts(features))
         prm_logps, ref_logps = self.log_probs(*batch), self.reference_log_probs(*batch)
         rewards = implicit_process_rewards(prm_logps, ref_logps, mask, self.beta)
         turns = turn_ids(mask)
@@ -600,3 +634,24 @@ class ImplicitPRM:
                 )
             )
         return scored
+
+    def _encoded(self, prompt: str | list[dict]) -> tuple[list[int], dict[str, torch.Tensor] | None]:
+        """Token ids of a prompt, and what the processor makes of its images if it has any."""
+        if not shown_images(prompt):
+            return encode_prompt(self.tokenizer, prompt, self.text_format), None
+        if self.processor is None:
+            raise ValueError(
+                "A prompt has images, but this PRM has no processor: it was not trained by a run with one. Pass `processor` to "
+                "ImplicitPRM, or set its attribute, to that of the model that it started from."
+            )
+        encoded = encode_shown_prompt(self.processor, prompt, self.text_format)
+        return encoded.pop("input_ids")[0].tolist(), encoded
+
+    @staticmethod
+    def _with_images(prompt: str | list[dict], images: Sequence[Any] | None) -> str | list[dict]:
+        """Messages with images in their blocks, where TRL puts those of a data set."""
+        if not images:
+            return prompt
+        if isinstance(prompt, str):
+            raise ValueError("`images` belong to prompts that are messages: [{'role': 'user', 'content': ...}].")
+        return prepare_multimodal_messages(prompt, images=list(images))

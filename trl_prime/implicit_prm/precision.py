@@ -43,7 +43,7 @@ class PrecisionProbe:
 
     def _can_measure(self) -> bool:
         """Whether the run computes in bfloat16 with models that could compute in float32."""
-        prm, accelerator = self.backend.prm, self.backend.accelerator
+        prm, accelerator = self.backend.second, self.backend.accelerator
         return (
             accelerator.mixed_precision == "bf16"
             and type(self.backend) is DataParallel
@@ -63,7 +63,7 @@ class PrecisionProbe:
         if step < self.next_step or not self._can_measure():
             return None
         self.next_step = step + self.every
-        prm, rows = self.backend.prm, batch.has_tokens
+        prm, rows = self.backend.second, batch.has_tokens
         rows &= rows.cumsum(0) <= _ROWS
         with in_float32(prm.model), in_float32(prm.reference):
             return prm.log_probs(*batch.inputs, rows=rows) - prm.reference_log_probs(*batch.inputs, rows=rows)

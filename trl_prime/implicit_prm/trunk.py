@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.utils import logging
 
-from .logps import batch_completion_logps, example_rows, has_dropout, unwrapped
+from .logps import example_rows, has_dropout, unwrapped
 from .tiled_head import replaced_forward
 
 if TYPE_CHECKING:
@@ -130,13 +130,14 @@ class TrunkStates:
         return spans, prompt_len + completion_len
 
 
-def shared_trunk(prm: ImplicitPRM) -> SharedTrunk | None:
+def shared_trunk(prm: ImplicitPRM, batch: tuple[Any, ...] | None = None) -> SharedTrunk | None:
     """
     The trunk that PRM and reference share, if it may be skipped: a short pass that does so must give the log-probabilities of a
     plain one. The log says why it may not.
 
     Args:
         prm ([`ImplicitPRM`]): The PRM, where it computes.
+        batch (`tuple`, *optional*): Rows of that pass, as [`ImplicitPRM.log_probs`] takes them. Defaults to two of any text.
 
     Returns:
         [`SharedTrunk`], *optional*: `None` for a PRM that is no adapter of the last layers of its reference.
@@ -148,7 +149,7 @@ def shared_trunk(prm: ImplicitPRM) -> SharedTrunk | None:
     if has_dropout([module for module in unwrapped(prm.model).modules() if module not in rest]):
         return _refused("they have dropout")
     try:
-        error = _difference(prm, trunk)
+        error = _difference(prm, trunk, example_rows(unwrapped(prm.model)) if batch is None else batch)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as reason:
         return _refused(f"a pass that begins above them fails ({type(reason).__name__}: {reason})")
     if not error <= _TOLERANCE:
@@ -202,13 +203,12 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList | None:
 
 
 @torch.no_grad()
-def _difference(prm: ImplicitPRM, trunk: SharedTrunk) -> float:
-    """By how many nats the PRM's log-probabilities differ at most, in two short rows, with and without the trunk."""
-    batch = example_rows(unwrapped(prm.model))
+def _difference(prm: ImplicitPRM, trunk: SharedTrunk, batch: tuple[Any, ...]) -> float:
+    """By how many nats the PRM's log-probabilities of a few rows differ at most, with and without the trunk."""
     states = TrunkStates(trunk, batch[1], batch[3])
-    batch_completion_logps(prm.reference, *batch, len(batch[0]), around=states.keep)
-    plain = batch_completion_logps(prm.model, *batch, len(batch[0]))
-    skipped = batch_completion_logps(prm.model, *batch, len(batch[0]), around=states.use)
+    prm.reference_log_probs(*batch, around=states.keep)
+    plain = prm.log_probs(*batch)
+    skipped = prm.log_probs(*batch, around=states.use)
     return (skipped - plain).abs().amax().item()
 
 

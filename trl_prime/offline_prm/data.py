@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, Value
 from trl import extract_prompt, unpair_preference_dataset
 
-from ..data.adapters import adapt_dataset, read_rows
+from ..data.adapters import adapt_dataset, check_text_only, read_rows
 from ..data.rows import MalformedRow
 from ..specs import check_options, nearest, parse_call
 from ..version import __version__
@@ -55,6 +55,7 @@ def load_outcome_dataset(
         ValueError: The format, the file or a column does not exist, or a row is malformed; the message tells its index.
     """
     dataset = read_rows(name_or_path, split, config)
+    check_text_only(dataset, "a PRM that is trained offline", "Remove the column if the problems make sense without.")
     if format is not None:
         dataset = adapt_outcomes(dataset, format)
     elif set(dataset.column_names) >= PAIRS and "prompt" not in dataset.column_names:

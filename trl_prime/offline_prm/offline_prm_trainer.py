@@ -312,7 +312,7 @@ def _build_prm(
     )
     if prm.reference is None:
         raise ValueError("The implicit PRM has no reference to be measured against. Pass one with a reference.")
-    warn_of_rounding(prm, "learning_rate", args.learning_rate, "dtype='float32'")
+    warn_of_rounding(prm.model, "PRM", "learning_rate", args.learning_rate, "dtype='float32'")
     return prm
 
 

