@@ -54,7 +54,8 @@ TASKS = {
 }
 # The task of reasoning-gym is made by `reasoning_gym_task.py`
 GYM_TASK = "spell_backward"
-# Changes that `ablate` makes to the tuned `prime`. `start` is no setting: it names what the PRM is, or the model that it starts from
+# Changes that `ablate` makes to the tuned `prime`. `start` and `hook` are no settings: the first names what the PRM is, or the model that
+# it starts from, the second how rewards become advantages
 ABLATIONS = {
     "as tuned": {},
     "no KL penalty": {"beta": 0.0},
@@ -70,6 +71,10 @@ ABLATIONS = {
     "PRM offline, not updated": {"start": "offline", "prm_update": "none"},
     "filter 0.2 to 0.8": {"accuracy_low": 0.2, "accuracy_high": 0.8},
     "no guess rate": {"prm_guess_rate": 0.0},
+    "calibrated reference, plain": {"prm_reference_weight": "fitted", "prm_reference_centred": False},
+    "calibrated reference": {"prm_reference_weight": "fitted"},
+    "min form": {"hook": "min form"},
+    "masked step": {"hook": "masked step"},
     "loss dpo": {"prm_loss_type": "dpo", "prm_guess_rate": 0.0},
     "estimator grpo": {"advantage_estimator": "grpo"},
     "estimator reinforce": {"advantage_estimator": "reinforce"},
@@ -81,6 +86,8 @@ ABLATIONS = {
 NUM_ABLATION_SEEDS = 3
 # The offline PRM learns from as many completions of the base as this number of rollout batches has
 OFFLINE_BATCHES = 20
+# Values of each step that a run keeps
+LOGGED = ("entropy", "prm/reference_weight")
 # The final PRM chooses among this number of samples of a problem
 BEST_OF = 16
 # Every method has as many settings; `beta` is the weight of TRL's KL penalty
@@ -118,6 +125,8 @@ PRM_ADAPTER = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "layers_to_transform": [2],
 }
+# In log-odds: rewards that are lower by so much than others have e times the weight
+MIN_FORM_TEMPERATURE = 0.1
 # Its rewards are right from the start and say at which token, so it needs neither trust nor reward-to-go
 ORACLE = {"process_gamma": 0.0, "process_weight": 3.0, "prm_trust_weighting": False}
 
@@ -147,6 +156,40 @@ def oracle_combination(rewards, task):
     gamma = rewards.settings["process_gamma"]
     process_rewards = normalize_process_rewards(process_rewards, rewards.completion_mask, "std", gamma=gamma)
     return rewards.combine(process_rewards=process_rewards, reward_mask=rewards.completion_mask)
+
+
+def min_form_combination(rewards):
+    """Advantages whose process rewards are weighted by `softmax(-r / T)` over a completion (PURE, arXiv 2504.15275)."""
+    mask = rewards.completion_mask
+    shares = (-rewards.process_rewards / MIN_FORM_TEMPERATURE).masked_fill(~mask, -math.inf).softmax(-1)
+    # A row without tokens has no softmax
+    return rewards.combine(process_rewards=(shares * rewards.process_rewards).masked_fill(~mask, 0.0))
+
+
+def masked_step_combination(rewards):
+    """
+    Advantages whose process term is the process reward collected up to a token, less the mean of that over the completions of the
+    group that have a token there (SPRO, arXiv 2507.01551).
+    """
+    import torch
+
+    from trl_prime.advantages import add_terms, advantage_terms
+
+    settings = {name: value for name, value in rewards.settings.items() if name != "whiten"}
+    outcomes, active = rewards.outcome_rewards, rewards.completion_mask
+    outcome_term, _, active = advantage_terms(
+        outcomes, torch.zeros_like(rewards.process_rewards), active, rewards.num_generations, **settings
+    )
+    collected = (rewards.process_rewards * active).cumsum(-1) * active
+    grouped = (rewards.num_generations, active.shape[1])
+    count = active.view(-1, *grouped).sum(1).clamp(min=1)
+    baseline = (collected.view(-1, *grouped).sum(1) / count).repeat_interleave(rewards.num_generations, dim=0)
+    process_term = settings["process_weight"] * (collected - baseline) * active
+    return add_terms(outcome_term, process_term, active, whiten=rewards.settings["whiten"])
+
+
+# What the setting `hook` of an ablation names
+HOOKS = {"min form": min_form_combination, "masked step": masked_step_combination}
 
 
 def make_task(name: str, seed: int, folder: Path):
@@ -277,6 +320,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
     task, max_completion_length = make_task(task_name, seed, folder)
     config = dict(settings)
     prm_start = config.pop("start", "policy")
+    hook = HOOKS.get(config.pop("hook", None))
     shared = {
         "seed": seed,
         "max_steps": steps,
@@ -312,7 +356,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
             prm = {"prm_model": build_model(AutoTokenizer.from_pretrained(task.model), seed=seed + 1)}
         else:
             prm = {"prm_model": offline_prm(task, seed, max_completion_length, output_dir)}
-        trainer = PRIMETrainer(args=args, **prm, **data)
+        trainer = PRIMETrainer(args=args, reward_combination=hook, **prm, **data)
     else:
         fixed = {"process_weight": 0.0} if method == "rloo" else ORACLE
         args = PRIMEConfig(output_dir, **{**COMMON, "prm_update": "none", **fixed, **shared})
@@ -359,6 +403,7 @@ def train(method: str, task_name: str, seed: int, settings: dict, steps: int, fo
         "settings": settings,
         "steps": steps,
         "curve": curve,
+        "logged": {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in LOGGED},
     }
     if method == "prime":
         run["best_of_n"] = choose(scoring_prm(trainer), task, max_completion_length)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 
@@ -223,3 +224,43 @@ def test_the_final_prm_chooses_among_samples_of_the_base(learning, monkeypatch):
     )
     chosen = learning.choose(prm, types.SimpleNamespace(eval_dataset=None), 4)
     assert chosen == pytest.approx({"mean": (2 + size) / (2 * size), "majority": 0.5, "best": 1.0})
+
+
+def hook_rewards(**settings):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor(
+        [[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0] * 5, [1] * 5], dtype=torch.bool
+    )
+    process_rewards = torch.randn(6, 5, generator=generator) * mask
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    settings = {"estimator": "rloo", "whiten": False, "process_gamma": 0.0, "process_weight": 0.3, **settings}
+    return RolloutRewards(outcomes, process_rewards, mask, mask, 3, settings)
+
+
+def test_min_form_weights_the_rewards_of_a_completion_by_their_softmin(learning):
+    rewards = hook_rewards(estimator="reinforce")
+    expected = torch.zeros(6, 5)
+    for row in range(6):
+        tokens = [t for t in range(5) if rewards.completion_mask[row, t]]
+        values = {t: rewards.process_rewards[row, t].item() for t in tokens}
+        total = sum(math.exp(-value / 0.1) for value in values.values())
+        for t, value in values.items():
+            share = math.exp(-value / 0.1) / total
+            expected[row, t] = rewards.outcome_rewards[row] + 0.3 * share * value
+    torch.testing.assert_close(learning.min_form_combination(rewards), expected)
+
+
+def test_masked_step_compares_what_was_collected_with_the_peers_that_are_still_alive(learning):
+    rewards = hook_rewards()
+    found = learning.masked_step_combination(rewards)
+    mask, process_rewards = rewards.completion_mask, rewards.process_rewards
+    for row in range(6):
+        group = range(row // 3 * 3, row // 3 * 3 + 3)
+        peers = [rewards.outcome_rewards[j].item() for j in group if j != row]
+        for t in range(5):
+            expected = 0.0
+            if mask[row, t]:
+                alive = [process_rewards[j, : t + 1].sum().item() for j in group if mask[j, t]]
+                collected = process_rewards[row, : t + 1].sum().item() - sum(alive) / len(alive)
+                expected = rewards.outcome_rewards[row].item() - sum(peers) / 2 + 0.3 * collected
+            assert found[row, t].item() == pytest.approx(expected, abs=1e-5)

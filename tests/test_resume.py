@@ -262,9 +262,20 @@ def test_tied_weights_count_as_loaded(train, tmp_path):
             "accuracy_low": 0.5,
         },
         {"prm_reference": "policy", "prm_update": "before"},
+        {"prm_loss_type": "calibrated_ce", "prm_reference_weight": "fitted", "prm_replay_batches": 1},
         {"prm_update": "none"},
     ],
-    ids=["full", "replay", "two adapters", "lora prm", "oversampled", "rounds", "policy reference", "none"],
+    ids=[
+        "full",
+        "replay",
+        "two adapters",
+        "lora prm",
+        "oversampled",
+        "rounds",
+        "policy reference",
+        "calibrated",
+        "none",
+    ],
 )
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(train, tmp_path, settings):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}

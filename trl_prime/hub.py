@@ -69,6 +69,8 @@ SETTINGS = (
     "prm_replay_steps",
     "prm_loss_type",
     "prm_guess_rate",
+    "prm_reference_weight",
+    "prm_reference_centred",
     "prm_beta",
     "prm_learning_rate",
     "prm_reference",

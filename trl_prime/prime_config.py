@@ -120,6 +120,15 @@ class PRIMEConfig(GRPOConfig):
             four options is to be chosen, 0.1 where the answer is a digit. The loss then allows for luck, with b from what is
             left of the mean label, so that a right answer after a wrong step need not be explained by the step. Needs
             `prm_loss_type="calibrated_ce"`.
+        prm_reference_weight (`float` or `str`, *optional*, defaults to `0.0`):
+            Weight w of the reference's own confidence in the score and in the reward of a token: `w * c_t` is added, c being the
+            log-probability of the token under the reference. `"fitted"`: w, at least 0, and the intercept b follow from a logistic
+            regression of the outcomes of the last 16 batches with the PRM's scores as offset, so that w falls as the PRM learns
+            what the reference tells. Rewards are then those against a tempered reference, `beta * log pi_phi - (beta - w) * log
+            pi_ref`. 0 is PRIME. Needs `prm_loss_type="calibrated_ce"`.
+        prm_reference_centred (`bool`, *optional*, defaults to `True`):
+            Whether c is taken against its expected value under the reference, by adding the entropy of its distribution, so that a
+            token of which the reference is sure is worth nothing. Costs a further forward pass of the reference.
         prm_label (`str`, *optional*, defaults to `"reward"`):
             The outcome label: `"reward"`, the weighted sum of all reward functions, or the name of one of them. Labels
             must be between 0 and 1. The prompt filter judges accuracy by the label too.
@@ -318,6 +327,20 @@ class PRIMEConfig(GRPOConfig):
         metadata={
             "help": "Share of wrong completions that the outcome reward finds right by luck, for example 0.25 where one of four "
             "options is to be chosen: the PRM's loss allows for it. Needs prm_loss_type 'calibrated_ce'."
+        },
+    )
+    prm_reference_weight: float | str | None = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the reference's log-probabilities in scores and process rewards, or 'fitted' to the outcomes of the "
+            "last batches. 0 is PRIME. Needs prm_loss_type 'calibrated_ce'."
+        },
+    )
+    prm_reference_centred: bool = field(
+        default=True,
+        metadata={
+            "help": "Take the reference's log-probabilities against their expected values, its negative entropies. Without "
+            "effect where prm_reference_weight is 0."
         },
     )
     prm_label: str = field(
@@ -678,6 +701,23 @@ class PRIMEConfig(GRPOConfig):
             raise ValueError(
                 f"prm_guess_rate={self.prm_guess_rate} does not go with prm_loss_type={self.prm_loss_type!r}, which does not "
                 "allow for luck. Use prm_loss_type='calibrated_ce' or leave prm_guess_rate out."
+            )
+        if self.prm_reference_weight != "fitted":
+            weight = self.prm_reference_weight
+            try:
+                # The command line gives text
+                self.prm_reference_weight = float(weight)
+            except (TypeError, ValueError):
+                self.prm_reference_weight = math.nan
+            if not self.prm_reference_weight >= 0 or not math.isfinite(self.prm_reference_weight):
+                raise ValueError(
+                    f"prm_reference_weight is {weight!r}, but must be a number of log-odds per nat, zero or positive, or 'fitted', "
+                    "with which it follows from the outcomes."
+                )
+        if self.prm_reference_weight != 0 and self.prm_loss_type != "calibrated_ce":
+            raise ValueError(
+                f"prm_reference_weight={self.prm_reference_weight!r} does not go with prm_loss_type={self.prm_loss_type!r}, which "
+                "has no intercept. Use prm_loss_type='calibrated_ce' or leave prm_reference_weight out."
             )
         if self.outcome_weight == 0 and self.process_weight == 0:
             raise ValueError("outcome_weight and process_weight are both 0, so that nothing would be learnt.")

@@ -33,6 +33,8 @@ class PRMBatch:
         images ([`~trl_prime.images.RowImages`], *optional*): What the policy was shown in each row. `None` where that was text only.
         trunk ([`~trl_prime.implicit_prm.trunk.TrunkStates`], *optional*): Hidden states with which the PRM's passes begin.
             `None` where it computes all of its layers.
+        ref_entropies (`torch.Tensor`, *optional*): `(B, T)` entropies of the reference's distributions, in nats, where its
+            confidence is taken against what it expects.
     """
 
     prompt_ids: torch.Tensor
@@ -46,6 +48,16 @@ class PRMBatch:
     group_scores: torch.Tensor | None = None
     images: RowImages | None = None
     trunk: TrunkStates | None = None
+    ref_entropies: torch.Tensor | None = None
+
+    @property
+    def confidences(self) -> torch.Tensor:
+        """
+        `(B, T)` confidence c of the reference in each token: its log-probability, plus its entropy there if that is known, so
+        that the expected value is 0. Zero where the policy did not write the token.
+        """
+        confidences = self.ref_logps if self.ref_entropies is None else self.ref_logps + self.ref_entropies
+        return confidences.masked_fill(~self.policy_mask, 0.0)
 
     @property
     def inputs(self) -> tuple[Any, ...]:

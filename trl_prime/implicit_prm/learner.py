@@ -20,6 +20,7 @@ from ..rollouts import policy_mask
 from .accuracies import absolute_accuracy, pairwise_accuracy, pairwise_wins
 from .backends import DataParallel
 from .batch import PRMBatch
+from .calibration import ReferenceCalibration
 from .files import save_prm, saved_weights
 from .logps import batch_completion_logps, check_sees
 from .losses import group_rows, label_log_odds, outcome_scores
@@ -74,6 +75,10 @@ class PRMLearner(SecondModelLearner):
         super().__init__(prm, accelerator, args)
         self.prm = prm
         self.trust = Trust()
+        self.calibration: ReferenceCalibration | None = None
+        if args.prm_reference_weight != 0:
+            fixed = None if args.prm_reference_weight == "fitted" else args.prm_reference_weight
+            self.calibration = ReferenceCalibration(fixed, args.prm_guess_rate)
         self.precision = PrecisionProbe(self.backend, args.prm_learning_rate)
         self.trunk: SharedTrunk | None = None
         self._is_checked = self._sees = False
@@ -125,12 +130,16 @@ class PRMLearner(SecondModelLearner):
         rows = mask.any(1)
         with self.accelerator.autocast():
             states = self._new_trunk_states(inputs, rows)
-            ref_logps = self._reference_logps(inputs, rows, states, policy)
+            ref_logps, ref_entropies = self._reference_logps(inputs, rows, states, policy), None
+            if self.calibration is not None and self.args.prm_reference_centred:
+                # One more pass of the reference; its head has all that is needed in the first one already
+                ref_entropies = self._reference_logps(inputs, rows, None, policy, entropies=True)
         # A completion without tokens has no score to be compared with
         labels = labels.masked_fill(~self.accelerator.gather(rows), torch.nan)
         group_labels = local_rows(group_rows(labels, num_generations), self.accelerator)
         labels = local_rows(labels, self.accelerator)
-        return PRMBatch(*inputs[:4], mask, ref_logps, labels, group_labels, images=images, trunk=states)
+        more = {"images": images, "trunk": states, "ref_entropies": ref_entropies}
+        return PRMBatch(*inputs[:4], mask, ref_logps, labels, group_labels, **more)
 
     def _check_images(self, images: RowImages | None, num_rows: int, policy: PreTrainedModel) -> None:
         """
@@ -181,10 +190,14 @@ class PRMLearner(SecondModelLearner):
         rows: torch.Tensor,
         states: TrunkStates | None,
         policy: PreTrainedModel | None = None,
+        entropies: bool = False,
     ) -> torch.Tensor:
-        """`(B, T)` log-probabilities of the reference, or of the policy where that is the reference, in the `(B,)` wanted rows."""
+        """
+        `(B, T)` log-probabilities of the reference, or of the policy where that is the reference, in the `(B,)` wanted rows; or
+        entropies.
+        """
         # Rows that do not train are not scored either. The PRM scores the same rows: in other micro-batches it would round apart.
-        passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows)}
+        passes: dict[str, Any] = {"rows": rows, "num_passes": self.backend.num_passes(rows), "entropies": entropies}
         if self.prm.reference is None:
             return batch_completion_logps(policy, *inputs[:4], self.prm.micro_batch_size, *inputs[4:], **passes)
         if states is not None:
@@ -205,7 +218,7 @@ class PRMLearner(SecondModelLearner):
             [`PRMScores`]: with full trust.
         """
         logps = self._logps(batch)
-        scores = self._scores(batch, logps, step)
+        scores = self._calibrated(self._scores(batch, logps, step), batch)
         metrics = {"accuracy": absolute_accuracy(self._label_log_odds(scores), labels)}
         if num_generations > 1:
             metrics["pairwise_accuracy"] = pairwise_accuracy(scores, labels, num_generations)
@@ -227,7 +240,7 @@ class PRMLearner(SecondModelLearner):
         Raises:
             FloatingPointError: A score is not finite.
         """
-        args, updater, update = self.args, self.updater, None
+        args, updater, update, log_odds = self.args, self.updater, None, None
         exact = self.precision.exact_log_ratios(batch, step)
         if updater is not None and updater.can_score:
             # Single forward: the update's own passes give the log-probabilities of the PRM as it was before
@@ -238,6 +251,10 @@ class PRMLearner(SecondModelLearner):
         else:
             logps = self._logps(batch)
             scores = self._scores(batch, logps, step)
+            if self.calibration is not None:
+                own_scores, scores = scores, self._calibrated(scores, batch)
+                log_odds = self._label_log_odds(scores)
+                self._calibrate(own_scores, labels, batch)
             if updater is not None:
                 group_scores = local_rows(group_rows(scores.nan_to_num(), args.num_generations), self.accelerator)
                 update = updater.update(dataclasses.replace(batch, group_scores=group_scores))
@@ -245,7 +262,7 @@ class PRMLearner(SecondModelLearner):
         if exact is not None:
             num_updates = 0 if updater is None else updater.scheduler.last_epoch
             metrics["precision"] = self.precision.precision(batch, logps, exact, num_updates)
-        metrics["accuracy"] = absolute_accuracy(self._label_log_odds(scores), labels)
+        metrics["accuracy"] = absolute_accuracy(self._label_log_odds(scores) if log_odds is None else log_odds, labels)
         wins, pairs = pairwise_wins(scores, labels, args.num_generations)
         metrics["pairwise_accuracy"] = wins / pairs if pairs else float("nan")
         self.trust.add(wins, pairs)
@@ -257,18 +274,37 @@ class PRMLearner(SecondModelLearner):
         elif update is not None and args.prm_num_epochs > 1:
             updated_logps = update.last_logps
         if updated_logps is not None:
-            updated = self._scores(batch, updated_logps, step)
+            updated = self._calibrated(self._scores(batch, updated_logps, step), batch)
             metrics["pairwise_accuracy_after_update"] = pairwise_accuracy(updated, labels, args.num_generations)
         return self._result(batch, logps, metrics["trust"], metrics)
 
     def _result(self, batch: PRMBatch, logps: torch.Tensor, trust: float, metrics: dict[str, float]) -> PRMScores:
         token_rewards = implicit_process_rewards(logps, batch.ref_logps, batch.policy_mask, self.prm.beta)
+        if self.calibration is not None:
+            token_rewards = token_rewards + self.calibration.weight * batch.confidences
+            metrics["reference_weight"] = self.calibration.weight
         mean = masked_mean(token_rewards, batch.policy_mask, self.accelerator)
         return PRMScores(token_rewards, trust, {**metrics, "process_reward": mean})
 
     def _label_log_odds(self, scores: torch.Tensor) -> torch.Tensor:
-        intercept = self.updater.intercept if self.updater else 0.0
+        if self.calibration is not None:
+            intercept = self.calibration.intercept
+        else:
+            intercept = self.updater.intercept if self.updater else 0.0
         return label_log_odds(scores, intercept, self.args.prm_guess_rate)
+
+    def _calibrated(self, scores: torch.Tensor, batch: PRMBatch) -> torch.Tensor:
+        """`(B * processes,)` scores with the reference's confidence, by its weight as it is now."""
+        if self.calibration is None or not self.calibration.weight:
+            return scores
+        return scores + self.calibration.weight * self.accelerator.gather(batch.confidences.sum(1))
+
+    def _calibrate(self, scores: torch.Tensor, labels: torch.Tensor, batch: PRMBatch) -> None:
+        """Fit the reference's weight to one more batch, for the loss and for process rewards."""
+        self.calibration.add(scores, self.accelerator.gather(batch.confidences.sum(1)), labels)
+        if self.updater is not None:
+            self.updater.reference_weight = self.calibration.weight
+            self.updater.intercept = self.calibration.intercept
 
     def _check_scoring(self) -> None:
         """Check the PRM once, as every pass without gradient does; those of an update are not checked."""
@@ -305,7 +341,8 @@ class PRMLearner(SecondModelLearner):
 
     def save_state(self, checkpoint: str, should_save: bool) -> None:
         """Save in a checkpoint what [`PRMLearner.load`] needs beside the PRM itself; all processes call this."""
-        self._save_state(checkpoint, should_save, wins=self.trust.wins, pairs=self.trust.pairs)
+        more = {} if self.calibration is None else {"calibration": self.calibration.state_dict()}
+        self._save_state(checkpoint, should_save, wins=self.trust.wins, pairs=self.trust.pairs, **more)
 
     def load_weights(self, checkpoint: str) -> None:
         """Load the PRM's weights from a checkpoint of this run or of one like it."""
@@ -317,6 +354,8 @@ class PRMLearner(SecondModelLearner):
         self.load_weights(checkpoint)
         state = self._load_state(checkpoint)
         self.trust = Trust(state["wins"], state["pairs"])
+        if self.calibration is not None and "calibration" in state:
+            self.calibration.load_state_dict(state["calibration"], self.accelerator.device)
         if self.updater is not None:
             self._restore_trunk_states(self.updater.replay)
 

@@ -8,6 +8,7 @@ which model (`model.py`), gradient accumulation (`updater.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from trl.trainer.utils import selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from .tiled_head import Float32Head, can_tile, head_gives_logps
 
@@ -91,6 +92,8 @@ def completion_logps(
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     images: RowImages | None = None,
+    *,
+    entropies: bool = False,
 ) -> torch.Tensor:
     """
     Log-probabilities of the completion tokens at temperature 1, of one micro-batch, with gradient.
@@ -103,6 +106,7 @@ def completion_logps(
         prompt_ids, prompt_mask (`torch.Tensor`): `(b, P)`, padded on the left.
         completion_ids, completion_mask (`torch.Tensor`): `(b, T)`, padded on the right.
         images ([`~trl_prime.images.RowImages`], *optional*): What the model sees in each of the b rows.
+        entropies (`bool`): Give the entropies of the distributions of these tokens instead, in nats. Without gradient.
 
     Returns:
         `torch.Tensor`: `(b, T)` float32, zero at padding.
@@ -113,19 +117,20 @@ def completion_logps(
     )
     completion_ids, completion_mask = completion_ids[:, :completion_len], completion_mask[:, :completion_len]
     base = unwrapped(model)
-    if FUSED_LM_HEAD in vars(base):
+    if FUSED_LM_HEAD in vars(base) and not entropies:
         inputs.pop("logits_to_keep", None)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels[:, :-completion_len] = -100
         logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs[:, -completion_len:].float()
     else:
         if can_tile(base):
-            with head_gives_logps(base, completion_ids, completion_mask):
+            with head_gives_logps(base, completion_ids, completion_mask, entropies):
                 logps = model(**inputs).logits.squeeze(-1)
         else:
             logits = model(**inputs).logits[:, -completion_len - 1 : -1]
             # float32 whatever the autocast: PRM and reference must round alike, or their difference is noise
-            logps = selective_log_softmax(logits.float(), completion_ids)
+            logits = logits.float()
+            logps = entropy_from_logits(logits) if entropies else selective_log_softmax(logits, completion_ids)
     logps = logps.masked_fill(completion_mask == 0, 0.0)
     return nn.functional.pad(logps, (0, num_tokens - completion_len))
 
@@ -348,6 +353,7 @@ def batch_completion_logps(
     rows: torch.Tensor | None = None,
     num_passes: int = 0,
     around: Callable[[torch.Tensor], AbstractContextManager] = contextlib.nullcontext,
+    entropies: bool = False,
 ) -> torch.Tensor:
     """
     [`completion_logps`] of a whole batch without gradient, in the order of its rows whatever the micro-batches.
@@ -359,6 +365,7 @@ def batch_completion_logps(
             processes, and one with fewer rows must not leave the others waiting.
         around (`Callable[[torch.Tensor], AbstractContextManager]`): Makes the context of the pass over `(b,)` rows, such as
             [`~trl_prime.implicit_prm.trunk.TrunkStates.keep`].
+        entropies (`bool`): As in [`completion_logps`].
 
     Returns:
         `torch.Tensor`: `(B, T)` float32.
@@ -367,8 +374,9 @@ def batch_completion_logps(
     logps = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
     with evaluating(model):
         check_scoring(model)
+        compute = functools.partial(completion_logps, entropies=entropies)
         fill_by_micro_batches(
-            logps, completion_logps, model, inputs, micro_batch_size, rows=rows, num_passes=num_passes, around=around
+            logps, compute, model, inputs, micro_batch_size, rows=rows, num_passes=num_passes, around=around
         )
     return logps
 

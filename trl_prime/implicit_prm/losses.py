@@ -46,6 +46,18 @@ def label_log_odds(scores: torch.Tensor, intercept: float = 0.0, guess_rate: flo
     return torch.logaddexp(scores, math.log(guess_rate / (1 - guess_rate)) + F.softplus(scores))
 
 
+def base_rate_log_odds(mean_label: float, guess_rate: float = 0.0) -> float:
+    """
+    Log-odds of the share of right completions, lucky guesses taken off. The share is taken to be between 0.02 and 0.98.
+
+    Args:
+        mean_label (`float`): Share of completions that are labelled right.
+        guess_rate (`float`): g of [`label_log_odds`].
+    """
+    rate = min(max((mean_label - guess_rate) / (1 - guess_rate), 0.02), 0.98)
+    return math.log(rate / (1 - rate))
+
+
 def _opponents(labels: torch.Tensor, peer_labels: torch.Tensor) -> torch.Tensor:
     """`(B, K)`: peers with a lower label for a right completion, with a higher one for a wrong completion."""
     own = labels[:, None]

@@ -87,7 +87,9 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def head_gives_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
+def head_gives_logps(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, entropies: bool = False
+) -> Iterator[None]:
     """
     Around a forward pass of a model for which [`can_tile`] is true: instead of logits it gives log-probabilities, `(b, T, 1)`
     in float32, of tokens that end one position before its last.
@@ -95,6 +97,7 @@ def head_gives_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
     Args:
         model (`nn.Module`): Hugging Face model. What is called may be a wrapper around it.
         ids, mask (`torch.Tensor`): `(b, T)`, the tokens and which of them are wanted; the others get 0.
+        entropies (`bool`): Give the entropies of the distributions of these tokens instead, without gradient.
     """
     head = model.get_output_embeddings()
     own, num_logits, num_tokens = head.forward, getattr(model, _NUM_LOGITS), ids.shape[1]
@@ -106,7 +109,11 @@ def head_gives_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) ->
         tile = max((_TILE if device.type == "cpu" else _DEVICE_TILE) // num_logits, 1)
         # At least one, though without tokens, so that weights are in the graph: DDP waits for their gradients
         num_tiles = max(-(-len(states) // tile), 1)
-        if is_linear:
+        if entropies:
+            with torch.no_grad():
+                tiles = (_log_softmax(own(tile.unsqueeze(0))[0]) for tile in states.tensor_split(num_tiles))
+                logps = torch.cat([torch.special.entr(tile.exp()).sum(-1) for tile in tiles])
+        elif is_linear:
             logps = _linear_logps(head, states, targets, num_tiles)
         else:
             logps = _other_logps(lambda h: own(h, *args, **kwargs), states, targets, num_tiles)

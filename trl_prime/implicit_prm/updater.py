@@ -7,7 +7,6 @@ step (`second_model.py`); when to update (`learner.py`).
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,15 @@ import torch
 from ..processes import local_rows
 from .batch import PRMBatch
 from .logps import completion_logps, has_dropout
-from .losses import COMPARING_LOSSES, counted_rows, group_rows, label_log_odds, outcome_scores, prm_row_losses
+from .losses import (
+    COMPARING_LOSSES,
+    base_rate_log_odds,
+    counted_rows,
+    group_rows,
+    label_log_odds,
+    outcome_scores,
+    prm_row_losses,
+)
 from .second_model import SecondModelUpdater
 
 if TYPE_CHECKING:
@@ -62,17 +69,21 @@ class PRMUpdater(SecondModelUpdater):
         self.replay: deque[PRMBatch] = deque(maxlen=args.prm_replay_batches)
         # Log-odds added to the scores inside the loss "calibrated_ce", as of the last update
         self.intercept = 0.0
+        # Weight of the reference's confidence, which is added too
+        self.reference_weight = 0.0
 
     @property
     def can_score(self) -> bool:
         """
         Whether the next update's own forward passes give the log-probabilities of the PRM as it is now: all gradients of a
         step are taken before it moves. A pass of its own is needed for several mini-batches, for losses that compare scores,
-        where a replayed batch is trained on first, and with dropout.
+        where a replayed batch is trained on first, where scores come into the loss by the weight of the reference, and with
+        dropout.
         """
         moves_between = self.args.mini_batches > 1 or self.replay
         compares = self.args.prm_loss_type in COMPARING_LOSSES
-        return not moves_between and not compares and not has_dropout(self.prm.model.modules())
+        calibrates = self.args.prm_reference_weight != 0
+        return not (moves_between or compares or calibrates or has_dropout(self.prm.model.modules()))
 
     def update(self, batch: PRMBatch) -> PRMUpdate:
         """
@@ -85,7 +96,7 @@ class PRMUpdater(SecondModelUpdater):
             [`PRMUpdate`]
         """
         args, learning_rate = self.args, self.scheduler.get_last_lr()[0]
-        if args.prm_loss_type == "calibrated_ce":
+        if args.prm_loss_type == "calibrated_ce" and args.prm_reference_weight == 0:
             self.intercept = self._base_rate_log_odds([*self.replay, batch])
         num_replayed = self._num_replayed(len(self.replay))
         # By the place in the schedule: the same on all processes and in a resumed run
@@ -128,6 +139,8 @@ class PRMUpdater(SecondModelUpdater):
             if counts:
                 seen_logps[index] = logps.detach()
             scores = outcome_scores(logps - batch.ref_logps[index], batch.policy_mask[index], self.prm.beta)
+            if self.reference_weight:
+                scores = scores + self.reference_weight * batch.confidences[index].sum(1)
             return prm_row_losses(
                 label_log_odds(scores, self.intercept, args.prm_guess_rate),
                 batch.labels[index],
@@ -140,16 +153,13 @@ class PRMUpdater(SecondModelUpdater):
 
     def _base_rate_log_odds(self, batches: list[PRMBatch]) -> float:
         """
-        Log-odds of the share of right completions on all processes, lucky guesses taken off. The share is taken to be
-        between 0.02 and 0.98; 0 without any label.
+        [`base_rate_log_odds`] of the completions on all processes; 0 without any label.
         """
         labels = torch.cat([batch.labels for batch in batches])
         total, count = self.accelerator.reduce(torch.stack([labels.nansum(), (~labels.isnan()).sum()]), "sum").tolist()
         if not count:
             return 0.0
-        guess_rate = self.args.prm_guess_rate
-        rate = min(max((total / count - guess_rate) / (1 - guess_rate), 0.02), 0.98)
-        return math.log(rate / (1 - rate))
+        return base_rate_log_odds(total / count, self.args.prm_guess_rate)
 
     def _group_scores(self, batch: PRMBatch, rows: torch.Tensor) -> torch.Tensor:
         """
