@@ -20,7 +20,6 @@ from datasets import Dataset
 from offline_prm_run import train_offline
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from vision import build_vision_model, picture
 
 from trl_prime import PRIMEConfig, PRIMETrainer
 
@@ -144,6 +143,8 @@ def train(settings):
     rows = [{"prompt": f"{i}+{'1' * (i % 3)}{i % 7}="} for i in range(40)]
     processing_class = build_tokenizer()
     if model == "images":
+        from vision import build_vision_model, picture  # with older versions of transformers it cannot be imported
+
         # One or two images of several sizes for each prompt
         model, processing_class = build_vision_model("qwen3-vl")
         rollout_func = rollout_of_images
