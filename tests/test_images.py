@@ -294,6 +294,28 @@ def train_shown(train):
     return run
 
 
+def test_values_and_the_confidence_of_the_reference_are_of_what_was_seen(train_shown, updates):
+    trainer = train_shown(
+        advantage_estimator="gae",
+        value_learning_rate=1e-2,
+        prm_update="before",
+        prm_loss_type="calibrated_ce",
+        prm_reference_weight=0.5,
+    )
+    assert all(math.isfinite(loss) for loss in logged(trainer, "value/loss"))
+    batch, value_model = updates[-1], trainer.value_learner.value_model
+    rows = batch.has_tokens & batch.images.is_shown
+    assert rows.any()
+    seen = value_model.values(*batch.inputs, rows=rows)
+    blind = value_model.values(*batch.inputs[:4], rows=rows)
+    assert not torch.allclose(seen[rows], blind[rows])
+    model, _ = build_vision_model("qwen2.5-vl")
+    entropies = batch_completion_logps(model, *batch.inputs[:4], 2, batch.images, rows=rows, entropies=True)
+    own = batch.policy_mask[rows]
+    torch.testing.assert_close(batch.ref_entropies[rows][own], entropies[rows][own], atol=1e-4, rtol=0)
+    assert entropies[rows][own].min() > 0
+
+
 def alone_of(processor, output):
     """What the processor makes of each row's prompt, by the row of the data set that its text names."""
     found = []
