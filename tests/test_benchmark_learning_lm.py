@@ -24,7 +24,7 @@ def learning_lm(benchmarks):
 
 @pytest.fixture(scope="module")
 def characters():
-    return build_tokenizer("".join(sorted(set(PROMPT + RIGHT + "Ssdoubleit,"))))
+    return build_tokenizer("".join(sorted(set(PROMPT + RIGHT + "doubleit0123456789"))))
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_folder_without_a_tokenizer(model_path, tmp_path):
     check_model("model", model_path)
 
 
-@pytest.mark.parametrize("settings", [{"attn_implementation": "nope"}, {"device_map": "nope"}, {"use_vllm": "true"}])
+@pytest.mark.parametrize("settings", [{"attn_implementation": "nope"}, {"device_map": "nope"}])
 def test_what_a_library_refuses_while_eval_loads_is_a_sentence(settings, model_path, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "1+1=", "solution": "2"}) + "\n")
