@@ -133,7 +133,7 @@ ORACLE = {"process_gamma": 0.0, "process_weight": 3.0, "prm_trust_weighting": Fa
 
 def first_wrong_token(task, prompt: str, completion: str) -> int | None:
     """Index of the first token of the first wrong step; in all tasks one character is one token."""
-    from trl_prime.tasks.running_sums import STEP_DELIMITER
+    from trl_prime.tasks.task import STEP_DELIMITER
 
     step = next((i for i, right in enumerate(task.step_labels(prompt, completion)) if not right), None)
     if step is None or task.name == GYM_TASK:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -26,7 +27,8 @@ import time
 from pathlib import Path
 
 from common import RESULTS, machine, markdown_table, parser, write
-from learning import ORACLE
+from learning import COMMON, ORACLE
+from learning import PRM as PRM_OF_SUMS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -57,20 +59,8 @@ SHARED = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
-# One completion in six is right at the start: the paper's band would drop most groups
-FILTER = {"accuracy_low": 0.0, "accuracy_high": 1.0}
-PRM = {
-    "process_gamma": 0.0,
-    "process_reward_norm": "none",
-    "prm_trust_weighting": False,
-    "prm_update": "before",
-    "prm_beta": 0.5,
-    "prm_learning_rate": 1e-3,
-    "prm_loss_type": "calibrated_ce",
-    "prm_replay_batches": 64,
-    "prm_replay_steps": 2,
-    "prm_micro_batch_size": 16,
-}
+# The settings that were chosen on the running sums, but for fewer replayed batches: a pass of this PRM costs more
+PRM = {**PRM_OF_SUMS, "prm_replay_steps": 2, "prm_micro_batch_size": 16}
 # Changes to `PRM`; `None` is TRL's own GRPOTrainer
 METHODS: dict[str, dict | None] = {
     "rloo": {"process_weight": 0.0, "prm_update": "none"},
@@ -85,7 +75,8 @@ KEPT = ("step", "reward", "entropy", "step_time", "completions/mean_length", "fi
 
 def first_wrong_token(prompt: str, token_texts: list[str]) -> int | None:
     """Index of the token at which a completion leaves the right one; None where it is right."""
-    from trl_prime.tasks.number_chains import STEP_DELIMITER, solve
+    from trl_prime.tasks.number_chains import solve
+    from trl_prime.tasks.task import STEP_DELIMITER
 
     truth, text = STEP_DELIMITER.join(solve(prompt)), "".join(token_texts)
     if text.removesuffix(STEP_DELIMITER) == truth:
@@ -126,7 +117,8 @@ def measured_combination(rewards, tokenizer, found: dict[str, float]):
     """Advantages as configured. The AUC of the process rewards for the first wrong step goes to `found`."""
     from trl_prime.evaluation.statistics import first_error_auc
     from trl_prime.process_rewards import split_steps
-    from trl_prime.tasks.number_chains import STEP_DELIMITER, step_labels
+    from trl_prime.tasks.number_chains import step_labels
+    from trl_prime.tasks.task import STEP_DELIMITER
 
     steps, truth = [], []
     for row, texts in enumerate(token_texts(rewards, tokenizer)):
@@ -177,7 +169,7 @@ def adapter(num_layers: int, num_adapted: int):
     """LoRA on all projections of the last layers."""
     from peft import LoraConfig
 
-    from trl_prime.tasks.number_chains import LORA
+    from trl_prime.tasks.smollm2 import LORA
 
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = list(range(num_layers - num_adapted, num_layers))
@@ -199,7 +191,7 @@ def make_trainer(method: str, seed: int, rate: float, steps: int, task, output_d
     changes = METHODS[method]
     if changes is None:
         return GRPOTrainer(args=GRPOConfig(str(output_dir), **shared), **data), found
-    args = PRIMEConfig(str(output_dir), **{**FILTER, **PRM, **shared, **changes})
+    args = PRIMEConfig(str(output_dir), **{**COMMON, **PRM, **shared, **changes})
     tokenizer, hook = AutoTokenizer.from_pretrained(task.model), None
     if method == "oracle":
         hook = functools.partial(oracle_combination, tokenizer=tokenizer)
@@ -257,12 +249,15 @@ def steps_to(run: dict, accuracy: float) -> int | None:
 
 
 def report_table(runs: list[dict]) -> str:
-    """A row for each method and rate: medians over the seeds, and the range of the last window."""
+    """A row for each method and rate: medians over the seeds, the range of the last window, and steps to the best `rloo`'s."""
     groups: dict[tuple[str, float, int], list[dict]] = {}
     for run in runs:
         groups.setdefault((run["method"], run["rate"], run["steps"]), []).append(run)
+    finals = {key: statistics.median(windows(run, "reward")[-1] for run in group) for key, group in groups.items()}
+    target = max((final for (method, *_), final in finals.items() if method == "rloo"), default=math.inf)
     rows = []
     for (method, rate, steps), group in groups.items():
+        needed = statistics.median(steps_to(run, target) or math.inf for run in group)
         first, last = ([windows(run, "reward")[end] for run in group] for end in (0, -1))
         means = [statistics.fmean(windows(run, "reward")) for run in group]
         ends = ", ".join(
@@ -281,13 +276,14 @@ def report_table(runs: list[dict]) -> str:
                 f"{statistics.median(means):.1%}",
                 f"{statistics.median(first):.1%}",
                 f"{statistics.median(last):.1%} ({min(last):.1%} to {max(last):.1%})",
+                "never" if needed == math.inf else f"{needed:g}",
                 ends,
                 auc_text,
                 f"{statistics.median(run['seconds'] for run in group):.0f}",
             ]
         )
     header = ["method", "rate", "steps", "seeds", "mean reward", f"first {WINDOW}", f"last {WINDOW}"]
-    header += ["greedy, sampled at the end", f"AUC, by {WINDOW} steps", "seconds"]
+    header += ["steps to the last of rloo", "greedy, sampled at the end", f"AUC, by {WINDOW} steps", "seconds"]
     return markdown_table(header, rows)
 
 

@@ -25,8 +25,8 @@ from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.logps import completion_logps
 from trl_prime.implicit_prm.losses import prm_loss
 from trl_prime.process_rewards import correlation
-from trl_prime.tasks.smollm2 import load_smollm2
-from trl_prime.tasks.word_problems import LORA, make_splits
+from trl_prime.tasks.smollm2 import LORA, load_smollm2
+from trl_prime.tasks.word_problems import make_splits
 
 CASES = (("full", 1e-6), ("full", 1e-5), ("adapter", 1e-4), ("adapter", 3e-4))
 UPDATES = (1, 4, 12)

@@ -105,6 +105,22 @@ def test_the_curve_has_means_of_windows(learning_lm):
     assert learning_lm.steps_to(run, 1.1) is None
 
 
+def test_steps_are_counted_to_the_best_final_accuracy_of_outcome_rewards(learning_lm):
+    def run(method, rate, rewards):
+        history = [{"reward": value} for value in rewards for _ in range(learning_lm.WINDOW)]
+        end = {"greedy": 0.5, "sampled": 0.25}
+        return {"method": method, "rate": rate, "seed": 0, "steps": 15, "seconds": 1, "history": history, "end": end}
+
+    slow, best, prime = (
+        ("rloo", 1e-4, [0.1, 0.1, 0.2]),
+        ("rloo", 3e-4, [0.1, 0.2, 0.4]),
+        ("prime", 3e-4, [0.1, 0.4, 0.6]),
+    )
+    table = learning_lm.report_table([run(*each) for each in (slow, best, prime)])
+    column = [line.split(" | ")[7] for line in table.splitlines() if "|---" not in line]
+    assert column == ["steps to the last of rloo", "never", "15", "10"]
+
+
 def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path, monkeypatch, capsys, one_thread):
     base = tmp_path / "base"
     build_model(characters, seed=0).save_pretrained(base)

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
-from trl_prime.tasks import number_chains
+from trl_prime.tasks import number_chains, smollm2
 from trl_prime.tasks.number_chains import answer_reward, make_splits, prepare, solve, step_labels
 
 PROMPT = "Start with 29, add 29, subtract 11, double it.\n"
@@ -59,11 +59,9 @@ def test_the_truth_of_a_line_comes_from_the_prompt():
 
 def test_prepare_warms_up_once_on_chains_that_prime_does_not_see(tmp_path, monkeypatch, model_path):
     seen = []
-    warm_up = number_chains.warm_up
+    warm_up = smollm2.warm_up
     monkeypatch.setattr(number_chains, "BATCH_SIZE", 2)
-    monkeypatch.setattr(
-        number_chains, "warm_up", lambda *args, **kwargs: (seen.append(args[2]), warm_up(*args, **kwargs))
-    )
+    monkeypatch.setattr(smollm2, "warm_up", lambda *args, **kwargs: (seen.append(args[2]), warm_up(*args, **kwargs)))
     numbers = {"base_model": model_path, "num_steps": 2, "num_train": 6, "num_test": 4, "warm_up_steps": 2}
     task = prepare(tmp_path / "task", **numbers)
     weights, before = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (task.model, model_path))

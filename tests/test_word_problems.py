@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from trl_prime.tasks import smollm2, word_problems
+from trl_prime.tasks import smollm2
 from trl_prime.tasks.smollm2 import load_smollm2
 from trl_prime.tasks.word_problems import STORIES, make_splits, prepare
 
@@ -142,7 +142,7 @@ def test_prepare_warms_up_once_and_deterministically(tmp_path, monkeypatch):
     )
 
     calls = []
-    monkeypatch.setattr(word_problems, "warm_up", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(smollm2, "warm_up", lambda *args, **kwargs: calls.append(kwargs))
     prepare(tmp_path / "first", **sizes)
     assert calls == []
     prepare(tmp_path / "first", **{**sizes, "steps": 3})

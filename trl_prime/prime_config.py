@@ -123,9 +123,8 @@ class PRIMEConfig(GRPOConfig):
         prm_reference_weight (`float` or `str`, *optional*, defaults to `0.0`):
             Weight w of the reference's own confidence in the score and in the reward of a token: `w * c_t` is added, c being the
             log-probability of the token under the reference. `"fitted"`: w, at least 0, and the intercept b follow from a logistic
-            regression of the outcomes of the last 16 batches with the PRM's scores as offset, so that w falls as the PRM learns
-            what the reference tells. Rewards are then those against a tempered reference, `beta * log pi_phi - (beta - w) * log
-            pi_ref`. 0 is PRIME. Needs `prm_loss_type="calibrated_ce"`.
+            regression of the outcomes of the last 16 batches with the PRM's scores as offset. Rewards are then
+            those against a tempered reference, `beta * log pi_phi - (beta - w) * log pi_ref`. 0 is PRIME. Needs `prm_loss_type="calibrated_ce"`.
         prm_reference_centred (`bool`, *optional*, defaults to `True`):
             Whether c is taken against its expected value under the reference, by adding the entropy of its distribution, so that a
             token of which the reference is sure is worth nothing. Costs a further forward pass of the reference.

@@ -427,7 +427,7 @@ def _load_dataset(args: EvalArguments) -> Any:
 
 def _load_verifier(spec: str, dataset: Any, num_samples: int) -> Callable:
     """The reward function. Where a verifier or the vote cannot work on this machine, this says so before a model is loaded."""
-    from ..rewards.math_rewards import check_installed
+    from ..rewards.math_rewards import check_installed as check_math_verify
     from ..rewards.registry import load_reward_func
     from ..rewards.router import VerifierReward, row_kind
     from ..sandbox import SandboxUnavailable
@@ -452,7 +452,7 @@ def _load_verifier(spec: str, dataset: Any, num_samples: int) -> Callable:
     logs_answers = kinds - {None, "code"} if name == "verifier" else name != "code" and _takes_log_extra(reward_func)
     if num_samples and logs_answers:
         try:
-            check_installed()
+            check_math_verify()
         except ImportError as error:
             raise ValueError(
                 f"num_samples is {num_samples}, and votes compare answers by the math verifier. {error}. Or give num_samples: 0."

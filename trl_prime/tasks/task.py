@@ -36,6 +36,15 @@ class Task:
     environment: Callable[[], Any] | None = None
 
 
+# What ends a step in the tasks whose completions are lines
+STEP_DELIMITER = "\n"
+
+
+def split_lines(completion: str) -> list[str]:
+    """The lines of a completion. A delimiter at its end ends the last line and starts no new one."""
+    return completion.removesuffix(STEP_DELIMITER).split(STEP_DELIMITER) if completion else []
+
+
 def made_once(folder: Path, settings: Mapping[str, Any], make: Callable[[], None]) -> None:
     """Make a folder, unless it was made by the same settings before. Call it from one process only.
 

