@@ -109,6 +109,16 @@ CASES = {
         },
     ),
     "from a folder": (8, {"model": "a folder"}),
+    "calibrated": (
+        8,
+        {
+            "prm_loss_type": "calibrated_ce",
+            "prm_reference_weight": "fitted",
+            "prm_update": "before",
+            "prm_replay_batches": 1,
+            "lora": "policy prm",
+        },
+    ),
     "values": (
         4,
         {
@@ -228,6 +238,11 @@ def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_pr
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5) and min(map(abs, ours[1:])) > 0
         heads = [tensor for name, tensor in alone["value"].items() if "lm_head" in name]
         assert max(head.abs().max() for head in heads) > 1e-3
+    if case == "calibrated":
+        ours, theirs = (
+            [entry["prm/reference_weight"] for entry in log(root / case)] for root in (two_processes, one_process)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4) and max(ours) > 0
     if case == "filter":
         ours, theirs = (
             [entry["filter/rounds"] for entry in log(root / case)] for root in (two_processes, one_process)
