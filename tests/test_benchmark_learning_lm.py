@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from trl_prime import PRIMETrainer
 from trl_prime.advantages import RolloutRewards
 from trl_prime.tasks.number_chains import answer_reward, make_splits, step_labels
 from trl_prime.tasks.task import Task
@@ -134,14 +135,23 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     monkeypatch.setattr(learning_lm, "PRM_LAYERS", 1)
     monkeypatch.setattr(learning_lm, "POLICY_LAYERS", 2)
     (tmp_path / "base.json").write_text(json.dumps({"greedy": 0.25, "sampled": 0.125}))
-    methods = ("grpo", "oracle", "prime")
+    methods, steps = ("grpo", "oracle", "prime"), []
+    training_step = PRIMETrainer.training_step
+    monkeypatch.setattr(
+        PRIMETrainer,
+        "training_step",
+        lambda self, *args: (steps.append(self.state.global_step), training_step(self, *args))[1],
+    )
     for method in methods:
         output = tmp_path / "runs" / f"{method}.json"
         trained = learning_lm.make_trainer(method, 0, 1e-3, 2, task, output.with_suffix(""))[0]
         if method == "prime":  # it was stopped after its first step
             trained.args.max_steps = 1
             trained.train()
+        steps.clear()
         learning_lm.train(method, 0, 1e-3, 2, tmp_path, output)
+        if method == "prime":
+            assert set(steps) == {1}
         run = json.loads(output.read_text())
         assert [row["step"] for row in run["history"]] == [1, 2]
         assert not output.with_suffix("").exists()

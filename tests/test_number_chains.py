@@ -53,6 +53,8 @@ def test_only_the_last_line_is_judged():
 def test_the_truth_of_a_line_comes_from_the_prompt():
     wrong = "29 + 29 = 58\n58 - 11 = 46\n46 + 46 = 92\nAnswer: 92\nAnswer: 94"
     assert step_labels(PROMPT, wrong) == [True, False, False, False, False]
+    # By luck, from other numbers
+    assert step_labels(PROMPT, RIGHT.replace("29 + 29", "28 + 30"))[:2] == [False, True]
     assert step_labels(PROMPT, RIGHT + "\n") == [True] * 4
     assert step_labels(PROMPT, "") == []
 
