@@ -167,6 +167,8 @@ def log(folder):
 def cases(root, num_processes, model_path, **settings):
     runs = []
     for name, (num_rows, case) in CASES.items():
+        if name == "images" and settings == KINDS["zero3"]:
+            continue  # transformers cannot make such a model out of a configuration there
         if (name == "policy as reference" and settings == KINDS["zero3"]) or (
             "advantage_estimator" in case and "deepspeed" in settings
         ):
@@ -221,7 +223,7 @@ def two_processes(request, tmp_path_factory, model_path):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_like_one_with_the_doubled_batch(one_process, two_processes, case):
     if not (two_processes / case).exists():
-        pytest.skip("refused by PRIMETrainer")
+        pytest.skip("not run by this kind, see `cases`")
     (alone,), (first, second) = results(one_process / case, 1), results(two_processes / case, 2)
     assert_close(first, second, atol=0)
     assert_close(first, alone, atol=5e-5)
