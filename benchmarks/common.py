@@ -1,4 +1,4 @@
-"""The benchmarks share this: the machine that is measured on, the file of results, and tables for the docs."""
+"""The benchmarks share this: the machine that is measured on, the file of results, and tables and curves for the docs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of markdown; the first cell of the header may be empty."""
     lines = ["| " + " | ".join(header).lstrip() + " |", "|---" * len(header) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def draw_curves(curves: Mapping[str, Sequence[Sequence[float]]], window: int, label: str, path: Path) -> None:
+    """The mean over the seeds for each method, and a thin line for each seed. A value is a mean over `window` steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for number, (method, seeds) in enumerate(curves.items()):
+        steps = [window * i + window / 2 for i in range(len(seeds[0]))]
+        for curve in seeds:
+            axis.plot(steps, curve, f"C{number}", linewidth=0.6, alpha=0.5)
+        axis.plot(steps, [statistics.fmean(at) for at in zip(*seeds, strict=True)], f"C{number}", label=method)
+    axis.set(xlabel="step", ylabel=label)
+    axis.legend()
+    figure.savefig(path, dpi=110)

@@ -25,8 +25,8 @@ from trl_prime import ImplicitPRM
 from trl_prime.implicit_prm.logps import completion_logps
 from trl_prime.implicit_prm.losses import prm_loss
 from trl_prime.process_rewards import correlation
+from trl_prime.tasks.number_chains import make_splits
 from trl_prime.tasks.smollm2 import LORA, load_smollm2
-from trl_prime.tasks.word_problems import make_splits
 
 CASES = (("full", 1e-6), ("full", 1e-5), ("adapter", 1e-4), ("adapter", 3e-4))
 UPDATES = (1, 4, 12)
@@ -35,7 +35,8 @@ UPDATES = (1, 4, 12)
 @torch.no_grad()
 def rollouts(model, tokenizer, num_prompts: int = 4, max_new_tokens: int = 64) -> tuple[torch.Tensor, ...]:
     """Two completions of each of some problems: ids and masks of prompts (padded on the left) and completions."""
-    prompts = make_splits(num_prompts, 1)[0]["prompt"][:]
+    problems = make_splits(num_prompts, 1)[0]["prompt"][:]
+    prompts = [[{"role": "user", "content": problem}] for problem in problems]
     texts = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts for _ in "ab"
     ]

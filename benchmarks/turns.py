@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import RESULTS, machine, markdown_table, parser, write
+from common import RESULTS, draw_curves, machine, markdown_table, parser, write
 
 METHODS = {
     "outcome": ["--process_weight", "0"],
@@ -50,25 +50,6 @@ def read(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def draw(runs: dict[str, list[dict[str, list[float]]]]) -> None:
-    """The mean over the seeds for each method, and a thin line for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for number, (method, seeds) in enumerate(runs.items()):
-        curves = [run["reward"] for run in seeds]
-        steps = [WINDOW * i + WINDOW / 2 for i in range(len(curves[0]))]
-        for curve in curves:
-            axis.plot(steps, curve, f"C{number}", linewidth=0.6, alpha=0.5)
-        axis.plot(steps, [statistics.fmean(at) for at in zip(*curves, strict=True)], f"C{number}", label=method)
-    axis.set(xlabel="step", ylabel=f"games won, means of {WINDOW} steps", ylim=(0.3, 1))
-    axis.legend()
-    figure.savefig(IMAGE, dpi=110)
-
-
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=Path, required=True, help="Folder of the runs.")
@@ -93,7 +74,8 @@ def main() -> None:
         means = [f"{statistics.fmean(at):.1%}" for at in zip(*curves, strict=True)]
         rows.append([f"`{method}`", *means, ", ".join(f"{curve[-1]:.1%}" for curve in curves)])
     print(markdown_table(header, rows).replace("%", " %"))
-    draw(runs)
+    curves = {method: [run["reward"] for run in seeds] for method, seeds in runs.items()}
+    draw_curves(curves, WINDOW, f"games won, means of {WINDOW} steps", IMAGE)
     write({"machine": about, "runs": runs}, RESULTS / "turns.json")
 
 

@@ -1,10 +1,13 @@
 """The benchmark of learning on a language model: its oracle, what it measures of a PRM, and its curve."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from trl_prime import PRIMETrainer
 from trl_prime.advantages import RolloutRewards
@@ -13,6 +16,7 @@ from trl_prime.tasks.task import Task
 from trl_prime.tasks.tiny_model import build_model, build_tokenizer
 
 PROMPT = "Start with 29, add 29, subtract 11.\n"
+RECIPES = Path(__file__).parent.parent / "recipes"
 RIGHT = "29 + 29 = 58\n58 - 11 = 47\nAnswer: 47"
 
 
@@ -122,6 +126,26 @@ def test_steps_are_counted_to_the_best_final_accuracy_of_outcome_rewards(learnin
     assert column == ["steps to the last of rloo", "never", "15", "10"]
 
 
+def test_the_recipe_has_the_settings_of_prime(learning_lm):
+    recipe = yaml.safe_load((RECIPES / "smollm2-135m/prime/lora-cpu.yaml").read_text())
+    prime = {**learning_lm.COMMON, **learning_lm.PRM, **learning_lm.SHARED, **learning_lm.PRIME_METHODS["prime"]}
+    # What is only about the form of a run
+    form = ("model_init_kwargs", "disable_tqdm", "save_steps", "save_total_limit")
+    assert {name: recipe[name] for name in prime if name not in form} == {
+        name: value for name, value in prime.items() if name not in form
+    }
+    assert recipe["task_kwargs"] == learning_lm.TASK
+    assert recipe["prm_lora_layers"] == learning_lm.PRM_LAYERS
+    policy = learning_lm.adapter(30, learning_lm.POLICY_LAYERS)
+    assert (recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"]) == (
+        policy.r,
+        policy.lora_alpha,
+        policy.lora_dropout,
+    )
+    layers = [i for i in range(30) if re.fullmatch(*recipe["lora_target_modules"], f"model.layers.{i}.mlp.up_proj")]
+    assert layers == policy.layers_to_transform
+
+
 def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path, monkeypatch, capsys, one_thread):
     base = tmp_path / "base"
     build_model(characters, seed=0).save_pretrained(base)
@@ -157,10 +181,14 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
         assert not output.with_suffix("").exists()
         assert ("prm/loss" in run["history"][-1]) == method.startswith("prime")
     monkeypatch.setattr(
-        sys, "argv", ["learning_lm.py", "report", "--folder", str(tmp_path), "--output", str(tmp_path / "all.json")]
+        sys,
+        "argv",
+        ["learning_lm.py", "report", "--folder", str(tmp_path)]
+        + [f"--output={tmp_path / 'all.json'}", f"--image={tmp_path / 'curves.png'}"],
     )
     learning_lm.main()
     printed = capsys.readouterr().out
     assert "base: greedy 25.0%, sampled 12.5%" in printed
     assert all(f"| {method} |" in printed for method in methods)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "all.json").read_text())["runs"]) == len(methods)

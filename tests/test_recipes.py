@@ -30,6 +30,7 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 # A stand-in may change these fields of a recipe; the others are trained with as they are written
 REPLACED = {
     "prm_lora_layers": 1,  # of the two that the tiny model has
+    "lora_target_modules": "all-linear",  # or those of certain layers
     "output_dir": None,
     "model_name_or_path": None,
     "dataset_name": None,

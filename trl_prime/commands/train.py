@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 TASKS = {
     "running_sums": "trl_prime.tasks.running_sums.prepare",
     "number_chains": "trl_prime.tasks.number_chains.prepare",
-    "word_problems": "trl_prime.tasks.word_problems.prepare",
     "letter_search": "trl_prime.tasks.letter_search.prepare",
 }
 SPLITS_BY_HAND = (
@@ -50,8 +49,8 @@ class PRIMEScriptArguments(DatasetArguments):
 
     Parameters:
         task (`str`, *optional*): A task that makes its own model, data and reward: `"running_sums"`, `"number_chains"`,
-            `"word_problems"`, `"letter_search"` (of several turns), or the dotted path of a function that returns a
-            [`~trl_prime.tasks.task.Task`]. Replaces the model and data set.
+            `"letter_search"` (of several turns), or the dotted path of a function that returns a [`~trl_prime.tasks.task.Task`].
+            Replaces the model and data set.
         task_kwargs (`dict`, *optional*): Arguments of the task.
         reward_funcs (`list[str]`, *optional*): Outcome rewards: `"math"`, `"code"`, `"verifier"` (math or code, by the
             row), TRL's names or dotted paths, with options if need be, `code(timeout=10)`.
