@@ -5,7 +5,7 @@ step, trained by TRL_METHODS and PRIME_METHODS. All start from one warmed-up bas
 problems that were not seen before.
 
     python benchmarks/learning_lm.py base                                         # the base, and its accuracy; about 20 minutes
-    python benchmarks/learning_lm.py run --methods rloo prime --seeds 100 --rates 1e-4 3e-4   # choose the rates on a seed of its own
+    python benchmarks/learning_lm.py run --methods rloo prime --seeds 100 --rates 3e-4 1e-3 --betas 0 0.3   # tune on a seed of its own
     python benchmarks/learning_lm.py run --methods rloo prime --seeds 0 1 2 --rates 3e-4
     python benchmarks/learning_lm.py report
 
@@ -16,6 +16,7 @@ finished is not made again. `report` reads all that are there. Needs `pip instal
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -184,14 +185,14 @@ def adapter(num_layers: int, num_adapted: int):
     return LoraConfig(**{**LORA, "target_modules": modules, "layers_to_transform": layers})
 
 
-def make_trainer(method: str, seed: int, rate: float, steps: int, task, output_dir: Path):
+def make_trainer(method: str, seed: int, rate: float, beta: float, steps: int, task, output_dir: Path):
     """The trainer of a method, and where its hook puts what it measures."""
     from transformers import AutoConfig, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_prime import PRIMEConfig, PRIMETrainer
 
-    shared = {**SHARED, "seed": seed, "max_steps": steps, "learning_rate": rate}
+    shared = {**SHARED, "seed": seed, "max_steps": steps, "learning_rate": rate, "beta": beta}
     data = {"model": task.model, "reward_funcs": task.reward_funcs, "train_dataset": task.train_dataset}
     num_layers = AutoConfig.from_pretrained(task.model).num_hidden_layers
     data["peft_config"] = adapter(num_layers, POLICY_LAYERS)
@@ -213,14 +214,14 @@ def make_trainer(method: str, seed: int, rate: float, steps: int, task, output_d
     return trainer, found
 
 
-def train(method: str, seed: int, rate: float, steps: int, folder: Path, output: Path) -> None:
+def train(method: str, seed: int, rate: float, beta: float, steps: int, folder: Path, output: Path) -> None:
     """Train once, from the last checkpoint if there is one; the log of all steps and the accuracies at the end."""
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
     task, output_dir = make_task(folder), output.with_suffix("")
-    trainer, found = make_trainer(method, seed, rate, steps, task, output_dir)
+    trainer, found = make_trainer(method, seed, rate, beta, steps, task, output_dir)
     trainer.remove_callback(PrinterCallback)
 
     class Keep(TrainerCallback):
@@ -241,8 +242,8 @@ def train(method: str, seed: int, rate: float, steps: int, folder: Path, output:
         if "reward" in row
     ]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    run = {"method": method, "seed": seed, "rate": rate, "steps": steps, "seconds": seconds, "history": history}
-    write({**run, "end": measure(model, trainer.processing_class, task)}, output)
+    run = {"method": method, "seed": seed, "rate": rate, "beta": beta, "steps": steps, "seconds": seconds}
+    write({**run, "history": history, "end": measure(model, trainer.processing_class, task)}, output)
     shutil.rmtree(output_dir)
 
 
@@ -261,14 +262,14 @@ def steps_to(run: dict, accuracy: float) -> int | None:
 
 
 def report_table(runs: list[dict]) -> str:
-    """A row for each method and rate: medians over the seeds, the range of the last window, and steps to the best `rloo`'s."""
-    groups: dict[tuple[str, float, int], list[dict]] = {}
+    """A row for each method with its rate and `beta`: medians over the seeds, the range of the last window, and steps to the best `rloo`'s."""
+    groups: dict[tuple[str, float, float, int], list[dict]] = {}
     for run in runs:
-        groups.setdefault((run["method"], run["rate"], run["steps"]), []).append(run)
+        groups.setdefault((run["method"], run["rate"], run["beta"], run["steps"]), []).append(run)
     finals = {key: statistics.median(windows(run, "reward")[-1] for run in group) for key, group in groups.items()}
     target = max((final for (method, *_), final in finals.items() if method == "rloo"), default=math.inf)
     rows = []
-    for (method, rate, steps), group in groups.items():
+    for (method, rate, beta, steps), group in groups.items():
         needed = statistics.median(steps_to(run, target) or math.inf for run in group)
         first, last = ([windows(run, "reward")[end] for run in group] for end in (0, -1))
         means = [statistics.fmean(windows(run, "reward")) for run in group]
@@ -283,6 +284,7 @@ def report_table(runs: list[dict]) -> str:
             [
                 method,
                 f"{rate:g}",
+                f"{beta:g}",
                 str(steps),
                 ", ".join(str(run["seed"]) for run in group),
                 f"{statistics.median(means):.1%}",
@@ -294,7 +296,7 @@ def report_table(runs: list[dict]) -> str:
                 f"{statistics.median(run['seconds'] for run in group):.0f}",
             ]
         )
-    header = ["method", "rate", "steps", "seeds", "mean reward", f"first {WINDOW}", f"last {WINDOW}"]
+    header = ["method", "rate", "`beta`", "steps", "seeds", "mean reward", f"first {WINDOW}", f"last {WINDOW}"]
     header += ["steps to the last of rloo", "greedy, sampled at the end", f"AUC, by {WINDOW} steps", "seconds"]
     return markdown_table(header, rows)
 
@@ -307,6 +309,7 @@ def main() -> None:
     )
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--rates", type=float, nargs="+", default=[3e-4], help="Learning rates of the policy.")
+    arguments.add_argument("--betas", type=float, nargs="+", default=[0.0], help="Weights of the policy's KL penalty.")
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument(
         "--folder", type=Path, default=Path("runs/learning_lm"), help="Where base and runs are kept."
@@ -317,31 +320,25 @@ def main() -> None:
     if options.stage == "base":
         measure_base(options.folder)
     elif options.stage == "one":
-        job = (options.methods[0], options.seeds[0], options.rates[0])
+        job = (options.methods[0], options.seeds[0], options.rates[0], options.betas[0])
         train(*job, options.steps, options.folder, options.output)
     elif options.stage == "run":
-        for seed in options.seeds:
-            for rate in options.rates:
-                for method in options.methods:
-                    output = options.folder / "runs" / f"{method}-{seed}-{rate:g}-{options.steps}.json"
-                    if not output.exists():
-                        words = ["--methods", method, "--seeds", str(seed), "--rates", str(rate)]
-                        words += [
-                            "--steps",
-                            str(options.steps),
-                            "--folder",
-                            str(options.folder),
-                            "--output",
-                            str(output),
-                        ]
-                        # In a process of its own, which gives its memory back
-                        subprocess.run([sys.executable, __file__, "one", *words], check=True)
+        jobs = itertools.product(options.seeds, options.rates, options.betas, options.methods)
+        for seed, rate, beta, method in jobs:
+            output = options.folder / "runs" / f"{method}-{seed}-{rate:g}-{beta:g}-{options.steps}.json"
+            if not output.exists():
+                words = ["--methods", method, f"--seeds={seed}", f"--rates={rate}", f"--betas={beta}"]
+                words += [f"--steps={options.steps}", f"--folder={options.folder}", f"--output={output}"]
+                # In a process of its own, which gives its memory back
+                subprocess.run([sys.executable, __file__, "one", *words], check=True)
     else:
         runs = [json.loads(path.read_text()) for path in sorted((options.folder / "runs").glob("*.json"))]
         base = json.loads((options.folder / "base.json").read_text())
         curves: dict[str, list[list[float]]] = {}
         for run in runs:
-            curves.setdefault(f"{run['method']}, {run['rate']:g}", []).append(windows(run, "reward"))
+            curves.setdefault(f"{run['method']}, {run['rate']:g}, beta {run['beta']:g}", []).append(
+                windows(run, "reward")
+            )
         draw_curves(curves, WINDOW, f"mean reward of {WINDOW} steps", options.image)
         print(f"base: greedy {base['greedy']:.1%}, sampled {base['sampled']:.1%}\n\n{report_table(runs)}")
         write({"machine": machine("torch", "trl", "transformers", "peft"), "base": base, "runs": runs}, options.output)

@@ -114,7 +114,8 @@ def test_steps_are_counted_to_the_best_final_accuracy_of_outcome_rewards(learnin
     def run(method, rate, rewards):
         history = [{"reward": value} for value in rewards for _ in range(learning_lm.WINDOW)]
         end = {"greedy": 0.5, "sampled": 0.25}
-        return {"method": method, "rate": rate, "seed": 0, "steps": 15, "seconds": 1, "history": history, "end": end}
+        about = {"method": method, "rate": rate, "beta": 0.0, "seed": 0, "steps": 15, "seconds": 1}
+        return {**about, "history": history, "end": end}
 
     slow, best, prime = (
         ("rloo", 1e-4, [0.1, 0.1, 0.2]),
@@ -122,7 +123,7 @@ def test_steps_are_counted_to_the_best_final_accuracy_of_outcome_rewards(learnin
         ("prime", 3e-4, [0.1, 0.4, 0.6]),
     )
     table = learning_lm.report_table([run(*each) for each in (slow, best, prime)])
-    column = [line.split(" | ")[7] for line in table.splitlines() if "|---" not in line]
+    column = [line.split(" | ")[8] for line in table.splitlines() if "|---" not in line]
     assert column == ["steps to the last of rloo", "never", "15", "10"]
 
 
@@ -168,12 +169,12 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     )
     for method in methods:
         output = tmp_path / "runs" / f"{method}.json"
-        trained = learning_lm.make_trainer(method, 0, 1e-3, 2, task, output.with_suffix(""))[0]
+        trained = learning_lm.make_trainer(method, 0, 1e-3, 0.0, 2, task, output.with_suffix(""))[0]
         if method == "prime":  # it was stopped after its first step
             trained.args.max_steps = 1
             trained.train()
         steps.clear()
-        learning_lm.train(method, 0, 1e-3, 2, tmp_path, output)
+        learning_lm.train(method, 0, 1e-3, 0.0, 2, tmp_path, output)
         if method == "prime":
             assert set(steps) == {1}
         run = json.loads(output.read_text())
