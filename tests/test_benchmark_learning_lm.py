@@ -127,9 +127,10 @@ def test_steps_are_counted_to_the_best_final_accuracy_of_outcome_rewards(learnin
     assert column == ["steps to the last of rloo", "never", "15", "10"]
 
 
-def test_the_recipe_has_the_settings_of_prime(learning_lm):
+def test_the_recipe_has_the_settings_of_the_benchmark(learning_lm):
     recipe = yaml.safe_load((RECIPES / "smollm2-135m/prime/lora-cpu.yaml").read_text())
-    prime = {**learning_lm.COMMON, **learning_lm.PRM, **learning_lm.SHARED, **learning_lm.PRIME_METHODS["prime"]}
+    prime = {**learning_lm.COMMON, **learning_lm.PRM, **learning_lm.SHARED}
+    prime |= learning_lm.PRIME_METHODS["prime, calibrated"]
     # What is only about the form of a run
     form = ("model_init_kwargs", "disable_tqdm", "save_steps", "save_total_limit")
     assert {name: recipe[name] for name in prime if name not in form} == {
