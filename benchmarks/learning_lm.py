@@ -336,9 +336,8 @@ def main() -> None:
         base = json.loads((options.folder / "base.json").read_text())
         curves: dict[str, list[list[float]]] = {}
         for run in runs:
-            curves.setdefault(f"{run['method']}, {run['rate']:g}, beta {run['beta']:g}", []).append(
-                windows(run, "reward")
-            )
+            label = f"{run['method']}, {run['rate']:g}, beta {run['beta']:g}, {run['steps']} steps"
+            curves.setdefault(label, []).append(windows(run, "reward"))
         draw_curves(curves, WINDOW, f"mean reward of {WINDOW} steps", options.image)
         print(f"base: greedy {base['greedy']:.1%}, sampled {base['sampled']:.1%}\n\n{report_table(runs)}")
         write({"machine": machine("torch", "trl", "transformers", "peft"), "base": base, "runs": runs}, options.output)

@@ -161,7 +161,7 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     monkeypatch.setattr(learning_lm, "PRM_LAYERS", 1)
     monkeypatch.setattr(learning_lm, "POLICY_LAYERS", 2)
     (tmp_path / "base.json").write_text(json.dumps({"greedy": 0.25, "sampled": 0.125}))
-    methods, steps = ("grpo", "oracle", "prime"), []
+    methods, steps = ("rloo", "oracle", "prime"), []
     training_step = PRIMETrainer.training_step
     monkeypatch.setattr(
         PRIMETrainer,
@@ -170,18 +170,23 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     )
     for method in methods:
         output = tmp_path / "runs" / f"{method}.json"
-        trained = learning_lm.make_trainer(method, 0, 1e-3, 0.0, 2, task, output.with_suffix(""))[0]
+        trained = learning_lm.make_trainer(method, 0, 1e-3, 0.25, 2, task, output.with_suffix(""))[0]
+        assert trained.args.beta == 0.25
+        assert trained.args.scale_rewards == "none"
         if method == "prime":  # it was stopped after its first step
             trained.args.max_steps = 1
             trained.train()
         steps.clear()
-        learning_lm.train(method, 0, 1e-3, 0.0, 2, tmp_path, output)
+        learning_lm.train(method, 0, 1e-3, 0.25, 2, tmp_path, output)
         if method == "prime":
             assert set(steps) == {1}
         run = json.loads(output.read_text())
         assert [row["step"] for row in run["history"]] == [1, 2]
         assert not output.with_suffix("").exists()
         assert ("prm/loss" in run["history"][-1]) == method.startswith("prime")
+    # A longer run of a method is a curve of its own
+    longer = {**run, "steps": 10, "history": run["history"] * 5}
+    (tmp_path / "runs" / "longer.json").write_text(json.dumps(longer))
     monkeypatch.setattr(
         sys,
         "argv",
@@ -193,4 +198,16 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
     assert "base: greedy 25.0%, sampled 12.5%" in printed
     assert all(f"| {method} |" in printed for method in methods)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "all.json").read_text())["runs"]) == len(methods)
+    assert len(json.loads((tmp_path / "all.json").read_text())["runs"]) == len(methods) + 1
+
+
+def test_runs_that_are_not_there_yet_are_made(learning_lm, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "rloo-0-0.001-0.5-7.json").write_text("{}")
+    commands = []
+    monkeypatch.setattr(learning_lm.subprocess, "run", lambda command, check: commands.append(command[2:]))
+    words = ["--methods", "rloo", "prime", "--seeds=0", "--rates=1e-3", "--betas", "0", "0.5", "--steps=7"]
+    monkeypatch.setattr(sys, "argv", ["learning_lm.py", "run", *words, f"--folder={tmp_path}"])
+    learning_lm.main()
+    made = [(command[2], command[5]) for command in commands]
+    assert made == [("rloo", "--betas=0.0"), ("prime", "--betas=0.0"), ("prime", "--betas=0.5")]
