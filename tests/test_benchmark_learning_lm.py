@@ -15,9 +15,9 @@ from trl_prime.tasks.number_chains import answer_reward, make_splits, step_label
 from trl_prime.tasks.task import Task
 from trl_prime.tasks.tiny_model import build_model, build_tokenizer
 
-PROMPT = "Start with 29, add 29, subtract 11.\n"
+PROMPT = "Start with 5, add 9, subtract 11.\n"
 RECIPES = Path(__file__).parent.parent / "recipes"
-RIGHT = "29 + 29 = 58\n58 - 11 = 47\nAnswer: 47"
+RIGHT = "5+9=14\n14-11=3\nAnswer: 3"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def learning_lm(benchmarks):
 
 @pytest.fixture(scope="module")
 def characters():
-    return build_tokenizer("".join(sorted(set(PROMPT + RIGHT + "doubleit0123456789"))))
+    return build_tokenizer("".join(sorted(set(PROMPT + RIGHT + "doubleit0123456789+-="))))
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ def characters():
     [
         (RIGHT, None),
         (RIGHT + "\n", None),
-        (RIGHT.replace("58", "59"), RIGHT.index("8")),
-        (RIGHT.replace("Answer: 47", "Answer: 46"), len(RIGHT) - 1),
-        ("29 + 29", len("29 + 29") - 1),
+        (RIGHT.replace("14", "15"), RIGHT.index("4")),
+        (RIGHT.replace("Answer: 3", "Answer: 4"), len(RIGHT) - 1),
+        ("5+9", len("5+9") - 1),
         (RIGHT + "0", len(RIGHT)),
     ],
 )
@@ -57,7 +57,7 @@ def rewards_of(tokenizer, completions, process_rewards=None):
         completion_ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = row < len(ids) - 1
     return RolloutRewards(
-        outcome_rewards=torch.tensor(answer_reward(completions, ["47"] * len(ids))),
+        outcome_rewards=torch.tensor(answer_reward(completions, ["3"] * len(ids))),
         process_rewards=torch.zeros(mask.shape) if process_rewards is None else process_rewards(ids, mask),
         completion_mask=mask,
         reward_mask=mask,
@@ -70,24 +70,24 @@ def rewards_of(tokenizer, completions, process_rewards=None):
 
 
 def test_the_oracle_blames_the_first_wrong_token(learning_lm, characters):
-    completions = [RIGHT, RIGHT.replace("58", "59"), RIGHT.replace("47", "40"), RIGHT]
+    completions = [RIGHT, RIGHT.replace("14", "15"), RIGHT.replace("=3\n", "=0\n"), RIGHT]
     advantages = learning_lm.oracle_combination(rewards_of(characters, completions), characters)
     lowest = advantages.argmin(1)
     assert advantages[1, lowest[1]] < -1
     assert advantages[2, lowest[2]] < -1
-    assert lowest[1:3].tolist() == [RIGHT.index("8"), RIGHT.index("7")]
+    assert lowest[1:3].tolist() == [RIGHT.index("4"), RIGHT.index("3")]
     assert advantages[0].min() > advantages[1].min() / 2
     assert not advantages[3].any()
 
 
 def test_the_auc_of_a_prm_is_that_of_its_steps(learning_lm, characters):
-    completions = [RIGHT, RIGHT.replace("58", "59"), RIGHT.replace("Answer: 47", "Answer: 46"), RIGHT]
+    completions = [RIGHT, RIGHT.replace("14", "15"), RIGHT.replace("Answer: 3", "Answer: 4"), RIGHT]
 
     def blame(ids, mask):
-        # Two digits of each wrong step count -1, those of one right step -3
+        # The sum over a wrong step is -2, over one right step -3
         values = torch.zeros(mask.shape)
-        values[1, RIGHT.index("58") : RIGHT.index("58") + 2] = -1.0
-        values[2, len(RIGHT) - 2 : len(RIGHT)] = -1.0
+        values[1, RIGHT.index("14") : RIGHT.index("14") + 2] = -1.0
+        values[2, len(RIGHT) - 1 :] = -2.0
         values[0, :1] = -3.0
         return values
 

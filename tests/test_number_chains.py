@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from trl_prime.tasks import number_chains, smollm2
 from trl_prime.tasks.number_chains import answer_reward, make_splits, prepare, solve, step_labels
 
-PROMPT = "Start with 29, add 29, subtract 11, double it.\n"
-RIGHT = "29 + 29 = 58\n58 - 11 = 47\n47 + 47 = 94\nAnswer: 94"
+PROMPT = "Start with 5, add 9, subtract 4, double it.\n"
+RIGHT = "5+9=14\n14-4=10\n10+10=20\nAnswer: 20"
 
 
 def test_a_chain_is_solved_line_by_line():
@@ -18,7 +18,7 @@ def test_a_chain_is_solved_line_by_line():
         solve("3 5 2 7=")
 
 
-def test_problems_are_distinct_seeded_and_of_two_digit_numbers():
+def test_problems_are_distinct_seeded_and_of_small_numbers():
     train, test = make_splits(300, 50, num_steps=4, seed=1)
     prompts = train["prompt"][:] + test["prompt"][:]
     assert len(set(prompts)) == 350
@@ -30,12 +30,42 @@ def test_problems_are_distinct_seeded_and_of_two_digit_numbers():
         assert len(lines) == 4
         assert answer == f"Answer: {row['solution']}"
         numbers = re.findall(r"\d+", row["prompt"] + row["steps"])
-        assert all(10 <= int(number) <= 99 for number in numbers)
+        assert all(1 <= int(number) <= 20 for number in numbers)
         kinds |= set(re.findall("add|subtract|double", row["prompt"]))
         for line in lines:
-            left, sign, right, _, result = line.split()
+            left, sign, right, result = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", line).groups()
             assert int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
     assert kinds == {"add", "subtract", "double"}
+
+
+def test_demonstrations_slip_by_one_at_the_rate_asked_for_and_go_on_from_there():
+    prompts = make_splits(300, 1, seed=1)[0]["prompt"][:]
+    rows = number_chains.make_demonstrations(prompts, 0.25, seed=3)
+    assert rows["prompt"][:] == prompts
+    slips = []
+    for row in rows:
+        *lines, answer = row["completion"].split("\n")
+        total, *operations = row["prompt"].removesuffix(".\n").split(", ")
+        total = int(total.split()[-1])
+        for operation, line in zip(operations, lines, strict=True):
+            kind, number = operation.split()
+            number = total if kind == "double" else int(number)
+            sign = "-" if kind == "subtract" else "+"
+            assert line.startswith(f"{total}{sign}{number}=")
+            result = int(line.split("=")[1])
+            slips.append(result - (total - number if sign == "-" else total + number))
+            total = result
+        assert answer == f"Answer: {total}"
+    # 1,800 lines, so that the error of a share is 0.01
+    assert set(slips) == {-1, 0, 1}
+    assert sum(map(abs, slips)) / len(slips) == pytest.approx(0.25, abs=0.04)
+    assert sum(slips) / len(slips) == pytest.approx(0, abs=0.05)
+    assert number_chains.make_demonstrations(prompts, 0.25, seed=3).to_dict() == rows.to_dict()
+    assert number_chains.make_demonstrations(prompts, 0.25, seed=4).to_dict() != rows.to_dict()
+    clean = number_chains.make_demonstrations(prompts, 0.0)["completion"][:]
+    assert clean == ["\n".join(solve(prompt)) for prompt in prompts]
+    with pytest.raises(ValueError, match="slip_rate must be from 0 to 1, got 2"):
+        number_chains.make_demonstrations(prompts, 2)
 
 
 @pytest.mark.parametrize("numbers", [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
@@ -45,16 +75,16 @@ def test_numbers_below_one_are_refused(numbers):
 
 
 def test_only_the_last_line_is_judged():
-    texts = [RIGHT, RIGHT + "\n", "Answer: 94", RIGHT.replace("94", "95"), RIGHT + "5", RIGHT + "\nI am sure.", ""]
-    assert answer_reward(texts, ["94"] * len(texts)) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert answer_reward([[{"role": "assistant", "content": RIGHT}]], ["94"]) == [1.0]
+    texts = [RIGHT, RIGHT + "\n", "Answer: 20", RIGHT.replace("20", "21"), RIGHT + "5", RIGHT + "\nI am sure.", ""]
+    assert answer_reward(texts, ["20"] * len(texts)) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert answer_reward([[{"role": "assistant", "content": RIGHT}]], ["20"]) == [1.0]
 
 
 def test_the_truth_of_a_line_comes_from_the_prompt():
-    wrong = "29 + 29 = 58\n58 - 11 = 46\n46 + 46 = 92\nAnswer: 92\nAnswer: 94"
+    wrong = "5+9=14\n14-4=9\n9+9=18\nAnswer: 18\nAnswer: 20"
     assert step_labels(PROMPT, wrong) == [True, False, False, False, False]
     # By luck, from other numbers
-    assert step_labels(PROMPT, RIGHT.replace("29 + 29", "28 + 30"))[:2] == [False, True]
+    assert step_labels(PROMPT, RIGHT.replace("5+9", "6+8"))[:2] == [False, True]
     assert step_labels(PROMPT, RIGHT + "\n") == [True] * 4
     assert step_labels(PROMPT, "") == []
 
@@ -74,5 +104,7 @@ def test_prepare_warms_up_once_on_chains_that_prime_does_not_see(tmp_path, monke
     assert len(set.union(*prompts)) == 14
     prepare(tmp_path / "task", **numbers)
     assert len(seen) == 1
-    prepare(tmp_path / "task", **{**numbers, "warm_up_steps": 1})
+    prepare(tmp_path / "task", **{**numbers, "slip_rate": 0.5})
     assert len(seen) == 2
+    prepare(tmp_path / "task", **{**numbers, "warm_up_steps": 1})
+    assert len(seen) == 3

