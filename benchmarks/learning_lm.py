@@ -334,9 +334,10 @@ def main() -> None:
     else:
         runs = [json.loads(path.read_text()) for path in sorted((options.folder / "runs").glob("*.json"))]
         base = json.loads((options.folder / "base.json").read_text())
+        varied = [name for name in ("rate", "beta", "steps") if len({run[name] for run in runs}) > 1]
         curves: dict[str, list[list[float]]] = {}
         for run in runs:
-            label = f"{run['method']}, {run['rate']:g}, beta {run['beta']:g}, {run['steps']} steps"
+            label = ", ".join([run["method"], *(f"{name} {run[name]:g}" for name in varied)])
             curves.setdefault(label, []).append(windows(run, "reward"))
         draw_curves(curves, WINDOW, f"mean reward of {WINDOW} steps", options.image)
         print(f"base: greedy {base['greedy']:.1%}, sampled {base['sampled']:.1%}\n\n{report_table(runs)}")

@@ -193,7 +193,12 @@ def test_methods_train_resume_and_are_reported(learning_lm, characters, tmp_path
         ["learning_lm.py", "report", "--folder", str(tmp_path)]
         + [f"--output={tmp_path / 'all.json'}", f"--image={tmp_path / 'curves.png'}"],
     )
+    draw_curves, labels = learning_lm.draw_curves, []
+    monkeypatch.setattr(
+        learning_lm, "draw_curves", lambda curves, *rest: (labels.extend(curves), draw_curves(curves, *rest))
+    )
     learning_lm.main()
+    assert sorted(labels) == ["oracle, steps 2", "prime, steps 10", "prime, steps 2", "rloo, steps 2"]
     printed = capsys.readouterr().out
     assert "base: greedy 25.0%, sampled 12.5%" in printed
     assert all(f"| {method} |" in printed for method in methods)
