@@ -4,9 +4,10 @@ SmolLM2-135M-Instruct on the built-in chains of arithmetic (`trl_prime/tasks/num
 step, trained by TRL_METHODS and PRIME_METHODS. All start from one warmed-up base and see each problem once, so that the mean reward of a step is an accuracy on
 problems that were not seen before.
 
-    python benchmarks/learning_lm.py base                                         # the base, and its accuracy; about 20 minutes
-    python benchmarks/learning_lm.py run --methods rloo prime --seeds 100 --rates 3e-4 1e-3 --betas 0 0.3   # tune on a seed of its own
-    python benchmarks/learning_lm.py run --methods rloo prime --seeds 0 1 2 --rates 3e-4
+    python benchmarks/learning_lm.py base                                         # the base, and its accuracy; about 12 minutes
+    python benchmarks/learning_lm.py run --methods rloo --seeds 100 --rates 3e-4 1e-3    # tune on a seed of its own
+    python benchmarks/learning_lm.py run --methods rloo "prime, calibrated" --seeds 0 1 2
+    python benchmarks/learning_lm.py run --methods oracle --seeds 0                      # what a perfect PRM gains
     python benchmarks/learning_lm.py report
 
 Runs are made one after the other, are kept in `--folder`, and go on from their last checkpoint where they were stopped; one that is
@@ -305,12 +306,12 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("stage", choices=("base", "run", "report", "one"), help="'one' is what 'run' starts.")
     arguments.add_argument(
-        "--methods", nargs="+", choices=[*TRL_METHODS, *PRIME_METHODS], default=["rloo", "prime", "oracle"]
+        "--methods", nargs="+", choices=[*TRL_METHODS, *PRIME_METHODS], default=["rloo", "prime, calibrated", "oracle"]
     )
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--rates", type=float, nargs="+", default=[3e-4], help="Learning rates of the policy.")
+    arguments.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="Learning rates of the policy.")
     arguments.add_argument("--betas", type=float, nargs="+", default=[0.0], help="Weights of the policy's KL penalty.")
-    arguments.add_argument("--steps", type=int, default=60)
+    arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument(
         "--folder", type=Path, default=Path("runs/learning_lm"), help="Where base and runs are kept."
     )

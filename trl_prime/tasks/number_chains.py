@@ -2,9 +2,8 @@
 
 A prompt names a number and what to do with it, `Start with 5, add 9, subtract 4, double it.` A completion has a line for each
 operation and then the answer, `5+9=14`, `14-4=10`, `10+10=20`, `Answer: 20`. The model learns the form in a supervised warm-up, whose
-demonstrations are right in most lines and off by one in the others. So it writes most lines rightly and few whole chains, as one does that was
-trained on what people write, and it has to find out from the answers that it should not slip. The truth of each line is known, so
-that a PRM can be judged by step.
+demonstrations are right in most lines and off by one in the others. It then writes most lines rightly and few whole chains, and has to find
+out from the answers alone that it should not slip. The truth of each line is known, so that a PRM can be judged by step.
 """
 
 from __future__ import annotations
