@@ -258,8 +258,10 @@ def windows(run: dict, name: str) -> list[float]:
 
 
 def steps_to(run: dict, accuracy: float) -> int | None:
-    """Steps at the end of the first window whose mean reward reaches an accuracy; None if none does."""
-    return next((WINDOW * (i + 1) for i, mean in enumerate(windows(run, "reward")) if mean >= accuracy), None)
+    """The first step at which the mean reward of the last `WINDOW` steps reaches an accuracy; None if there is none."""
+    rewards = [row["reward"] for row in run["history"]]
+    ends = range(WINDOW, len(rewards) + 1)
+    return next((end for end in ends if statistics.fmean(rewards[end - WINDOW : end]) >= accuracy), None)
 
 
 def report_table(runs: list[dict]) -> str:

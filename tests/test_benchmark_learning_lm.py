@@ -106,7 +106,8 @@ def test_the_curve_has_means_of_windows(learning_lm):
     assert learning_lm.windows(run, "reward") == [0.6, 1.0]
     assert learning_lm.windows(run, "first_error_auc")[0] == 0.5
     assert learning_lm.steps_to(run, 0.6) == 5
-    assert learning_lm.steps_to(run, 0.9) == 10
+    assert learning_lm.steps_to(run, 0.7) == 6
+    assert learning_lm.steps_to(run, 0.9) == 7
     assert learning_lm.steps_to(run, 1.1) is None
 
 
