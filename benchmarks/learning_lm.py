@@ -1,8 +1,8 @@
 """Does a real language model learn from fewer rollouts by PRIME than by outcome rewards alone?
 
 SmolLM2-135M-Instruct on the built-in chains of arithmetic (`trl_prime/tasks/number_chains.py`), LoRA in bfloat16, 64 completions a
-step, trained by TRL_METHODS and PRIME_METHODS. All start from one warmed-up base and see each problem once, so that the mean reward of a step is an accuracy on
-problems that were not seen before.
+step, trained by TRL_METHODS and PRIME_METHODS. All start from one warmed-up base and see each problem once, so that the mean reward of
+a step is an accuracy on problems that were not seen before.
 
     python benchmarks/learning_lm.py base                                         # the base, and its accuracy; about 12 minutes
     python benchmarks/learning_lm.py run --methods rloo --seeds 100 --rates 3e-4 1e-3    # tune on a seed of its own

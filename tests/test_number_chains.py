@@ -1,5 +1,6 @@
 """Number chains: the data, its judge, the truth of each line, and the preparation on a tiny random model."""
 
+import random
 import re
 
 import pytest
@@ -72,6 +73,16 @@ def test_demonstrations_slip_by_one_at_the_rate_asked_for_and_go_on_from_there()
 def test_numbers_below_one_are_refused(numbers):
     with pytest.raises(ValueError, match="must be at least 1"):
         make_splits(*numbers[:2], num_steps=numbers[2])
+
+
+def test_more_problems_than_there_are_are_refused():
+    # Of one step: 19 other numbers from each of 20, and 10 that can be doubled
+    train, test = make_splits(380, 10, num_steps=1)
+    assert len({*train["prompt"], *test["prompt"]}) == 390
+    with pytest.raises(ValueError, match="391 problems .* only 390 chains of num_steps=1"):
+        make_splits(381, 10, num_steps=1)
+    pairs = {number_chains._draw_prompt(2, random.Random(seed)) for seed in range(60_000)}
+    assert 0.95 < len(pairs) / number_chains._count_prompts(2) <= 1
 
 
 def test_only_the_last_line_is_judged():

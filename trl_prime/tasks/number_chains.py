@@ -45,6 +45,18 @@ def _draw_prompt(num_steps: int, rng: random.Random) -> str:
     return ", ".join(parts) + ".\n"
 
 
+def _count_prompts(num_steps: int) -> int:
+    # By the number that a chain of the steps so far begins with. An addition and a subtraction can lead to any other number
+    counts = dict.fromkeys(range(_LOW, _HIGH + 1), 1)
+    for _ in range(num_steps):
+        counts = {
+            total: sum(count for result, count in counts.items() if abs(result - total) >= _LOW)
+            + counts.get(2 * total, 0)
+            for total in counts
+        }
+    return sum(counts.values())
+
+
 def _complete(prompt: str, slip: Callable[[], int]) -> list[str]:
     """The lines of a completion. `slip` is added to each result, and the next line goes on from there."""
     if not re.fullmatch(r"Start with \d+(, (add \d+|subtract \d+|double it))+\.\n", prompt):
@@ -114,13 +126,18 @@ def make_splits(
         strings.
 
     Raises:
-        ValueError: If a number is less than 1.
+        ValueError: If a number is less than 1, or there are not so many problems.
     """
     from datasets import Dataset
 
     if min(num_train, num_test, num_steps) < 1:
         raise ValueError(
             f"num_train, num_test and num_steps must be at least 1, got {num_train}, {num_test}, {num_steps}"
+        )
+    if num_test + num_train > _count_prompts(num_steps):
+        raise ValueError(
+            f"{num_test + num_train} problems were asked for, warm-up and held-out ones included, and there are only "
+            f"{_count_prompts(num_steps)} chains of num_steps={num_steps}; ask for fewer, or for more steps"
         )
     rng, prompts = random.Random(seed), {}
     while len(prompts) < num_test + num_train:
