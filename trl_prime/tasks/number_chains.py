@@ -3,7 +3,8 @@
 A prompt names a number and what to do with it, `Start with 5, add 9, subtract 4, double it.` A completion has a line for each
 operation and then the answer, `5+9=14`, `14-4=10`, `10+10=20`, `Answer: 20`. The model learns the form in a supervised warm-up, whose
 demonstrations are right in most lines and off by one in the others. It then writes most lines rightly and few whole chains, and has to find
-out from the answers alone that it should not slip. The truth of each line is known, so that a PRM can be judged by step.
+out from the answers alone that it should not slip. Slips can cancel, so that a wrong chain may end on the right answer. The truth of
+each line is known, and a PRM can be judged by step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _draw_prompt(num_steps: int, rng: random.Random) -> str:
 
 
 def _count_prompts(num_steps: int) -> int:
-    # By the number that a chain of the steps so far begins with. An addition and a subtraction can lead to any other number
+    # How many chains begin with each number. Exactly one addition or subtraction leads from a number to each other one
     counts = dict.fromkeys(range(_LOW, _HIGH + 1), 1)
     for _ in range(num_steps):
         counts = {
